@@ -1,0 +1,25 @@
+//! The protocols that podvisor speaks, as generated code and nothing else.
+//!
+//! - [`cri`]: the Kubernetes Container Runtime Interface v1 as of Kubernetes 1.37
+//!   (message and field numbers from `k8s.io/cri-api` v0.37);
+//! - [`monitor`]: what the daemon and a pod's monitor say to each other.
+
+/// Kubernetes CRI v1: package `runtime.v1`, services `RuntimeService` and `ImageService`.
+#[allow(missing_docs, unreachable_pub, clippy::pedantic, clippy::all)]
+pub mod cri {
+    tonic::include_proto!("runtime.v1");
+}
+
+/// The monitor protocol: length-prefixed [`prost`] messages on a unix socket, one per pod.
+#[allow(missing_docs, unreachable_pub, clippy::pedantic, clippy::all)]
+pub mod monitor {
+    include!(concat!(env!("OUT_DIR"), "/podvisor.monitor.v1.rs"));
+
+    /// The version this build speaks. A monitor answers [`Hello`] with its own, and the daemon adapts to a
+    /// lower one: monitors outlive the daemon that started them, so an older monitor is the normal case
+    /// after an upgrade.
+    pub const PROTOCOL_VERSION: u32 = 1;
+
+    /// Longest frame either side accepts, in bytes. An ExecSync reply with both outputs at their cap fits.
+    pub const MAX_FRAME: usize = 40 << 20;
+}
