@@ -1,1 +1,223 @@
-//! placeholder
+//! The typed configuration of podvisor: one TOML file plus drop-ins, strict, with a documented default.
+//!
+//! [`Config::load`] reads `/etc/podvisor/config.toml` and `config.toml.d/*.toml` beside it in lexical order, a
+//! later file overriding key by key. [`trust`] decides from it which handler a pod gets.
+
+pub mod trust;
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+/// Everything an operator can set. Every field has a default, so an empty file is valid.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// Persistent state: images, layers, pod records.
+    pub root: PathBuf,
+    /// Volatile state, on tmpfs: sockets, bundles, mounts.
+    pub run: PathBuf,
+    /// Unix socket for kubelet and crictl.
+    pub socket: PathBuf,
+    /// `[log]`
+    pub log: Log,
+    /// `[streaming]`
+    pub streaming: Streaming,
+    /// `[runtime]`
+    pub runtime: Runtime,
+    /// `[runtime.handlers.NAME]`
+    pub handlers: BTreeMap<String, Handler>,
+    /// `[image]`
+    pub image: Image,
+    /// `[network]`
+    pub network: Network,
+    /// `[limits]`
+    pub limits: Limits,
+}
+
+/// `[log]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Log {
+    /// A tracing filter, e.g. `info` or `info,podvisor::pod=debug`. Reloadable.
+    pub level: String,
+    /// `text` or `json`.
+    pub format: LogFormat,
+}
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// One line for people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// `[streaming]`: where exec, attach and port-forward connect to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Streaming {
+    /// Default `127.0.0.1:0`: loopback, a free port. Anything but loopback needs `tls_cert` and `tls_key`.
+    pub address: SocketAddr,
+    /// PEM file.
+    pub tls_cert: Option<PathBuf>,
+    /// PEM file.
+    pub tls_key: Option<PathBuf>,
+    /// How long a URL is valid, seconds.
+    pub token_lifetime: u32,
+    /// A stream on which nothing moves is closed after this many seconds (kubelet's default: 4 hours).
+    pub idle_timeout: u32,
+}
+
+/// `[runtime]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Runtime {
+    /// `auto`, `cgroupfs` or `systemd`.
+    pub cgroup_driver: CgroupDriver,
+    /// Name of the handler (type `oci`) of pods that are trusted and name no handler.
+    pub trusted_handler: String,
+    /// Name of the handler (type `vm`) of untrusted pods; `None` while there is none.
+    pub untrusted_handler: Option<String>,
+    /// `trusted` or `untrusted`: pods that say nothing themselves. Reloadable.
+    pub default_workload_trust: Trust,
+    /// Program of the per-pod monitor; default: `podvisor-monitor` beside the daemon's own executable.
+    pub monitor: Option<PathBuf>,
+    /// Cgroup (cgroupfs driver) or slice (systemd driver) of the monitors.
+    pub monitor_cgroup: String,
+    /// Seccomp profile for RuntimeDefault; `None`: the built-in one.
+    pub seccomp_profile: Option<PathBuf>,
+    /// Directory under which localhost seccomp profiles with relative names are looked up.
+    pub seccomp_root: PathBuf,
+    /// How many idle monitors are kept ready.
+    pub monitor_pool: u32,
+}
+
+/// Who makes the cgroups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CgroupDriver {
+    /// `systemd` where PID 1 is systemd, else `cgroupfs`.
+    Auto,
+    /// podvisor and the OCI runtime write the cgroup file system themselves.
+    Cgroupfs,
+    /// systemd over D-Bus.
+    Systemd,
+}
+
+/// How far a workload is trusted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trust {
+    /// Shares the host's kernel.
+    Trusted,
+    /// Gets a kernel of its own.
+    Untrusted,
+}
+
+/// `[runtime.handlers.NAME]`: one way of running a pod.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Handler {
+    /// What it is.
+    pub kind: HandlerKind,
+    /// Annotations (exact names, or prefixes ending in `*`) that are passed on to the OCI runtime.
+    pub annotations: Vec<String>,
+}
+
+/// The `type` key of a handler. More kinds come with virtual machines.
+#[derive(Debug, Clone, PartialEq)]
+pub enum HandlerKind {
+    /// `type = "oci"`: any program that speaks the OCI command line.
+    Oci {
+        /// Program; a bare name is looked up in PATH.
+        path: PathBuf,
+        /// The runtime's own state directory (`--root`).
+        root: PathBuf,
+        /// Extra global arguments.
+        arguments: Vec<String>,
+    },
+}
+
+/// `[image]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Image {
+    /// Empty: the built-in pause, which needs no image at all. Reloadable.
+    pub pause_image: String,
+    /// registries.conf v2; drop-ins in `<file>.d/`. Watched: a change counts for the next pull.
+    pub registries_conf: PathBuf,
+    /// containerd's `certs.d` directory with `<host>/hosts.toml`.
+    pub certs_dir: PathBuf,
+    /// Credentials: docker `config.json` / `auth.json` files, first match wins.
+    pub auth_files: Vec<PathBuf>,
+    /// Registries for names without one, in order, when registries.conf names none. Default `docker.io`.
+    pub default_registries: Vec<String>,
+    /// Layers fetched at once per image.
+    pub parallel_layers: u32,
+    /// A pull on which no byte arrives for this many seconds fails.
+    pub progress_timeout: u32,
+}
+
+/// `[network]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Network {
+    /// `cni` (default) or `builtin`.
+    pub mode: NetworkMode,
+    /// Where conflists are.
+    pub cni_config_dir: PathBuf,
+    /// Where plugins are.
+    pub cni_bin_dirs: Vec<PathBuf>,
+    /// Where libcni-style cached results are kept.
+    pub cni_cache_dir: PathBuf,
+    /// Time limit of one plugin call, seconds.
+    pub cni_timeout: u32,
+    /// Bridge of the built-in network.
+    pub bridge: String,
+    /// Ranges of the built-in network, at most one IPv4 and one IPv6, e.g. `10.88.0.0/16`; kubelet's PodCIDR replaces them.
+    pub subnets: Vec<(IpAddr, u8)>,
+}
+
+/// Which code connects pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NetworkMode {
+    /// CNI plugins.
+    Cni,
+    /// podvisor's own bridge.
+    Builtin,
+}
+
+/// `[limits]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Limits {
+    /// Cap on each of ExecSync's outputs, bytes. Default 16 MiB, as containerd and CRI-O have it.
+    pub exec_sync_output: u64,
+    /// Longest log line before it is written in parts, bytes. Default 16384.
+    pub log_line: u32,
+    /// `pids.max` for containers that ask for none; -1: none.
+    pub pids: i64,
+    /// How long SIGTERM waits for ExecSync calls in flight, seconds.
+    pub drain_timeout: u32,
+    /// Largest gRPC message accepted, bytes. Default 16 MiB.
+    pub grpc_message: u32,
+}
+
+/// Why a configuration was refused; the message names file, line, key and what is allowed.
+#[derive(Debug, thiserror::Error)]
+#[error("placeholder")]
+pub struct ConfigError;
+
+impl Config {
+    /// Reads `file` and its drop-ins. A missing `file` is an error only when `required`.
+    pub fn load(_file: &Path, _required: bool) -> Result<Self, ConfigError> {
+        todo!()
+    }
+
+    /// The documented default file, as `podvisor config default` prints it.
+    pub fn default_toml() -> &'static str {
+        todo!()
+    }
+
+    /// This configuration as TOML with every key, as `podvisor config show` prints it.
+    pub fn to_toml(&self) -> String {
+        todo!()
+    }
+
+    /// What of `new` can be taken over while running; the rest keeps its present value and is named.
+    pub fn reload(&self, _new: Config) -> (Config, Vec<String>) {
+        todo!()
+    }
+}
