@@ -1,23 +1,32 @@
 //! Cgroups of either version: which layout this host has, paths in either driver's syntax, making, moving, removing, reading.
+//!
+//! | file | what |
+//! |---|---|
+//! | `layout.rs` | which hierarchies are mounted, which cgroup a process is in |
+//! | `cgroup.rs` | one cgroup: make, fill, kill, remove |
+//! | `stats.rs` | what it uses |
+//! | `oom.rs` | being told when the kernel kills in it |
+//! | `driver.rs` | names in kubelet's two syntaxes |
+//! | `systemd.rs` | slices and scopes over D-Bus (feature `systemd`) |
+//!
+//! Invariants: no operation leaves the mount, whatever a path says; the root is never killed or removed; a name is not a promise
+//! that the cgroup exists.
+//!
+//! Limits are not set here: the OCI runtime applies a container's, kubelet the pod's.
 
-use std::path::PathBuf;
+mod cgroup;
+mod driver;
+mod error;
+mod files;
+mod layout;
+mod oom;
+mod stats;
+#[cfg(feature = "systemd")]
+pub mod systemd;
 
-/// The hierarchies that are mounted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Layout {
-    /// One unified hierarchy.
-    V2 {
-        /// Its mount point, e.g. `/sys/fs/cgroup`.
-        mount: PathBuf,
-    },
-    /// Version 1 (also hybrid): controller name → mount point. `name=systemd` is listed as `systemd`.
-    V1 {
-        /// By controller.
-        controllers: std::collections::BTreeMap<String, PathBuf>,
-    },
-}
-
-/// Why a cgroup operation failed.
-#[derive(Debug, thiserror::Error)]
-#[error("placeholder")]
-pub struct CgroupError;
+pub use cgroup::Cgroup;
+pub use driver::Driver;
+pub use error::{CgroupError, Result};
+pub use layout::Layout;
+pub use oom::{Interest, OomWatch};
+pub use stats::{CpuStats, DeviceIo, IoStats, MemoryStats, Pressure, PressureLine, Stats, SwapStats};
