@@ -2,33 +2,47 @@
 
 pub mod namespace;
 
+mod netlink;
+mod unshare;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How pods are connected.
+/// How pods are connected. Both networks are described whichever is used, so that pods which the other one connected, before
+/// the setting was changed, can still be torn down.
 #[derive(Debug, Clone)]
-pub enum Options {
-    /// By CNI plugins.
-    Cni {
-        /// Conflists; the lexically first valid one counts. Watched.
-        config_dir: PathBuf,
-        /// Plugins.
-        bin_dirs: Vec<PathBuf>,
-        /// Cached results in libcni's format.
-        cache_dir: PathBuf,
-        /// For one plugin call.
-        timeout: Duration,
-    },
-    /// By podvisor's own bridge.
-    Builtin {
-        /// Name of the bridge.
-        bridge: String,
-        /// At most one IPv4 and one IPv6 range.
-        subnets: Vec<(IpAddr, u8)>,
-        /// Leases survive the daemon here (`<root>/network`).
-        state_dir: PathBuf,
-    },
+pub struct Options {
+    /// Which network connects new pods.
+    pub mode: Kind,
+    /// CNI plugins.
+    pub cni: CniOptions,
+    /// podvisor's own bridge.
+    pub builtin: BuiltinOptions,
+}
+
+/// Where CNI finds what it needs.
+#[derive(Debug, Clone)]
+pub struct CniOptions {
+    /// Conflists; the lexically first valid one counts. Watched.
+    pub config_dir: PathBuf,
+    /// Plugins.
+    pub bin_dirs: Vec<PathBuf>,
+    /// Cached results in libcni's format (below it, in `results`).
+    pub cache_dir: PathBuf,
+    /// For one plugin call.
+    pub timeout: Duration,
+}
+
+/// The built-in network.
+#[derive(Debug, Clone)]
+pub struct BuiltinOptions {
+    /// Name of the bridge, at most 15 bytes.
+    pub bridge: String,
+    /// At most one IPv4 and one IPv6 range.
+    pub subnets: Vec<(IpAddr, u8)>,
+    /// Leases survive the daemon here (`<root>/network`).
+    pub state_dir: PathBuf,
 }
 
 /// A port of the host that leads into a pod.

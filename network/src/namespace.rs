@@ -1,7 +1,36 @@
 //! Namespaces that live without a process: made in a thread, pinned by a bind mount, released by unmounting.
+//!
+//! A namespace lasts as long as something refers to it. A fresh thread unshares, prepares what is inside (host name,
+//! loopback, sysctls), bind-mounts its `/proc/thread-self/ns/*` onto empty files and ends: no process has to stay. Tools
+//! of the node (`ip netns`, CNI plugins, `nsenter --net=`) find network namespaces in [`NET_DIRECTORY`].
+
+mod sysctl;
 
 use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+
+use netlink_packet_route::RouteNetlinkMessage;
+use rtnetlink::LinkUnspec;
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+use rustix::mount::{MountPropagationFlags, UnmountFlags};
+
+use crate::netlink::{Batch, Client, Refusal};
+
+/// Where network namespaces are pinned: the directory of `ip netns`.
+pub const NET_DIRECTORY: &str = "/run/netns";
+/// Where IPC namespaces are pinned.
+pub const IPC_DIRECTORY: &str = "/run/ipcns";
+/// Where UTS namespaces are pinned.
+pub const UTS_DIRECTORY: &str = "/run/utsns";
+
+/// The kernel's `__NEW_UTS_LEN`, bytes.
+const HOST_NAME_LIMIT: usize = 64;
 
 /// What to make.
 #[derive(Debug, Clone, Default)]
@@ -12,9 +41,10 @@ pub struct Request {
     pub net: bool,
     /// An IPC namespace, pinned in `/run/ipcns`.
     pub ipc: bool,
-    /// A UTS namespace with this host name, pinned in `/run/utsns`.
+    /// A UTS namespace with this host name (at most 64 bytes; empty: the node's), pinned in `/run/utsns`.
     pub uts: Option<String>,
-    /// Written inside the new namespaces: `net.*`, `kernel.shm*`, `kernel.msg*`, `kernel.sem`, `fs.mqueue.*`.
+    /// Written inside the new namespaces: `net.*`, `kernel.shm*`, `kernel.msg*`, `kernel.sem`, `fs.mqueue.*`,
+    /// `kernel.domainname`. Any other, and one whose namespace is not asked for here, is refused.
     pub sysctls: BTreeMap<String, String>,
 }
 
@@ -31,27 +61,181 @@ pub struct Namespaces {
 
 impl Namespaces {
     /// Where the pins of `request` will be: recorded before [`create`] so that a crash loses none.
-    pub fn planned(_request: &Request) -> Self {
-        todo!()
+    pub fn planned(request: &Request) -> Self {
+        let pin = |wanted: bool, directory: &str| wanted.then(|| Path::new(directory).join(&request.name));
+        Self {
+            net: pin(request.net, NET_DIRECTORY),
+            ipc: pin(request.ipc, IPC_DIRECTORY),
+            uts: pin(request.uts.is_some(), UTS_DIRECTORY),
+        }
+    }
+
+    /// Each pin with the name of its file in `/proc/thread-self/ns`.
+    fn pins(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        [("net", &self.net), ("ipc", &self.ipc), ("uts", &self.uts)]
+            .into_iter()
+            .filter_map(|(kind, pin)| Some((kind, pin.as_deref()?)))
     }
 }
 
-/// Why no namespace was made.
+/// Why a namespace was not made, entered or released.
 #[derive(Debug, thiserror::Error)]
-#[error("placeholder")]
-pub struct NamespaceError;
-
-/// Makes and pins what `request` names; on error nothing is left. Blocking, about 2 ms.
-pub fn create(_request: &Request) -> Result<Namespaces, NamespaceError> {
-    todo!()
+#[allow(missing_docs)] // the messages say it
+pub enum NamespaceError {
+    #[error("namespace name {name:?} cannot be a file name")]
+    Name { name: String },
+    #[error("host name has {length} bytes, the kernel takes at most {HOST_NAME_LIMIT}")]
+    HostNameTooLong { length: usize },
+    #[error("setting host name {name:?}")]
+    HostName { name: String, source: io::Error },
+    #[error("sysctl {name:?} cannot be set for a pod: {reason}")]
+    SysctlRefused { name: String, reason: &'static str },
+    #[error("setting sysctl {name} to {value:?}")]
+    Sysctl { name: String, value: String, source: io::Error },
+    #[error("preparing the directory of pins {}", .path.display())]
+    Directory { path: PathBuf, source: io::Error },
+    #[error("starting a thread")]
+    Thread { source: io::Error },
+    #[error("unsharing namespaces")]
+    Unshare { source: io::Error },
+    #[error("{what}")]
+    Loopback { what: String, source: io::Error },
+    #[error("pinning a namespace at {}", .path.display())]
+    Pin { path: PathBuf, source: io::Error },
+    #[error("releasing the namespace at {}", .path.display())]
+    Release { path: PathBuf, source: io::Error },
+    #[error("entering the namespace at {}", .path.display())]
+    Enter { path: PathBuf, source: io::Error },
 }
 
-/// Unpins. Idempotent; blocking.
-pub fn release(_namespaces: &Namespaces) -> Result<(), NamespaceError> {
-    todo!()
+/// Makes and pins what `request` names; on error nothing is left. Blocking, about 2 ms.
+pub fn create(request: &Request) -> Result<Namespaces, NamespaceError> {
+    let name = &request.name;
+    if name.is_empty() || name.len() > 255 || name == "." || name == ".." || name.contains(['/', '\0']) {
+        return Err(NamespaceError::Name { name: name.clone() });
+    }
+    if let Some(length) = request.uts.as_ref().map(String::len).filter(|length| *length > HOST_NAME_LIMIT) {
+        return Err(NamespaceError::HostNameTooLong { length });
+    }
+    sysctl::check(request)?;
+    let namespaces = Namespaces::planned(request);
+    for (_, pin) in namespaces.pins() {
+        let directory = pin.parent().unwrap_or(Path::new("/"));
+        prepare_directory(directory)
+            .map_err(|source| NamespaceError::Directory { path: directory.to_owned(), source })?;
+    }
+    thread::scope(|scope| {
+        thread::Builder::new()
+            .name("namespaces".into())
+            .spawn_scoped(scope, || populate(request, &namespaces))
+            .map_err(|source| NamespaceError::Thread { source })?
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
+    Ok(namespaces)
+}
+
+/// In a thread that ends afterwards.
+fn populate(request: &Request, namespaces: &Namespaces) -> Result<(), NamespaceError> {
+    crate::unshare::unshare(request.net, request.ipc, request.uts.is_some())
+        .map_err(|errno| NamespaceError::Unshare { source: errno.into() })?;
+    if let Some(name) = request.uts.as_ref().filter(|name| !name.is_empty()) {
+        rustix::system::sethostname(name.as_bytes())
+            .map_err(|errno| NamespaceError::HostName { name: name.clone(), source: errno.into() })?;
+    }
+    if request.net {
+        loopback_up()
+            .map_err(|refusal| NamespaceError::Loopback { what: refusal.what, source: refusal.source })?;
+    }
+    sysctl::write(&request.sysctls)?;
+    let mut made: Vec<&Path> = Vec::new();
+    for (kind, path) in namespaces.pins() {
+        if let Err(source) = pin(kind, path) {
+            for path in made {
+                let _ = unpin(path);
+            }
+            return Err(NamespaceError::Pin { path: path.to_owned(), source });
+        }
+        made.push(path);
+    }
+    Ok(())
+}
+
+fn loopback_up() -> Result<(), Refusal> {
+    let mut batch = Batch::default();
+    let message = LinkUnspec::new_with_name("lo").up().build();
+    batch.route("bringing loopback up", RouteNetlinkMessage::SetLink(message), 0);
+    Client::route()?.run(batch)
+}
+
+/// A file that exists already is another's pin: it is left alone, and an error.
+fn pin(kind: &str, path: &Path) -> io::Result<()> {
+    OpenOptions::new().read(true).write(true).create_new(true).mode(0o444).open(path)?;
+    rustix::mount::mount_bind(format!("/proc/thread-self/ns/{kind}"), path).map_err(|errno| {
+        let _ = fs::remove_file(path);
+        errno.into()
+    })
+}
+
+/// Makes `directory` and makes it a shared mount point, as `ip netns` does: a pin then appears in, and above all its
+/// release reaches, every mount namespace that was copied from this one, instead of being kept alive by it.
+fn prepare_directory(directory: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o755).create(directory)?;
+    let share =
+        || rustix::mount::mount_change(directory, MountPropagationFlags::SHARED | MountPropagationFlags::REC);
+    match share() {
+        Ok(()) => return Ok(()),
+        Err(Errno::INVAL) => {} // not a mount point yet
+        Err(errno) => return Err(errno.into()),
+    }
+    // Two at once would mount one over the other and hide pins. `ip netns` takes the same lock.
+    let lock = File::open(directory)?;
+    rustix::fs::flock(lock.as_fd(), FlockOperation::LockExclusive)?;
+    if share() == Err(Errno::INVAL) {
+        rustix::mount::mount_bind_recursive(directory, directory)?;
+        share()?;
+    }
+    Ok(())
+}
+
+/// Unpins. Idempotent; blocking. Every pin is tried; the first failure is reported.
+pub fn release(namespaces: &Namespaces) -> Result<(), NamespaceError> {
+    let mut outcome = Ok(());
+    for (_, path) in namespaces.pins() {
+        if let Err(source) = unpin(path) {
+            outcome = outcome.and(Err(NamespaceError::Release { path: path.to_owned(), source }));
+        }
+    }
+    outcome
+}
+
+fn unpin(path: &Path) -> io::Result<()> {
+    match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+        // A crash between making the file and the mount leaves a file that is no mount point (EINVAL).
+        Ok(()) | Err(Errno::INVAL) => {}
+        Err(Errno::NOENT) => return Ok(()),
+        Err(errno) => return Err(errno.into()),
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Runs `f` in a thread that is in the namespace at `path`.
-pub fn enter<T: Send>(_path: &Path, _f: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
-    todo!()
+pub fn enter<T: Send>(path: &Path, f: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
+    let failed = |source| NamespaceError::Enter { path: path.to_owned(), source };
+    let namespace = File::open(path).map_err(failed)?;
+    thread::scope(|scope| {
+        thread::Builder::new()
+            .name("in-namespace".into())
+            .spawn_scoped(scope, move || {
+                rustix::thread::move_into_link_name_space(namespace.as_fd(), None)
+                    .map_err(|errno| failed(errno.into()))?;
+                Ok(f())
+            })
+            .map_err(|source| NamespaceError::Thread { source })?
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
