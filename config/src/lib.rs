@@ -1,13 +1,26 @@
 //! The typed configuration of podvisor: one TOML file plus drop-ins, strict, with a documented default.
 //!
 //! [`Config::load`] reads `/etc/podvisor/config.toml` and `config.toml.d/*.toml` beside it in lexical order, a
-//! later file overriding key by key. [`trust`] decides from it which handler a pod gets.
+//! later file overriding key by key. [`trust`] decides from it which handler a pod gets. How the crate is laid
+//! out and why stands in its README.md.
 
+mod check;
+mod default;
+mod document;
+mod error;
+mod load;
+mod nearest;
+mod print;
+mod read;
+mod reload;
 pub mod trust;
+mod value;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+pub use error::{ConfigError, Problem, ProblemKind};
 
 /// Everything an operator can set. Every field has a default, so an empty file is valid.
 #[derive(Debug, Clone, PartialEq)]
@@ -193,31 +206,4 @@ pub struct Limits {
     pub drain_timeout: u32,
     /// Largest gRPC message accepted, bytes. Default 16 MiB.
     pub grpc_message: u32,
-}
-
-/// Why a configuration was refused; the message names file, line, key and what is allowed.
-#[derive(Debug, thiserror::Error)]
-#[error("placeholder")]
-pub struct ConfigError;
-
-impl Config {
-    /// Reads `file` and its drop-ins. A missing `file` is an error only when `required`.
-    pub fn load(_file: &Path, _required: bool) -> Result<Self, ConfigError> {
-        todo!()
-    }
-
-    /// The documented default file, as `podvisor config default` prints it.
-    pub fn default_toml() -> &'static str {
-        todo!()
-    }
-
-    /// This configuration as TOML with every key, as `podvisor config show` prints it.
-    pub fn to_toml(&self) -> String {
-        todo!()
-    }
-
-    /// What of `new` can be taken over while running; the rest keeps its present value and is named.
-    pub fn reload(&self, _new: Config) -> (Config, Vec<String>) {
-        todo!()
-    }
 }
