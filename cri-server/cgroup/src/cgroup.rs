@@ -209,9 +209,9 @@ impl Cgroup {
 
     fn kill_one_by_one(&self) -> Result<()> {
         // Frozen processes can neither fork nor end, so that a pid that is read is still that process when it is killed.
-        self.freeze(true);
+        self.freeze(true)?;
         let killed = self.kill_rounds();
-        self.freeze(false);
+        self.freeze(false)?;
         killed?;
         // Where freezing does not work, something may have been forked between the last look and here.
         self.kill_rounds()
@@ -236,20 +236,27 @@ impl Cgroup {
         Err(CgroupError::StillForking { path: self.primary().into(), rounds: KILL_ROUNDS })
     }
 
-    /// Best effort: a cgroup without freezer is killed without it.
-    fn freeze(&self, frozen: bool) {
-        let (file, value) = match &self.hierarchy {
+    /// Best effort: a cgroup without freezer is killed without it. Thawing reaches every cgroup below, because version 1 keeps the signal from
+    /// a process whose own cgroup was frozen by somebody else (a paused container).
+    fn freeze(&self, frozen: bool) -> Result<()> {
+        let (mut todo, file, value) = match &self.hierarchy {
             Hierarchy::V2 { directory, .. } => {
-                (directory.join("cgroup.freeze"), if frozen { "1" } else { "0" })
+                (vec![directory.clone()], "cgroup.freeze", if frozen { "1" } else { "0" })
             }
             Hierarchy::V1 { controllers } => {
-                let Some(member) = controllers.get("freezer") else { return };
-                (member.directory.join("freezer.state"), if frozen { "FROZEN" } else { "THAWED" })
+                let Some(member) = controllers.get("freezer") else { return Ok(()) };
+                (vec![member.directory.clone()], "freezer.state", if frozen { "FROZEN" } else { "THAWED" })
             }
         };
-        if let Err(error) = write(&file, value) {
-            debug!(error = &error as &dyn std::error::Error, "cannot change a cgroup's freezer");
+        while let Some(directory) = todo.pop() {
+            if let Err(error) = write(&directory.join(file), value) {
+                debug!(error = &error as &dyn std::error::Error, "cannot change a cgroup's freezer");
+            }
+            if !frozen {
+                todo.extend(child_directories(&directory)?);
+            }
         }
+        Ok(())
     }
 
     /// Removes it and everything below it in every hierarchy. Waits up to five seconds while killed processes are still in it

@@ -85,7 +85,7 @@ impl Driver {
         let last = path.rsplit('/').next().unwrap_or_default();
         match self {
             Self::Cgroupfs if parent.is_empty() => Ok(DEFAULT_PARENT.to_owned()),
-            Self::Cgroupfs if last.ends_with(".slice") => mismatch("a systemd slice"),
+            Self::Cgroupfs if last.strip_suffix(".slice").is_some() => mismatch("a systemd slice"),
             Self::Cgroupfs if parent.contains(':') => invalid("it contains a colon"),
             Self::Cgroupfs if path.is_empty() => invalid("it is the root cgroup"),
             Self::Cgroupfs => Ok(format!("/{path}")),
@@ -117,7 +117,7 @@ fn is_slice_name(name: &str) -> bool {
 fn expand_slice(slice: &str) -> String {
     let name = slice.strip_suffix(".slice").unwrap_or(slice);
     let ends = name.match_indices('-').map(|(at, _)| at).chain([name.len()]);
-    ends.map(|end| format!("/{}.slice", &name[..end])).collect()
+    ends.fold(String::new(), |path, end| path + "/" + &name[..end] + ".slice")
 }
 
 #[cfg(test)]

@@ -94,10 +94,10 @@ impl Layout {
         let file = PathBuf::from(format!("/proc/{pid}/cgroup"));
         let text = read(&file)?;
         let mounts = cgroup_mounts(&read(Path::new(MOUNTINFO))?);
-        self.from_proc_cgroup(pid, &text, &mounts)
+        self.resolve(pid, &text, &mounts)
     }
 
-    fn from_proc_cgroup(&self, pid: i32, text: &str, mounts: &[Mount]) -> Result<Cgroup> {
+    fn resolve(&self, pid: i32, text: &str, mounts: &[Mount]) -> Result<Cgroup> {
         let mut paths = BTreeMap::new();
         for line in text.lines() {
             // cgroups(7): hierarchy-ID:controller-list:cgroup-path; the path may contain colons, the rest not.
@@ -195,15 +195,12 @@ fn unescape(field: &str) -> String {
             .then(|| field.get(at + 1..at + 4))
             .flatten()
             .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match octal {
-            Some(byte) => {
-                out.push(byte);
-                at += 4;
-            }
-            None => {
-                out.push(bytes[at]);
-                at += 1;
-            }
+        if let Some(byte) = octal {
+            out.push(byte);
+            at += 4;
+        } else {
+            out.push(bytes[at]);
+            at += 1;
         }
     }
     String::from_utf8_lossy(&out).into_owned()

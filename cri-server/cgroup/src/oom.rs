@@ -78,9 +78,9 @@ impl OomWatch {
         if self.event.is_some() { Interest::Readable } else { Interest::Priority }
     }
 
-    /// Kills since the watch began or since the last call. 0 is possible: other counters in the file change too, version 1 also signals
-    /// the cgroup's removal, and signals before it kills. Once the cgroup is removed: an error with [`CgroupError::is_not_found`]
-    /// on version 2, 0 on version 1.
+    /// Kills since the watch began or since the last call. 0 is possible when woken: other counters in the file change too, and version 1
+    /// signals before it kills. So ask once more after the process has ended. Once the cgroup is removed: an error with
+    /// [`CgroupError::is_not_found`].
     pub fn kills(&mut self) -> Result<u64> {
         if let Some(event) = &self.event {
             // Nothing to read: called without being woken.

@@ -59,11 +59,11 @@ fn whole_hierarchy_is_preferred_to_a_part() {
 fn process_below_a_partial_mount() {
     let mounts = cgroup_mounts("35 31 0:32 /docker/abc /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
     let layout = Layout::from_mounts(&mounts).unwrap();
-    let cgroup = layout.from_proc_cgroup(7, "0::/docker/abc/leaf:x\n", &mounts).unwrap();
+    let cgroup = layout.resolve(7, "0::/docker/abc/leaf:x\n", &mounts).unwrap();
     assert_eq!(cgroup.path(), "/leaf:x");
     assert_eq!(cgroup.directories(), [Path::new("/sys/fs/cgroup/leaf:x")]);
     for outside in ["0::/docker/abcd\n", "0::/../other\n", "1:memory:/docker/abc\n", "garbage", ""] {
-        let error = layout.from_proc_cgroup(7, outside, &mounts).unwrap_err();
+        let error = layout.resolve(7, outside, &mounts).unwrap_err();
         assert!(matches!(error, CgroupError::NotVisible { pid: 7, .. }), "{outside:?}");
     }
 }
@@ -73,7 +73,7 @@ fn hierarchies_of_a_process_may_differ() {
     let mounts = cgroup_mounts(HYBRID);
     let layout = Layout::from_mounts(&mounts).unwrap();
     let text = "4:memory:/a/b\n2:cpu,cpuacct:/\n1:name=systemd:/a\n0::/\n";
-    let cgroup = layout.from_proc_cgroup(7, text, &mounts).unwrap();
+    let cgroup = layout.resolve(7, text, &mounts).unwrap();
     let mut directories = cgroup.directories();
     directories.sort();
     assert_eq!(
