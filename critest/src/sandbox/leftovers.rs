@@ -1,0 +1,111 @@
+//! What a sandboxed command left behind: processes, mounts, network interfaces, packet filter tables, cgroups, files.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::cgroups::MOUNT_POINT;
+use super::mounts::{ASIDE, COVERED, EMPTY, VOLATILE, mount_points};
+
+/// Processes and mounts go away a moment after the call that ended them.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Everything that is looked at, one line each.
+#[derive(Debug, Default)]
+pub(super) struct Snapshot {
+    seen: BTreeSet<String>,
+}
+
+impl Snapshot {
+    /// What is there now.
+    pub(super) fn take() -> Result<Self> {
+        let mut seen = BTreeSet::new();
+        processes(&mut seen)?;
+        let mounted = mount_points()?;
+        seen.extend(mounted.iter().map(|point| format!("mount {point}")));
+        for interface in fs::read_dir("/sys/class/net").context("listing the network interfaces")? {
+            seen.insert(format!("network interface {}", interface?.file_name().display()));
+        }
+        packet_filter(&mut seen);
+        cgroups(&mut seen, Path::new(MOUNT_POINT));
+        for path in EMPTY.iter().chain(&VOLATILE) {
+            files(&mut seen, &mounted, Path::new(path));
+        }
+        for path in COVERED {
+            let aside = Path::new(ASIDE).join(path.trim_start_matches('/')).join("changes");
+            files(&mut seen, &mounted, &aside);
+        }
+        Ok(Self { seen })
+    }
+}
+
+/// What is there now and was not there before, after a grace for what is going away.
+pub(super) fn wait_for_none(before: &Snapshot) -> Result<Vec<String>> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        // PID 1 inherits orphans, and they count as processes until they are reaped.
+        while let Ok(Some(_)) = rustix::process::wait(rustix::process::WaitOptions::NOHANG) {}
+        let now = Snapshot::take()?;
+        let left: Vec<String> = now.seen.difference(&before.seen).cloned().collect();
+        if left.is_empty() || Instant::now() > deadline {
+            return Ok(left);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn processes(seen: &mut BTreeSet<String>) -> Result<()> {
+    for entry in fs::read_dir("/proc").context("listing the processes")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()).filter(|pid| *pid != 1)
+        else {
+            continue;
+        };
+        // One that is gone by now is no leftover.
+        let Ok(command) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
+        let command = String::from_utf8_lossy(&command).replace('\0', " ");
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        seen.insert(format!("process {pid} ({}) {}", name.trim_end(), command.trim_end()));
+    }
+    Ok(())
+}
+
+fn packet_filter(seen: &mut BTreeSet<String>) {
+    // Without nft on the machine nothing can have made a table with it.
+    let Ok(output) = Command::new("nft").args(["list", "tables"]).output() else { return };
+    for table in String::from_utf8_lossy(&output.stdout).lines() {
+        seen.insert(format!("packet filter {table}"));
+    }
+}
+
+fn cgroups(seen: &mut BTreeSet<String>, path: &Path) {
+    // A cgroup may disappear between being listed and being read.
+    let Ok(entries) = fs::read_dir(path) else { return };
+    for entry in entries {
+        let Ok(entry) = entry else { continue };
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            seen.insert(format!("cgroup {}", entry.path().display()));
+            cgroups(seen, &entry.path());
+        }
+    }
+}
+
+/// Files below `path`, on the same mount: what is mounted there is looked at by itself or not at all.
+fn files(seen: &mut BTreeSet<String>, mounted: &[String], path: &Path) {
+    let Ok(entries) = fs::read_dir(path) else { return };
+    for entry in entries {
+        let Ok(entry) = entry else { continue };
+        let path = entry.path();
+        if path == Path::new(ASIDE) || mounted.iter().any(|point| path == Path::new(point)) {
+            continue;
+        }
+        seen.insert(format!("file {}", path.display()));
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            files(seen, mounted, &path);
+        }
+    }
+}
