@@ -1,0 +1,174 @@
+//! The end of a container: what is read, drained and written before anybody is told, and the runtime's `delete`.
+
+use std::time::Duration;
+
+use podvisor_proto::monitor::{self as proto, Exit, event, reply, stream_frame::Frame};
+use rustix::process::{Signal, WaitStatus};
+
+use super::{Ending, Removal, State};
+use crate::cgroup::Cgroup;
+use crate::disk::Job;
+use crate::exit_record::ExitRecord;
+use crate::failure::Failure;
+use crate::monitor::Monitor;
+use crate::output::lines::Stream;
+use crate::output::timestamp;
+use crate::poll::Timer;
+use crate::process::exit_code;
+use crate::runtime::Purpose;
+
+/// How long output may still come after the process has ended, from somebody outside the container's cgroup who
+/// holds its pipes open.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+impl Monitor {
+    /// A container's process has been reaped.
+    pub(crate) fn container_ended(&mut self, key: u64, status: WaitStatus) {
+        let finished_at = timestamp::nanoseconds();
+        self.count_oom_kills(key);
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        let (State::Created { child, .. } | State::Running { child }) = &container.state else { return };
+        let starting = matches!(container.state, State::Created { starting: true, .. });
+        // With a pid namespace that is shared the container's other processes live on, and hold its pipes.
+        if let Some(cgroup) = &container.cgroup
+            && !cgroup.processes().is_empty()
+        {
+            cgroup.signal_all(Signal::KILL);
+        }
+        let exit = Exit { code: exit_code(status), finished_at, oom_killed: container.oom_kills > 0 };
+        container.state = State::Ending(Ending {
+            pid: child.pid.as_raw_pid(),
+            start_time: child.start_time,
+            exit,
+            starting,
+            drained: false,
+            recorded: false,
+            patience: self.timers.set(PATIENCE, Timer::Drain(key)),
+        });
+        if let Some(mut memory) = container.memory.take() {
+            let _ = memory.watch.set(&self.poller, &memory.notices, None);
+        }
+        if let Some(input) = container.streams.stdin.take() {
+            input.close(&self.poller);
+        }
+        for output in [&mut container.streams.stdout, &mut container.streams.stderr].into_iter().flatten() {
+            output.give_up_slave();
+        }
+        self.resume_attached(key);
+        self.pump_container(key, Stream::Stdout);
+        self.pump_container(key, Stream::Stderr);
+        self.advance_ending(key);
+    }
+
+    /// Does what can be done next for a container that has ended.
+    pub(super) fn advance_ending(&mut self, key: u64) {
+        let Some(pod) = &self.pod else { return };
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        let drained = container.streams.drained();
+        let State::Ending(ending) = &mut container.state else { return };
+        if drained && !ending.drained {
+            ending.drained = true;
+            self.timers.cancel(ending.patience);
+            let record = ExitRecord::new(&container.id, &ending.exit);
+            self.disk.send(Job::Finish { key, record, directory: pod.state_dir.clone() });
+            // While the disk works.
+            self.begin_removal(key);
+        } else if ending.recorded && !ending.starting {
+            self.announce_exit(key);
+        }
+    }
+
+    /// The exit record is on the disk.
+    pub(crate) fn container_recorded(&mut self, key: u64) {
+        if let Some(State::Ending(ending)) =
+            self.containers.get_mut(&key).map(|container| &mut container.state)
+        {
+            ending.recorded = true;
+        }
+        self.advance_ending(key);
+    }
+
+    fn announce_exit(&mut self, key: u64) {
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        let State::Ending(ending) = &container.state else { return };
+        let exit = ending.exit;
+        container.state = State::Exited { pid: ending.pid, start_time: ending.start_time, exit };
+        let attached = std::mem::take(&mut container.attached);
+        let id = container.id.clone();
+        self.broadcast(event::Kind::Exited(proto::ProcessExit { id, exit: Some(exit) }));
+        for attached in attached {
+            self.send_frame(attached.connection, Frame::Exit(exit));
+            if let Some(connection) = self.connections.get_mut(&attached.connection) {
+                connection.close(&self.poller);
+            }
+        }
+        self.finish_deletes(key);
+    }
+
+    /// Lets the runtime delete what is left, its cgroup above all.
+    fn begin_removal(&mut self, key: u64) {
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        container.removal = Removal::Running;
+        let (runtime, arguments) =
+            (container.runtime.clone(), ["--force".into(), container.id.clone().into()]);
+        if let Err(failure) = self.call(&runtime, "delete", &arguments, None, Purpose::Delete(key)) {
+            self.removal_ended(key, Err(failure));
+        }
+    }
+
+    /// The runtime's `delete` has ended.
+    pub(crate) fn removal_ended(&mut self, key: u64, outcome: Result<(), Failure>) {
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        match outcome {
+            Ok(()) => {
+                container.removal = Removal::Done;
+                self.finish_deletes(key);
+            }
+            Err(failure) => {
+                self.journal.note("the runtime could not delete a container", &container.id, &failure.detail);
+                container.removal = Removal::Failed;
+                for to in std::mem::take(&mut container.deletes) {
+                    self.reply(to, Err(failure.clone()));
+                }
+            }
+        }
+    }
+
+    /// Forgets a container that has ended, when that is wanted and the runtime has done its part.
+    pub(super) fn finish_deletes(&mut self, key: u64) {
+        let Some(container) = self.containers.get(&key) else { return };
+        if container.deletes.is_empty() || !matches!(container.state, State::Exited { .. }) {
+            return;
+        }
+        match container.removal {
+            Removal::Running => {}
+            Removal::NotBegun | Removal::Failed => self.begin_removal(key),
+            Removal::Done => {
+                let _ = std::fs::remove_file(self.run_file(&format!("{}.pid", container.id)));
+                let Some(container) = self.containers.remove(&key) else { return };
+                for to in container.deletes {
+                    self.reply(to, Ok(reply::Result::Done(proto::Done {})));
+                }
+            }
+        }
+    }
+
+    /// The kernel says that something happened to a container's memory.
+    pub(crate) fn memory_event(&mut self, key: u64) {
+        if let Some(memory) = self.containers.get(&key).and_then(|container| container.memory.as_ref()) {
+            // An eventfd's counter, or inotify's events; only that there was one is of interest.
+            while matches!(rustix::io::read(&memory.notices, &mut [0u8; 512]), Ok(1..)) {}
+        }
+        self.count_oom_kills(key);
+    }
+
+    fn count_oom_kills(&mut self, key: u64) {
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        let Some(kills) = container.cgroup.as_ref().and_then(Cgroup::oom_kills) else { return };
+        if kills > container.oom_kills {
+            container.oom_kills = kills;
+            let container_id = container.id.clone();
+            self.broadcast(event::Kind::Oom(proto::OomKill { container_id }));
+        }
+    }
+}

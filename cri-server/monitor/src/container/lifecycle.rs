@@ -1,0 +1,144 @@
+//! The verbs for a container that exists: start, kill, delete, update.
+
+use podvisor_proto::monitor::{
+    self as proto, DeleteContainer, KillContainer, StartContainer, UpdateContainer, reply,
+};
+use rustix::process::Signal;
+
+use super::State;
+use crate::failure::Failure;
+use crate::monitor::Monitor;
+use crate::runtime::{Purpose, Stopped};
+use crate::sys;
+use crate::verbs::{Answer, Answered, ReplyTo};
+
+impl Monitor {
+    pub(crate) fn start_container(&mut self, to: ReplyTo, request: &StartContainer) -> Answered {
+        let id = &request.container_id;
+        let key = self.find_container(id).ok_or_else(|| Failure::no_container(id))?;
+        let container = &self.containers[&key];
+        let State::Created { starting: false, .. } = container.state else {
+            return Err(container.wrong_state("created and waiting to be started"));
+        };
+        let runtime = container.runtime.clone();
+        self.call(&runtime, "start", &[id.into()], None, Purpose::Start(key, to))?;
+        if let Some(State::Created { starting, .. }) = self.containers.get_mut(&key).map(|it| &mut it.state) {
+            *starting = true;
+        }
+        Ok(Answer::Later)
+    }
+
+    /// The runtime's `start` has ended.
+    pub(crate) fn start_ended(&mut self, key: u64, to: ReplyTo, outcome: Result<(), Failure>) {
+        if let Some(container) = self.containers.get_mut(&key) {
+            let state = std::mem::replace(&mut container.state, State::nothing());
+            container.state = match state {
+                State::Created { child, .. } if outcome.is_ok() => State::Running { child },
+                State::Created { child, .. } => State::Created { child, starting: false },
+                State::Ending(mut ending) => {
+                    ending.starting = false;
+                    State::Ending(ending)
+                }
+                other => other,
+            };
+        }
+        self.reply(to, outcome.map(|()| reply::Result::Done(proto::Done {})));
+        self.advance_ending(key);
+    }
+
+    pub(crate) fn kill_container(&mut self, request: &KillContainer) -> Answered {
+        let id = &request.container_id;
+        let signal = parse_signal(request.signal)?;
+        let key = self.find_container(id).ok_or_else(|| Failure::no_container(id))?;
+        let container = &self.containers[&key];
+        match &container.state {
+            State::Created { child, .. } | State::Running { child } => {
+                if request.all
+                    && let Some(cgroup) = &container.cgroup
+                {
+                    cgroup.signal_all(signal);
+                }
+                // The whole cgroup has got it already, but a process may have left its container's cgroup.
+                if !request.all || container.cgroup.is_none() || signal == Signal::KILL {
+                    child
+                        .signal(signal)
+                        .map_err(|error| Failure::system(format!("signal container {id}"), error))?;
+                }
+                Ok(Answer::DONE)
+            }
+            // What it was to reach is reached.
+            State::Ending(_) | State::Exited { .. } => Ok(Answer::DONE),
+            State::Opening { .. } | State::Creating { .. } | State::Failed { .. } => {
+                Err(container.wrong_state("created"))
+            }
+        }
+    }
+
+    pub(crate) fn delete_container(&mut self, to: ReplyTo, request: &DeleteContainer) -> Answer {
+        let Some(key) = self.find_container(&request.container_id) else { return Answer::DONE };
+        let Some(container) = self.containers.get_mut(&key) else { return Answer::DONE };
+        container.deletes.push(to);
+        match &container.state {
+            // log_opened sees the delete.
+            State::Opening { .. } | State::Failed { .. } | State::Ending(_) => {}
+            State::Creating { call, .. } => {
+                if let Some(call) = self.calls.get_mut(call) {
+                    call.stop(Stopped::Cancelled);
+                }
+            }
+            State::Created { child, .. } | State::Running { child } => {
+                let killed = child.signal(Signal::KILL);
+                if let Some(cgroup) = &container.cgroup {
+                    cgroup.signal_all(Signal::KILL);
+                }
+                if let Err(error) = killed {
+                    self.journal.note("a container could not be killed", &container.id, &error);
+                }
+            }
+            State::Exited { .. } => self.finish_deletes(key),
+        }
+        Answer::Later
+    }
+
+    pub(crate) fn update_container(&mut self, to: ReplyTo, request: &UpdateContainer) -> Answered {
+        let id = &request.container_id;
+        let key = self.find_container(id).ok_or_else(|| Failure::no_container(id))?;
+        let container = &self.containers[&key];
+        if container.child().is_none() {
+            return Err(container.wrong_state("created or running"));
+        }
+        if request.resources.is_empty() {
+            return Err(Failure::invalid("resources is empty"));
+        }
+        let runtime = container.runtime.clone();
+        let serial = self.new_key();
+        let file = self.run_file(&format!("{serial}.resources.json"));
+        std::fs::write(&file, &request.resources)
+            .map_err(|error| Failure::system(format!("write {}", file.display()), error))?;
+        let arguments = ["--resources".into(), file.clone().into(), id.into()];
+        let called = self.call(&runtime, "update", &arguments, None, Purpose::Update(to, file.clone()));
+        if called.is_err() {
+            let _ = std::fs::remove_file(&file);
+        }
+        called.map(|_| Answer::Later)
+    }
+}
+
+fn parse_signal(number: i32) -> Result<Signal, Failure> {
+    sys::signal(number).ok_or_else(|| Failure::invalid(format!("signal {number} does not exist")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn real_time_signals_are_signals() {
+        assert_eq!(parse_signal(15).unwrap(), Signal::TERM);
+        // SIGRTMIN+3, "halt" to systemd: the stop signal of its images.
+        assert_eq!(parse_signal(37).unwrap().as_raw(), 37);
+        for number in [0, -1, 65, i32::MAX, i32::MIN] {
+            assert!(parse_signal(number).is_err(), "{number}");
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! A container's output: from its pipes to its log and to who is attached.
+//!
+//! The log comes first: the pipes are read as fast as the disk thread writes, with at most [`BACKLOG`] bytes under
+//! way, and no attached client can slow that down.
+
+use podvisor_proto::monitor::{self as proto, ReopenLog, reply, stream_frame::Frame};
+
+use super::{Container, State};
+use crate::disk::{BACKLOG, Job};
+use crate::failure::Failure;
+use crate::monitor::Monitor;
+use crate::output::lines::Stream;
+use crate::output::timestamp;
+use crate::stdio::{Chunk, Output};
+use crate::verbs::{Answer, Answered, ReplyTo};
+
+impl Container {
+    fn output(&mut self, stream: Stream) -> &mut Option<Output> {
+        match stream {
+            Stream::Stdout => &mut self.streams.stdout,
+            Stream::Stderr => &mut self.streams.stderr,
+        }
+    }
+
+    /// Log lines that these bytes complete, or that the end of the stream does.
+    fn cut(&mut self, stream: Stream, written: Option<&[u8]>) -> Vec<u8> {
+        let mut log = Vec::new();
+        if self.logged {
+            let time = timestamp::now();
+            let lines = match stream {
+                Stream::Stdout => &mut self.stdout,
+                Stream::Stderr => &mut self.stderr,
+            };
+            match written {
+                Some(bytes) => lines.push(bytes, &time, &mut log),
+                None => lines.finish(&time, &mut log),
+            }
+        }
+        self.backlog += log.len();
+        log
+    }
+}
+
+impl Monitor {
+    /// Begins to read what a container writes.
+    pub(super) fn watch_output(&mut self, key: u64) {
+        self.pump_container(key, Stream::Stdout);
+        self.pump_container(key, Stream::Stderr);
+    }
+
+    /// Reads what a container has written, as long as there is something and the disk keeps up.
+    pub(crate) fn pump_container(&mut self, key: u64, stream: Stream) {
+        /// Reads in a row, so that one container's flood does not keep the others waiting.
+        const TURNS: usize = 8;
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let mut ended = false;
+        for turn in 0.. {
+            let Some(container) = self.containers.get_mut(&key) else { break };
+            let full = container.backlog >= BACKLOG;
+            let Some(output) = container.output(stream) else { break };
+            if full {
+                output.watch(&self.poller, false);
+                container.held_back = true;
+                break;
+            }
+            if turn == TURNS {
+                output.watch(&self.poller, true);
+                break;
+            }
+            match output.read(&mut buffer) {
+                Chunk::Data(count) => {
+                    let lines = container.cut(stream, Some(&buffer[..count]));
+                    if !lines.is_empty() {
+                        self.disk.send(Job::Append { key, lines });
+                    }
+                    self.show_attached(key, stream, &buffer[..count]);
+                }
+                Chunk::Blocked => {
+                    output.watch(&self.poller, true);
+                    break;
+                }
+                Chunk::End => {
+                    if let Some(output) = container.output(stream).take() {
+                        output.close(&self.poller);
+                    }
+                    let lines = container.cut(stream, None);
+                    if !lines.is_empty() {
+                        self.disk.send(Job::Append { key, lines });
+                    }
+                    ended = true;
+                    break;
+                }
+            }
+        }
+        self.buffer = buffer;
+        if ended {
+            self.advance_ending(key);
+        }
+    }
+
+    fn show_attached(&mut self, key: u64, stream: Stream, bytes: &[u8]) {
+        let Some(container) = self.containers.get(&key) else { return };
+        let interested: Vec<u64> = container
+            .attached
+            .iter()
+            .filter(|attached| match stream {
+                Stream::Stdout => attached.stdout,
+                Stream::Stderr => attached.stderr,
+            })
+            .map(|attached| attached.connection)
+            .collect();
+        for connection in interested {
+            let frame = match stream {
+                Stream::Stdout => Frame::Stdout(bytes.to_vec()),
+                Stream::Stderr => Frame::Stderr(bytes.to_vec()),
+            };
+            self.send_attached(key, connection, frame);
+        }
+    }
+
+    /// The disk thread has written a part of a log.
+    pub(crate) fn log_written(&mut self, key: u64, bytes: usize) {
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        container.backlog = container.backlog.saturating_sub(bytes);
+        if container.held_back && container.backlog < BACKLOG / 2 {
+            container.held_back = false;
+            self.watch_output(key);
+        }
+    }
+
+    pub(crate) fn reopen_log(&mut self, to: ReplyTo, request: &ReopenLog) -> Answered {
+        let id = &request.container_id;
+        let key = self.find_container(id).ok_or_else(|| Failure::no_container(id))?;
+        let Some(container) = self.containers.get_mut(&key) else { return Err(Failure::no_container(id)) };
+        if !matches!(container.state, State::Created { .. } | State::Running { .. }) {
+            return Err(container.wrong_state("running"));
+        }
+        if !container.logged {
+            return Err(Failure::wrong_state(format!("container {id} has no log")));
+        }
+        container.reopening.push(to);
+        self.disk.send(Job::Reopen { key });
+        Ok(Answer::Later)
+    }
+
+    /// The disk thread goes on in a new file, or could not. It answers in the order it was asked.
+    pub(crate) fn log_reopened(&mut self, key: u64, result: Result<(), String>) {
+        let Some(container) = self.containers.get_mut(&key).filter(|it| !it.reopening.is_empty()) else {
+            return;
+        };
+        let to = container.reopening.remove(0);
+        let result = result
+            .map(|()| reply::Result::Done(proto::Done {}))
+            .map_err(|error| Failure::system(format!("reopen the log of container {}", container.id), error));
+        self.reply(to, result);
+    }
+}

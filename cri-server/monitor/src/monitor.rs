@@ -1,0 +1,367 @@
+//! The monitor's state and its loop: sleep until something is ready, do it, never wait inside.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+
+use podvisor_proto::monitor as proto;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::net::{SocketFlags, accept_with};
+use rustix::process::{Pid, WaitOptions, WaitStatus, wait};
+
+use crate::connection::{Connection, Role};
+use crate::console::ListeningSocket;
+use crate::container::{Container, State};
+use crate::disk::{Disk, Done};
+use crate::exec::Exec;
+use crate::journal::Journal;
+use crate::output::lines::Stream;
+use crate::pod_init::PodInit;
+use crate::poll::{Interest, Poller, Ready, Timer, Timers, Token, Watch};
+use crate::port::Port;
+use crate::runtime::{Call, Purpose, Stopped};
+use crate::sys;
+
+/// Bytes read from a process at once. A CRI line has as many at most, and a short line grows to forty times its size
+/// in the log, so more would only make the bound on what waits for the disk softer.
+const READ_AT_ONCE: usize = 16 * 1024;
+
+/// The pod that adopted this monitor.
+#[derive(Debug)]
+pub(crate) struct Pod {
+    pub(crate) id: String,
+    pub(crate) run_dir: PathBuf,
+    pub(crate) state_dir: PathBuf,
+    /// `None`: the host's.
+    pub(crate) network_namespace: Option<PathBuf>,
+    pub(crate) listener: ListeningSocket,
+}
+
+/// Everything a monitor knows.
+#[derive(Debug)]
+pub(crate) struct Monitor {
+    pub(crate) poller: Poller,
+    pub(crate) timers: Timers,
+    pub(crate) disk: Disk,
+    pub(crate) journal: Journal,
+    pub(crate) pod: Option<Pod>,
+    pub(crate) connections: BTreeMap<u64, Connection>,
+    pub(crate) containers: BTreeMap<u64, Container>,
+    pub(crate) execs: BTreeMap<u64, Exec>,
+    pub(crate) calls: BTreeMap<u64, Call>,
+    pub(crate) ports: BTreeMap<u64, Port>,
+    pub(crate) init: Option<PodInit>,
+    pub(crate) strays: Strays,
+    /// The monitor is about to end: it only waits for its last replies to be taken.
+    pub(crate) farewell: bool,
+    /// Who is answered when the init has ended, before the monitor ends.
+    pub(crate) farewells: Vec<crate::verbs::ReplyTo>,
+    pub(crate) buffer: Box<[u8]>,
+    /// The daemon's connection that the monitor was started with.
+    cradle: u64,
+    next_key: u64,
+    children_waker: BorrowedFd<'static>,
+}
+
+impl Monitor {
+    /// A monitor that waits to be adopted, with the daemon at the other end of `control`.
+    pub(crate) fn new(control: OwnedFd) -> io::Result<Self> {
+        let poller = Poller::new()?;
+        let children_waker = sys::catch_signals(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)?;
+        // Containers are created by an OCI runtime that ends; they become children of the nearest subreaper.
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
+        let disk = Disk::start()?;
+        Watch::new(Token::Children).set(&poller, children_waker, Some(Interest::READ))?;
+        Watch::new(Token::Disk).set(&poller, disk.waker(), Some(Interest::READ))?;
+        let mut monitor = Self {
+            poller,
+            timers: Timers::default(),
+            disk,
+            journal: Journal::default(),
+            pod: None,
+            connections: BTreeMap::new(),
+            containers: BTreeMap::new(),
+            execs: BTreeMap::new(),
+            calls: BTreeMap::new(),
+            ports: BTreeMap::new(),
+            init: None,
+            strays: Strays::default(),
+            farewell: false,
+            farewells: Vec::new(),
+            buffer: vec![0; READ_AT_ONCE].into(),
+            cradle: 0,
+            next_key: 0,
+            children_waker,
+        };
+        crate::stdio::set_nonblocking(&control)?;
+        monitor.cradle = monitor.add_connection(control);
+        Ok(monitor)
+    }
+
+    /// A number for a new thing, never given before.
+    pub(crate) fn new_key(&mut self) -> u64 {
+        self.next_key += 1;
+        self.next_key
+    }
+
+    /// Works until the monitor is to end.
+    pub(crate) fn run(mut self) -> io::Result<()> {
+        let mut ready = Vec::new();
+        loop {
+            self.sweep();
+            if self.is_over() {
+                return Ok(());
+            }
+            self.poller.wait(self.timers.next(), &mut ready)?;
+            for event in &ready {
+                self.on_ready(*event);
+            }
+            while let Some(timer) = self.timers.due() {
+                self.on_timer(timer);
+            }
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        if self.farewell {
+            return self.connections.values().all(|connection| connection.queued() == 0);
+        }
+        self.pod.is_none() && !self.connections.contains_key(&self.cradle)
+    }
+
+    fn on_ready(&mut self, event: Ready) {
+        match event.token {
+            Token::Children => self.reap(),
+            Token::Disk => self.disk_done(),
+            Token::Listener => self.accept(),
+            Token::Connection(key) => {
+                if event.readable {
+                    self.read_connection(key);
+                }
+                if let Some(connection) = self.connections.get_mut(&key) {
+                    if event.writable {
+                        connection.flush(&self.poller);
+                        self.client_took_output(key);
+                    } else if event.hung_up && !(event.readable && connection.reads()) {
+                        // What it sent before it went has been read, or has nowhere to go.
+                        connection.abort();
+                    }
+                }
+            }
+            Token::Stdin(key) => self.flush_input(key),
+            Token::Stdout(key) => self.pump(key, Stream::Stdout),
+            Token::Stderr(key) => self.pump(key, Stream::Stderr),
+            Token::Oom(key) => self.memory_event(key),
+            Token::Port(key) => self.port_ready(key),
+        }
+    }
+
+    fn on_timer(&mut self, timer: Timer) {
+        match timer {
+            Timer::Call(key) => {
+                if let Some(call) = self.calls.get_mut(&key) {
+                    call.stop(Stopped::Late);
+                }
+            }
+            Timer::Exec(key) => self.exec_time_is_over(key),
+            Timer::Drain(key) => self.drain_time_is_over(key),
+            Timer::Port(key) => self.port_time_is_over(key),
+            Timer::Init => self.init_time_is_over(),
+            Timer::Farewell => self.connections.clear(),
+        }
+    }
+
+    fn pump(&mut self, key: u64, stream: Stream) {
+        if self.containers.contains_key(&key) {
+            self.pump_container(key, stream);
+        } else {
+            self.pump_exec(key, stream);
+        }
+    }
+
+    fn drain_time_is_over(&mut self, key: u64) {
+        let streams = match (self.containers.get_mut(&key), self.execs.get_mut(&key)) {
+            (Some(container), _) => &mut container.streams,
+            (None, Some(exec)) => &mut exec.streams,
+            (None, None) => return,
+        };
+        for output in [&mut streams.stdout, &mut streams.stderr].into_iter().flatten() {
+            output.limit_to_present();
+        }
+        self.pump(key, Stream::Stdout);
+        self.pump(key, Stream::Stderr);
+    }
+
+    fn accept(&mut self) {
+        while let Some(pod) = &self.pod {
+            match accept_with(&pod.listener.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                Ok(socket) => drop(self.add_connection(socket)),
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return,
+                Err(error) => return self.journal.note("accept failed", &pod.id, &error),
+            }
+        }
+    }
+
+    fn add_connection(&mut self, socket: OwnedFd) -> u64 {
+        let key = self.new_key();
+        let mut connection = Connection::new(key, socket);
+        connection.watch(&self.poller);
+        self.connections.insert(key, connection);
+        key
+    }
+
+    /// Drops the connections that are over, with what was done for them alone.
+    fn sweep(&mut self) {
+        loop {
+            let over =
+                self.connections.iter().find(|(_, connection)| connection.is_over()).map(|(key, _)| *key);
+            let Some((key, connection)) = over.and_then(|key| self.connections.remove_entry(&key)) else {
+                return;
+            };
+            if let Role::Attach { container, stdin } = connection.role {
+                self.detach(key, container, stdin);
+            }
+            connection.end(&self.poller);
+            self.ports_abandoned(key);
+            self.execs_abandoned(key);
+        }
+    }
+
+    /// Collects every child that has ended.
+    fn reap(&mut self) {
+        let _ = rustix::io::read(self.children_waker, &mut [0u8; 8]);
+        while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
+            if status.exited() || status.signaled() {
+                self.child_ended(pid, status);
+            }
+        }
+    }
+
+    fn child_ended(&mut self, pid: Pid, status: WaitStatus) {
+        if let Some(key) = self.calls.iter().find(|(_, call)| call.pid == pid).map(|(key, _)| *key) {
+            self.call_ended(key, status);
+        } else if let Some(key) =
+            self.containers.iter().find(|(_, it)| it.pid() == Some(pid)).map(|(key, _)| *key)
+        {
+            self.container_ended(key, status);
+        } else if let Some(key) = self.execs.iter().find(|(_, it)| it.pid() == Some(pid)).map(|(key, _)| *key)
+        {
+            self.exec_ended(key, status);
+        } else if self.init.as_ref().is_some_and(|init| init.pid() == Some(pid)) {
+            self.init_ended(pid, status);
+        } else if self.pid_files_expected() {
+            self.strays.add(pid, status);
+        }
+    }
+
+    /// A pid that is not known yet may soon be: somebody is about to write a pid file.
+    fn pid_files_expected(&self) -> bool {
+        self.init.as_ref().is_some_and(PodInit::is_starting)
+            || self.calls.values().any(|call| matches!(call.purpose, Purpose::Create(_) | Purpose::Exec(_)))
+    }
+
+    fn call_ended(&mut self, key: u64, status: WaitStatus) {
+        let Some(call) = self.calls.remove(&key) else { return };
+        self.timers.cancel(call.deadline);
+        let outcome = call.runtime.outcome(&call, status);
+        let _ = std::fs::remove_file(&call.log);
+        match call.purpose {
+            Purpose::Create(container) => self.create_ended(container, outcome),
+            Purpose::Start(container, to) => self.start_ended(container, to, outcome),
+            Purpose::Update(to, file) => {
+                let _ = std::fs::remove_file(file);
+                self.reply(to, outcome.map(|()| proto::reply::Result::Done(proto::Done {})));
+            }
+            Purpose::Delete(container) => self.removal_ended(container, outcome),
+            Purpose::CleanUp(container) => {
+                if let Err(failure) = outcome {
+                    self.journal.note(
+                        "clean up after a failed create",
+                        &failure.detail,
+                        &failure.runtime_log,
+                    );
+                }
+                self.creation_undone(container);
+            }
+            Purpose::Exec(exec) => self.exec_call_ended(exec, outcome),
+        }
+        if !self.pid_files_expected() {
+            self.strays = Strays::default();
+        }
+    }
+
+    fn disk_done(&mut self) {
+        self.disk.quiet();
+        while let Some(done) = self.disk.next() {
+            match done {
+                Done::Opened { key, result } => self.log_opened(key, result),
+                Done::Written { key, bytes } => self.log_written(key, bytes),
+                Done::Reopened { key, result } => self.log_reopened(key, result),
+                Done::Recorded { key, result } => {
+                    if let Err(error) = result {
+                        self.journal.note("the exit record is not durable", &key.to_string(), &error);
+                    }
+                    if self.containers.contains_key(&key) {
+                        self.container_recorded(key);
+                    } else {
+                        self.init_recorded(key);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Ends the monitor, unless somebody still needs it.
+    pub(crate) fn shutdown(&mut self, to: crate::verbs::ReplyTo) -> crate::verbs::Answered {
+        if let Some(container) = self.containers.values().next() {
+            let detail = format!("container {} still exists", container.id);
+            return Err(crate::failure::Failure::wrong_state(detail));
+        }
+        if self.end_init(to) {
+            return Ok(crate::verbs::Answer::Later);
+        }
+        self.say_farewell();
+        Ok(crate::verbs::Answer::DONE)
+    }
+
+    /// From now on only the last replies go out.
+    pub(crate) fn say_farewell(&mut self) {
+        const PATIENCE: std::time::Duration = std::time::Duration::from_secs(1);
+        self.farewell = true;
+        self.timers.set(PATIENCE, Timer::Farewell);
+        if let Some(pod) = &self.pod {
+            let _ = std::fs::remove_file(&pod.listener.path);
+        }
+    }
+
+    /// The containers and the pod's init.
+    pub(crate) fn list_processes(&self) -> Vec<proto::Process> {
+        let containers =
+            self.containers.values().filter(|container| !matches!(container.state, State::Failed { .. }));
+        let init = self.pod.as_ref().zip(self.init.as_ref()).map(|(pod, init)| init.describe(&pod.id));
+        containers.map(Container::describe).chain(init).collect()
+    }
+}
+
+/// How processes ended whose pid nobody had asked about yet: a container or exec that was quicker than its runtime.
+#[derive(Debug, Default)]
+pub(crate) struct Strays(VecDeque<(Pid, WaitStatus)>);
+
+impl Strays {
+    /// With the host's pid namespace every orphan of a container ends up here, so the number is bounded.
+    const LIMIT: usize = 4096;
+
+    fn add(&mut self, pid: Pid, status: WaitStatus) {
+        if self.0.len() == Self::LIMIT {
+            self.0.pop_front();
+        }
+        self.0.push_back((pid, status));
+    }
+
+    /// The latest with this pid.
+    pub(crate) fn take(&mut self, pid: Pid) -> Option<WaitStatus> {
+        let index = self.0.iter().rposition(|(stray, _)| *stray == pid)?;
+        self.0.remove(index).map(|(_, status)| status)
+    }
+}
