@@ -81,7 +81,7 @@ pub fn busybox() -> Result<Files> {
 
 /// Debian's busybox-static as it is: quicker to get, with fewer applets.
 pub fn busybox_static() -> Result<Files> {
-    let program = contents_dir().join("busybox-static/root/bin/busybox");
+    let program = contents_dir().join("busybox-static/files/bin/busybox");
     let binary = read(&program)?;
     let listed = Command::new(&program)
         .arg("--list")
@@ -138,7 +138,7 @@ pub fn httpd() -> Result<Files> {
             0o755,
             "#!/bin/sh\nrm -f /var/run/httpd.pid\nexec httpd -DFOREGROUND -f /usr/local/apache2/conf/httpd.conf\n",
         );
-    let installed = contents_dir().join("webservers/root/usr/lib/apache2/modules");
+    let installed = contents_dir().join("webservers/files/usr/lib/apache2/modules");
     for module in modules {
         let name = format!("mod_{module}.so");
         files =
@@ -161,7 +161,7 @@ fn web_user(files: Files, name: &str) -> Files {
 
 /// A program out of the unpacked packages, installed as `target`, with the libraries that its loader asks for.
 fn with_program(files: Files, source: &str, target: &str, by_name: &[&str]) -> Result<Files> {
-    let root = contents_dir().join("webservers/root");
+    let root = contents_dir().join("webservers/files");
     let folders = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"].map(|folder| root.join(folder));
     let loader = folders[0].join("ld-linux-x86-64.so.2");
     let search = folders.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(":");

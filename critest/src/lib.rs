@@ -5,15 +5,21 @@
 //! - [`http`], [`registry`]: Debian's docker-registry as a child process, and pushing to it;
 //! - [`catalogue`], [`contents`]: the images that critest names, and what is in them;
 //! - [`sandbox`]: namespaces and cgroups of one's own, with a check for what was left behind;
-//! - [`report`], [`expected`]: ginkgo's JSON report, compared with the list of results that are expected.
+//! - [`node`]: a daemon with directories and a configuration of its own;
+//! - [`suite`], [`report`], [`expected`]: running critest, reading ginkgo's JSON report, comparing it with the list of
+//!   results that are expected.
 
 pub mod catalogue;
 pub mod contents;
+pub mod expected;
 pub mod http;
 pub mod image;
 pub mod layer;
+pub mod node;
 pub mod registry;
+pub mod report;
 pub mod sandbox;
+pub mod suite;
 
 use std::path::PathBuf;
 

@@ -1,13 +1,18 @@
 //! The command line of the test tools: `podvisor-critest sandbox`, `images`, `run`.
 
 use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
-use podvisor_critest::catalogue::Prepared;
+use podvisor_critest::catalogue::{MIRRORED, Prepared};
+use podvisor_critest::expected::{Expected, as_list};
+use podvisor_critest::node::{self, Node};
+use podvisor_critest::report::{Outcome, Outcomes};
 use podvisor_critest::sandbox::{self, Stage};
+use podvisor_critest::suite;
 
 /// Test images, a private environment, and the conformance suite.
 #[derive(Debug, Parser)]
@@ -21,6 +26,8 @@ struct Arguments {
 enum Command {
     /// Makes the conformance suite's images, if they are not there, and prints the digest that critest is built with.
     Images,
+    /// Runs the conformance suite and compares its results with a list; fails on any difference. To be run in a sandbox.
+    Run(Box<Run>),
     /// Runs a command in namespaces and cgroups of its own; fails when it leaves anything behind.
     Sandbox {
         /// The command with its arguments.
@@ -34,6 +41,27 @@ enum Command {
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
+}
+
+#[derive(Debug, clap::Args)]
+struct Run {
+    /// The socket of a runtime that is running already; without it podvisor is started.
+    #[arg(long)]
+    endpoint: Option<PathBuf>,
+    /// Handler of pods that name none: `runc` or `crun`.
+    #[arg(long, default_value = "runc")]
+    handler: String,
+    /// The list of expected results.
+    #[arg(long)]
+    expected: PathBuf,
+    /// Writes the results as a list to this file.
+    #[arg(long)]
+    results: Option<PathBuf>,
+    /// Where the daemon's log is copied to.
+    #[arg(long)]
+    daemon_log: Option<PathBuf>,
+    #[command(flatten)]
+    suite: suite::Options,
 }
 
 fn main() -> ExitCode {
@@ -52,7 +80,62 @@ fn run(arguments: Arguments) -> Result<i32> {
             println!("{}", Prepared::make()?.digest()?);
             Ok(0)
         }
+        Command::Run(run) => {
+            let expected = Expected::read(&run.expected)?;
+            let outcomes = match &run.endpoint {
+                Some(socket) => suite::run(socket, &run.suite)?,
+                None => on_a_node(run.handler, &run.suite, run.daemon_log.as_deref())?,
+            };
+            if let Some(results) = &run.results {
+                std::fs::write(results, as_list(&outcomes))
+                    .with_context(|| format!("writing {}", results.display()))?;
+            }
+            Ok(judge(&outcomes, &expected, run.suite.partial()))
+        }
         Command::Sandbox { command } => sandbox::run(&["stage"], &command),
         Command::Stage { stage, command } => sandbox::stage(stage, &["stage"], &command),
     }
+}
+
+/// Runs the suite against a daemon of this build, with the images behind its mirrors.
+fn on_a_node(handler: String, suite: &suite::Options, daemon_log: Option<&Path>) -> Result<Outcomes> {
+    let registry = Prepared::make()?.serve()?;
+    let node = Node::new(&node::Options {
+        mirrored: MIRRORED.map(str::to_owned).into(),
+        mirror: Some(registry.address()),
+        handler,
+        ..node::Options::default()
+    })?;
+    let daemon = node.start()?;
+    let outcomes = suite::run(&node.socket(), suite);
+    let ended = daemon.stop();
+    if let Some(copy) = daemon_log {
+        std::fs::copy(node.log_file(), copy).with_context(|| format!("writing {}", copy.display()))?;
+    }
+    ended?;
+    outcomes
+}
+
+/// Prints what failed, what was skipped, what differs and the counts; returns the exit status.
+fn judge(outcomes: &Outcomes, expected: &Expected, partial: bool) -> i32 {
+    let mut counts = [0; 3];
+    for (name, outcome) in outcomes {
+        match outcome {
+            Outcome::Pass => counts[0] += 1,
+            Outcome::Fail(reason) => {
+                counts[1] += 1;
+                println!("FAILED {name}\n    {}", reason.replace('\n', "\n    "));
+            }
+            Outcome::Skip(reason) => {
+                counts[2] += 1;
+                println!("skipped {name}: {reason}");
+            }
+        }
+    }
+    let differences = expected.differences(outcomes, partial);
+    for difference in &differences {
+        println!("DIFFERENT {difference}");
+    }
+    println!("critest: {} passed, {} failed, {} skipped", counts[0], counts[1], counts[2]);
+    i32::from(!differences.is_empty())
 }

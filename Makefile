@@ -1,0 +1,50 @@
+# What one types; what it takes is in tests/scripts and critest/tools. Everything made is in target/.
+
+TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
+CRITEST := $(TARGET)/release/podvisor-critest
+
+.PHONY: all packages deps build images test lint critest demo bench clean
+
+all: build
+
+# Installs what the machine lacks. Needs root only if something is missing.
+packages:
+	tests/scripts/deps
+
+# The same, and the pinned Go programs.
+deps: packages
+	critest/tools/build crictl ginkgo runc
+
+build: packages
+	cargo build --release -p podvisor -p podvisor-monitor -p podvisor-critest
+
+# The images that the conformance suite pulls, and the suite itself, which names one of them by its digest.
+images: build
+	critest/tools/contents busybox busybox-static programs webservers
+	critest/tools/build critest "$$($(CRITEST) images)"
+
+lint: packages
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+# Everything: lint, unit tests, black-box tests, conformance. The last line is the total.
+test: deps build images
+	tests/scripts/test
+
+# The conformance suite alone; ARGUMENTS go to it, e.g. ARGUMENTS="--focus Streaming --parallel 4".
+critest: deps images
+	$(CRITEST) sandbox -- $(CRITEST) run --expected critest/expected/runc.txt $(ARGUMENTS)
+
+# Pulls an image through a mirror and runs a pod with it, showing every step.
+demo: build
+	critest/tools/build crictl
+	critest/tools/contents busybox-static
+	tests/scripts/demo
+
+bench: deps build
+	critest/tools/contents busybox-static
+	cargo build --release -p podvisor-tests --bin podvisor-bench
+	$(CRITEST) sandbox -- $(TARGET)/release/podvisor-bench
+
+clean:
+	rm -rf $(TARGET)

@@ -1,0 +1,289 @@
+//! A node of one's own: directories, configuration and the daemon that runs on them.
+//!
+//! For use inside a [sandbox](crate::sandbox): the daemon makes interfaces, mounts and cgroups. Everything of a node
+//! is below one temporary directory, so that nodes do not meet and nothing remains.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use crate::{target_dir, tools_dir};
+
+/// How long a daemon may take until it says that it is ready, also when it has many pods to take over.
+const START: Duration = Duration::from_secs(60);
+
+/// How long a daemon may take to end after SIGTERM.
+const STOP: Duration = Duration::from_secs(60);
+
+/// The daemon as `make build` leaves it.
+pub fn daemon_program() -> PathBuf {
+    std::env::var_os("PODVISOR").map_or_else(|| target_dir().join("release/podvisor"), PathBuf::from)
+}
+
+/// What a node's configuration is made from.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Registries that are reached through `mirror`, by host name.
+    pub mirrored: Vec<String>,
+    /// The registry that mirrors them.
+    pub mirror: Option<SocketAddr>,
+    /// Name of the handler for pods that name none: `runc` or `crun`.
+    pub handler: String,
+    /// More lines for the daemon's configuration, whole tables.
+    pub more: String,
+    /// The daemon's log filter.
+    pub log: String,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            mirrored: Vec::new(),
+            mirror: None,
+            handler: "runc".to_owned(),
+            more: String::new(),
+            log: "info,podvisor=debug".to_owned(),
+        }
+    }
+}
+
+/// Directories and configuration of one daemon.
+#[derive(Debug)]
+pub struct Node {
+    directory: TempDir,
+    bridge: String,
+}
+
+impl Node {
+    /// Makes the directories and writes the configuration.
+    pub fn new(options: &Options) -> Result<Self> {
+        if std::env::var_os(crate::sandbox::MARK).is_none() {
+            bail!(
+                "a node changes interfaces, mounts and cgroups: run this in `podvisor-critest sandbox -- …`"
+            );
+        }
+        let directory =
+            tempfile::Builder::new().prefix("node.").tempdir().context("making a directory for a node")?;
+        let node = Self { directory, bridge: "podvisor0".to_owned() };
+        fs::write(node.path("registries.conf"), registries(options))?;
+        fs::write(node.path("config.toml"), node.configuration(options))?;
+        Ok(node)
+    }
+
+    /// A path below the node's directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// The configuration file.
+    pub fn configuration_file(&self) -> PathBuf {
+        self.path("config.toml")
+    }
+
+    /// The socket that the daemon serves.
+    pub fn socket(&self) -> PathBuf {
+        self.path("run/podvisor.sock")
+    }
+
+    /// The daemon's log, of all its starts.
+    pub fn log_file(&self) -> PathBuf {
+        self.path("daemon.log")
+    }
+
+    /// The file that the daemon takes for the machine's boot id when [`Node::reboot`] was called.
+    fn boot_id_file(&self) -> PathBuf {
+        self.path("boot_id")
+    }
+
+    fn configuration(&self, options: &Options) -> String {
+        let Options { handler, more, log, .. } = options;
+        let [root, run, socket, registries, certs, auth, cni] =
+            ["root", "run", "run/podvisor.sock", "registries.conf", "certs.d", "auth.json", "cni"]
+                .map(|name| self.path(name).display().to_string());
+        let runc = tools_dir().join("runc").display().to_string();
+        let bridge = &self.bridge;
+        format!(
+            "root = {root:?}\nrun = {run:?}\nsocket = {socket:?}\n\
+             [log]\nlevel = {log:?}\n\
+             [runtime]\ntrusted_handler = {handler:?}\n\
+             [runtime.handlers.runc]\ntype = \"oci\"\npath = {runc:?}\n\
+             [runtime.handlers.crun]\ntype = \"oci\"\npath = \"crun\"\n\
+             [image]\nregistries_conf = {registries:?}\ncerts_dir = {certs:?}\nauth_files = [{auth:?}]\n\
+             [network]\nmode = \"builtin\"\nbridge = {bridge:?}\ncni_config_dir = \"{cni}/net.d\"\n\
+             cni_cache_dir = \"{cni}/cache\"\n\
+             {more}\n"
+        )
+    }
+
+    /// From now on the daemon believes that the machine has been started again.
+    pub fn reboot(&self) -> Result<()> {
+        let id = tempfile::NamedTempFile::new()?.path().display().to_string();
+        fs::write(self.boot_id_file(), id).context("writing another boot id")
+    }
+
+    /// Starts the daemon and returns when it serves.
+    pub fn start(&self) -> Result<Daemon> {
+        let (mut daemon, notifications) = self.spawn()?;
+        let deadline = Instant::now() + START;
+        let mut message = [0_u8; 4096];
+        loop {
+            match notifications.recv(&mut message) {
+                Ok(length)
+                    if String::from_utf8_lossy(&message[..length]).lines().any(|line| line == "READY=1") =>
+                {
+                    return Ok(daemon);
+                }
+                Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error).context("waiting for the daemon's notification"),
+            }
+            if let Some(status) = daemon.ended()? {
+                bail!("the daemon ended at its start: {status}\n{}", self.log_tail(40));
+            }
+            if Instant::now() > deadline {
+                bail!("the daemon did not say READY=1 within {START:?}\n{}", self.log_tail(40));
+            }
+        }
+    }
+
+    /// Starts the daemon without waiting for anything; its notifications (sd_notify(3)) come on the socket.
+    pub fn spawn(&self) -> Result<(Daemon, UnixDatagram)> {
+        let notify = self.path("notify.sock");
+        if notify.exists() {
+            fs::remove_file(&notify).context("removing the last notification socket")?;
+        }
+        let notifications = UnixDatagram::bind(&notify).context("making a notification socket")?;
+        // So that the end of the process is noticed too, for which no message comes.
+        notifications.set_read_timeout(Some(Duration::from_millis(100)))?;
+        let log =
+            File::options().create(true).append(true).open(self.log_file()).context("opening the log")?;
+        let mut command = Command::new(daemon_program());
+        command
+            .arg("--config")
+            .arg(self.configuration_file())
+            .arg("serve")
+            .env("NOTIFY_SOCKET", &notify)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        if self.boot_id_file().exists() {
+            command.env("PODVISOR_BOOT_ID_FILE", self.boot_id_file());
+        }
+        let process = command
+            .spawn()
+            .with_context(|| format!("starting {} (`make build` makes it)", daemon_program().display()))?;
+        Ok((Daemon { process }, notifications))
+    }
+
+    /// The last lines of the daemon's log.
+    pub fn log_tail(&self, lines: usize) -> String {
+        let log = fs::read_to_string(self.log_file()).unwrap_or_default();
+        let all: Vec<&str> = log.lines().collect();
+        all[all.len().saturating_sub(lines)..].join("\n")
+    }
+
+    /// Everything of this node that is outside its directory and still there, one line each: mounts, pinned
+    /// namespaces, monitors. To be asked when no pod is left; the bridge stays, as it does on a real node.
+    pub fn leftovers(&self) -> Vec<String> {
+        let own = self.directory.path();
+        let mut left = Vec::new();
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        for point in table.lines().filter_map(|line| line.split(' ').nth(4)) {
+            if Path::new(point).starts_with(own) || Path::new(point).starts_with("/run/netns/") {
+                left.push(format!("mount {point}"));
+            }
+        }
+        if let Ok(pins) = fs::read_dir("/run/netns") {
+            left.extend(pins.flatten().map(|pin| format!("namespace {}", pin.path().display())));
+        }
+        left
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // The bridge and its packet filter outlive a daemon, because pods do; a node ends with its pods.
+        for command in [vec!["ip", "link", "delete", &self.bridge], vec!["nft", "flush", "ruleset"]] {
+            let _ = Command::new(command[0]).args(&command[1..]).stderr(Stdio::null()).status();
+        }
+    }
+}
+
+fn registries(options: &Options) -> String {
+    let mut text = String::new();
+    let Some(mirror) = options.mirror else { return text };
+    for host in &options.mirrored {
+        // Writing to a string cannot fail.
+        let _ = write!(
+            text,
+            "[[registry]]\nprefix = \"{host}\"\nlocation = \"{host}\"\n\
+             [[registry.mirror]]\nlocation = \"{mirror}\"\ninsecure = true\n\n"
+        );
+    }
+    text
+}
+
+/// A running daemon; killed when dropped.
+#[derive(Debug)]
+pub struct Daemon {
+    process: Child,
+}
+
+impl Daemon {
+    /// Its process.
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.process)
+    }
+
+    /// Its exit status if it has ended.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        self.process.try_wait().context("looking after the daemon")
+    }
+
+    /// Waits for its end, at most `limit`.
+    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.ended()? {
+                return Ok(status);
+            }
+            if Instant::now() > deadline {
+                bail!("the daemon did not end within {limit:?}");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// SIGKILL, as a crash.
+    pub fn kill(mut self) -> Result<()> {
+        self.process.kill().context("killing the daemon")?;
+        let status = self.process.wait().context("waiting for the daemon")?;
+        if status.signal() != Some(Signal::KILL.as_raw()) {
+            bail!("the daemon had ended by itself: {status}");
+        }
+        Ok(())
+    }
+
+    /// SIGTERM, and waits for its end.
+    pub fn stop(mut self) -> Result<ExitStatus> {
+        kill_process(self.pid(), Signal::TERM).context("stopping the daemon")?;
+        self.wait(STOP)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Both fail only when it has ended already.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
