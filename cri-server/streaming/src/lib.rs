@@ -1,7 +1,23 @@
 //! Exec, attach and port-forward over HTTP upgrades: SPDY/3.1 and WebSocket (v4 and v5 `channel.k8s.io`, `portforward.k8s.io`).
 //!
 //! A CRI call [`Server::offer`]s a session and returns the URL; whoever connects to it gets the session's streams, once.
+//! README.md has the map of the files, the invariants and the decisions.
 
+mod activity;
+mod pieces;
+mod port_forward;
+mod remote_command;
+mod server;
+mod spdy;
+mod tls;
+mod tokens;
+mod upgrade;
+mod websocket;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -28,10 +44,26 @@ pub struct Options {
 #[derive(Debug, Clone)]
 #[allow(missing_docs)]
 pub enum Session {
-    Exec { container: String, command: Vec<String>, tty: bool, stdin: bool, stdout: bool, stderr: bool },
-    Attach { container: String, tty: bool, stdin: bool, stdout: bool, stderr: bool },
+    Exec {
+        container: String,
+        command: Vec<String>,
+        tty: bool,
+        stdin: bool,
+        stdout: bool,
+        stderr: bool,
+    },
+    Attach {
+        container: String,
+        tty: bool,
+        stdin: bool,
+        stdout: bool,
+        stderr: bool,
+    },
     /// Only these ports, unless empty.
-    PortForward { sandbox: String, ports: Vec<u16> },
+    PortForward {
+        sandbox: String,
+        ports: Vec<u16>,
+    },
 }
 
 /// Size of a terminal in characters.
@@ -85,26 +117,69 @@ pub trait Backend: Send + Sync + 'static {
 
 /// Why the server could not start.
 #[derive(Debug, thiserror::Error)]
-#[error("placeholder")]
-pub struct StreamingError;
+pub enum StreamingError {
+    /// URLs are the only credential, so they travel in clear on this machine only.
+    #[error("streaming on {address} needs TLS: only a loopback address does without")]
+    NeedsTls {
+        /// What was configured.
+        address: SocketAddr,
+    },
+    /// The address is in use or not ours.
+    #[error("cannot listen on {address} for streaming")]
+    Listen {
+        /// What was configured.
+        address: SocketAddr,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Certificate or key cannot be used.
+    #[error("cannot stream over TLS")]
+    Certificate(#[from] CertificateError),
+}
 
-/// The streaming server.
+pub use tls::CertificateError;
+
+/// The streaming server. Dropping it is like [`Server::close`].
 #[derive(Debug)]
-pub struct Server {}
+pub struct Server {
+    listening: server::Listening,
+}
 
 impl Server {
     /// Listens; sessions go to `backend`. Refuses a non-loopback address without TLS.
-    pub async fn start<B: Backend>(_options: Options, _backend: Arc<B>) -> Result<Self, StreamingError> {
-        todo!()
+    pub async fn start<B: Backend>(options: Options, backend: Arc<B>) -> Result<Self, StreamingError> {
+        Self::start_with(options, server::Limits::default(), backend).await
     }
 
-    /// A URL with a fresh single-use 128-bit token.
-    pub fn offer(&self, _session: Session) -> String {
-        todo!()
+    async fn start_with<B: Backend>(
+        options: Options,
+        limits: server::Limits,
+        backend: Arc<B>,
+    ) -> Result<Self, StreamingError> {
+        Ok(Self { listening: server::listen(options, limits, backend).await? })
     }
 
-    /// Stops accepting; running sessions go on until they end or the process does.
+    /// Where it listens, with the port that the system chose if 0 was asked for.
+    pub fn address(&self) -> SocketAddr {
+        self.listening.address
+    }
+
+    /// A URL with a fresh single-use 128-bit token. At most 1024 are outstanding; beyond that the oldest expires.
+    pub fn offer(&self, session: Session) -> String {
+        let kind = server::kind_of(&session);
+        format!("{}/{kind}/{}", self.listening.base, self.listening.tokens.offer(session))
+    }
+
+    /// Stops accepting and forgets unused URLs; running sessions go on until they end or the process does.
     pub fn close(&self) {
-        todo!()
+        self.listening.accepting.abort();
+        self.listening.tokens.clear();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.close();
     }
 }
