@@ -1,11 +1,56 @@
 //! From the CRI's configuration to an OCI runtime spec. Pure but for the host facts it is given: no file is read here.
+//!
+//! | file | what |
+//! |---|---|
+//! | `container.rs` | the spec, put together |
+//! | `process.rs` | arguments, environment, working directory; exec |
+//! | `user.rs` | user and groups |
+//! | `capabilities.rs` | capability sets |
+//! | `namespaces.rs` | joined, new and the node's namespaces |
+//! | `mounts.rs` | default mounts, the pod's files, volumes |
+//! | `devices.rs` | nodes and device rules |
+//! | `resources.rs` | limits: creation, update, status |
+//! | `profile.rs` | which seccomp and AppArmor profiles are asked for |
+//! | `seccomp.rs` | profile files; `seccomp/default.json` is the built-in one |
+//! | `annotations.rs` | what other runtimes read about the pod |
+//!
+//! Invariants: every field that is not used as it came is refused with its name, never repaired silently; a mode that asks for isolation
+//! never ends in a namespace of the node; a privileged container needs a privileged pod; no input makes this crate panic.
+//!
+//! Decisions, each with what was rejected:
+//! - Sysctls are not in the spec: the pod's namespaces have them already, and a container with its own mount of /proc could not set them.
+//! - A new sysfs also on the host's network, not a bind of /sys, which would bring writable debugfs and tracefs along.
+//! - An environment value that is not UTF-8 is an error. Go's JSON replaces such bytes silently, which breaks the container instead.
+//! - OCI version 1.0.2 in the spec, because crun before 1.9 refuses anything else.
+//! - SELinux labels are not set yet: options in the request have no effect.
+
+mod annotations;
+mod capabilities;
+mod container;
+mod devices;
+mod error;
+mod mounts;
+mod namespaces;
+mod process;
+mod profile;
+mod resources;
+mod seccomp;
+mod user;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use oci_spec::image::ImageConfiguration;
-use oci_spec::runtime::{LinuxResources, Process, Spec};
 use podvisor_proto::cri;
+
+pub use capabilities::{capabilities, capability_names};
+pub use container::container;
+pub use error::{ErrorKind, SpecError};
+pub use process::exec;
+pub use profile::{SecurityProfile, apparmor_request, seccomp_request};
+pub use resources::{oom_score_adj, reported_resources, resources};
+pub use seccomp::{default_seccomp, seccomp_profile};
+pub use user::User;
 
 /// Everything the spec of a container is made from.
 #[derive(Debug)]
@@ -120,36 +165,9 @@ pub struct HostFacts {
     pub hugetlb: bool,
 }
 
-/// A configuration that cannot become a container; names the CRI field.
-#[derive(Debug, thiserror::Error)]
-#[error("placeholder")]
-pub struct SpecError;
-
-/// Who a container's processes run as, for ContainerStatus.user.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub struct User {
-    pub uid: u32,
-    pub gid: u32,
-    pub supplemental_groups: Vec<u32>,
+fn security(config: &cri::ContainerConfig) -> Option<&cri::LinuxContainerSecurityContext> {
+    config.linux.as_ref()?.security_context.as_ref()
 }
 
-/// The container's spec.
-pub fn container(_input: &Input<'_>) -> Result<Spec, SpecError> {
-    todo!()
-}
-
-/// A process for exec in a container with spec `spec`.
-pub fn exec(_spec: &Spec, _command: &[String], _terminal: bool) -> Result<Process, SpecError> {
-    todo!()
-}
-
-/// Resources for UpdateContainerResources, merged over what the container has now; also what ContainerStatus returns.
-pub fn resources(_current: &LinuxResources, _update: &cri::LinuxContainerResources, _host: &HostFacts) -> Result<LinuxResources, SpecError> {
-    todo!()
-}
-
-/// The built-in profile for RuntimeDefault, for a container with these capabilities.
-pub fn default_seccomp(_capabilities: &[String]) -> oci_spec::runtime::LinuxSeccomp {
-    todo!()
-}
+#[cfg(test)]
+mod testing;
