@@ -14,8 +14,8 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use netlink_packet_route::RouteNetlinkMessage;
 use rtnetlink::LinkUnspec;
+use rtnetlink::packet_route::RouteNetlinkMessage;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
@@ -165,7 +165,7 @@ fn loopback_up() -> Result<(), Refusal> {
     let mut batch = Batch::default();
     let message = LinkUnspec::new_with_name("lo").up().build();
     batch.route("bringing loopback up", RouteNetlinkMessage::SetLink(message), 0);
-    Client::route()?.run(batch)
+    Client::route()?.run(&batch)
 }
 
 /// A file that exists already is another's pin: it is left alone, and an error.

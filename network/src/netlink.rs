@@ -7,10 +7,10 @@
 use std::io;
 use std::os::fd::AsFd;
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
-use netlink_packet_route::RouteNetlinkMessage;
-use netlink_sys::Socket;
-use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
+use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::sys::Socket;
+use rtnetlink::sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use rustix::net::{RecvFlags, SendFlags};
 
 /// `struct nlmsghdr`.
@@ -114,9 +114,12 @@ impl Client {
     }
 
     /// Sends the batch; the outcomes of the acknowledged requests in their order.
-    pub(crate) fn outcomes(&self, batch: Batch) -> Result<Vec<Result<(), Refusal>>, Refusal> {
+    pub(crate) fn outcomes(&self, batch: &Batch) -> Result<Vec<Result<(), Refusal>>, Refusal> {
         let mut outcomes: Vec<Option<Result<(), Refusal>>> = Vec::new();
         outcomes.resize_with(batch.what.len(), || None);
+        if batch.bytes.is_empty() {
+            return Ok(Vec::new());
+        }
         self.send(&batch.bytes)?;
         while outcomes.iter().any(Option::is_none) {
             for answer in Answers(&self.receive()?) {
@@ -148,7 +151,7 @@ impl Client {
     }
 
     /// Sends the batch; the first refusal, if there is one.
-    pub(crate) fn run(&self, batch: Batch) -> Result<(), Refusal> {
+    pub(crate) fn run(&self, batch: &Batch) -> Result<(), Refusal> {
         self.outcomes(batch)?.into_iter().collect()
     }
 

@@ -6,6 +6,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use podvisor_network::namespace::{self, Namespaces};
+use podvisor_network::{PortMapping, Protocol, Sandbox};
 use rustix::mount::{MountFlags, MountPropagationFlags};
 use rustix::thread::UnshareFlags;
 
@@ -52,4 +54,68 @@ pub(crate) fn names(directory: impl AsRef<Path>) -> Vec<String> {
     let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
+}
+
+/// A tokio runtime whose threads live where the calling thread does.
+pub(crate) fn wait<T>(future: impl Future<Output = T>) -> T {
+    thread_local! {
+        static RUNTIME: tokio::runtime::Runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    }
+    RUNTIME.with(|runtime| runtime.block_on(future))
+}
+
+/// A pod's network namespace and what the network is told of it.
+pub(crate) struct Pod {
+    pub(crate) sandbox: Sandbox,
+    pub(crate) namespaces: Namespaces,
+}
+
+impl Pod {
+    pub(crate) fn new(id: &str) -> Self {
+        Self::with_sysctls(id, &[])
+    }
+
+    pub(crate) fn with_sysctls(id: &str, sysctls: &[(&str, &str)]) -> Self {
+        let sysctls = sysctls.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let request = namespace::Request { name: id.into(), net: true, sysctls, ..Default::default() };
+        let namespaces = namespace::create(&request).unwrap();
+        let sandbox = Sandbox {
+            id: id.into(),
+            name: format!("name-{id}"),
+            namespace: "default".into(),
+            uid: format!("uid-{id}"),
+            netns: namespaces.net.clone().unwrap(),
+            cgroup_parent: format!("/kubepods/{id}"),
+            ports: Vec::new(),
+            ingress_bandwidth: None,
+            egress_bandwidth: None,
+            dns_servers: Vec::new(),
+            dns_searches: Vec::new(),
+            dns_options: Vec::new(),
+        };
+        Self { sandbox, namespaces }
+    }
+
+    pub(crate) fn port(
+        mut self,
+        protocol: Protocol,
+        host_ip: Option<&str>,
+        host_port: u16,
+        container_port: u16,
+    ) -> Self {
+        let host_ip = host_ip.map(|address| address.parse().unwrap());
+        self.sandbox.ports.push(PortMapping { protocol, container_port, host_port, host_ip });
+        self
+    }
+
+    /// Runs `f` in the pod's network.
+    pub(crate) fn inside<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        namespace::enter(&self.sandbox.netns, f).unwrap()
+    }
+}
+
+/// `ip -n world …` and the like, with the words of `line`.
+pub(crate) fn ip(line: &str) -> String {
+    run("ip", &line.split_whitespace().collect::<Vec<_>>())
 }
