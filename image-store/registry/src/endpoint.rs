@@ -5,6 +5,7 @@
 //! then its server. A mirror of registries.conf is one endpoint; from hosts.toml of its host come only
 //! certificates and headers.
 
+use std::fmt::Write as _;
 use std::path::Path;
 
 use http::uri::Authority;
@@ -64,7 +65,7 @@ impl Endpoint {
             Kind::Blobs => "blobs",
         };
         let (authority, root, repository) = (&self.authority, &self.root, &self.repository);
-        let query = self.namespace.as_ref().map(|name| format!("?ns={name}")).unwrap_or_default();
+        let query = self.namespace.as_ref().map(|name| format!("?ns={}", encoded(name))).unwrap_or_default();
         let url = format!("{scheme}://{authority}{root}/{repository}/{kind}/{version}{query}");
         url.parse().map_err(|_| format!("{url} is no URL"))
     }
@@ -193,6 +194,19 @@ fn hub_namespaced(place: &Location) -> String {
     }
 }
 
+/// Percent-encodes everything but unreserved characters (RFC 3986 §2.3).
+pub(crate) fn encoded(text: &str) -> String {
+    let mut encoded = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            encoded.push(char::from(byte));
+        } else {
+            let _ = write!(encoded, "%{byte:02X}");
+        }
+    }
+    encoded
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -217,6 +231,11 @@ mod tests {
                 format!("{:?} {url} {}", endpoint.scheme, endpoint.credential_host)
             })
             .collect())
+    }
+
+    #[test]
+    fn queries_are_encoded() {
+        assert_eq!(encoded("repository:a/b:pull&x=ä"), "repository%3Aa%2Fb%3Apull%26x%3D%C3%A4");
     }
 
     #[test]

@@ -148,7 +148,8 @@ impl Failure {
             | Self::Broken(_)
             | Self::NoAnswer(_)
             | Self::Stalled(_)
-            | Self::CutShort { .. } => true,
+            | Self::CutShort { .. }
+            | Self::TokenServer { .. } => true,
             Self::Status { status, .. } => {
                 status.is_server_error() || *status == StatusCode::TOO_MANY_REQUESTS
             }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 pub(crate) use live::LiveConf;
 
-use crate::reference::{Reference, is_registry, is_repository};
+use crate::reference::{Reference, is_registry, is_repository, split_version};
 
 /// Several files merged; the empty configuration is the default.
 #[derive(Debug, Clone, Default)]
@@ -144,7 +144,8 @@ fn rewrite(prefix: &str, location: &str, reference: &Reference) -> Result<Locati
     let rest = if prefix.starts_with("*.") {
         &name[reference.registry().len()..]
     } else {
-        let (path, _) = crate::reference::split_version(prefix);
+        // Behind a mere host a colon is a port.
+        let path = if prefix.contains('/') { split_version(prefix).0 } else { prefix };
         name.strip_prefix(path).unwrap_or_default()
     };
     let place = format!("{location}{rest}");
@@ -241,6 +242,9 @@ mod tests {
             prefix = "pinned.net/a/b:v1"
             location = "fixed.net/c"
             [[registry]]
+            prefix = "port.net:5000"
+            location = "127.0.0.1:5001"
+            [[registry]]
             prefix = "bad.net/x"
             location = "elsewhere.net"
             "#,
@@ -250,6 +254,7 @@ mod tests {
             ("example.com/foo", "internal.net bar"),
             ("x.y.wild.net/a/b", "caught.net all/a/b"),
             ("kept.net/a", "kept.net a"),
+            ("port.net:5000/a/b", "127.0.0.1:5001 a/b"),
             ("pinned.net/a/b:v1", "fixed.net c"),
         ] {
             let reference = reference(name);

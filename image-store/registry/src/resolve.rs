@@ -282,7 +282,9 @@ impl<'a> Walk<'a> {
 
     fn failed(&mut self, session: &Session, kind: Kind, version: &str, failure: Failure) {
         session.demote();
-        self.attempts.add(session.shown(kind, version), failure);
+        let url = session.shown(kind, version);
+        tracing::debug!(reference = %self.source.reference, url, reason = %failure, "endpoint failed");
+        self.attempts.add(url, failure);
     }
 
     fn exhausted(&mut self) -> RegistryError {

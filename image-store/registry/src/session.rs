@@ -22,6 +22,8 @@ use crate::transport::{Outgoing, Transport};
 /// Error bodies are read this far, and this long.
 const ERROR_BODY_MAX: u64 = 16 << 10;
 const ERROR_BODY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a request is sent with an authorization that somebody else got, before it is refused.
+const ROUNDS_MAX: u32 = 3;
 
 /// What all pulls share.
 #[derive(Debug)]
@@ -44,6 +46,16 @@ pub(crate) struct Session {
     secrets: Mutex<Vec<String>>,
     /// It failed during this pull: others are asked first.
     demoted: AtomicBool,
+}
+
+/// Where an authorization comes from. Only a fresh one that is refused is a refusal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Renewed {
+    Fresh,
+    /// From an earlier pull.
+    Kept,
+    /// Another request of this pull was faster.
+    ByAnother,
 }
 
 const UNKNOWN: u8 = 0;
@@ -112,6 +124,8 @@ impl Session {
                 let plain = self.get_over(wire, true, kind, version, headers).await;
                 match plain {
                     Err(second) if second.is_unconnected() => Err(first),
+                    // What servers answer that expected TLS: the first failure was the one that counts.
+                    Err(Failure::Status { status: StatusCode::BAD_REQUEST, .. }) => Err(first),
                     answer => {
                         self.speaks.store(PLAIN, Ordering::Relaxed);
                         answer
@@ -134,7 +148,7 @@ impl Session {
         headers: &HeaderMap,
     ) -> Result<Response<Incoming>, Failure> {
         let uri = self.endpoint.url(plain, kind, version).map_err(Failure::Configuration)?;
-        let mut renewed = false;
+        let mut rounds = 0;
         loop {
             let used = self.authorization().clone();
             let mut origin_headers = self.endpoint.headers.clone();
@@ -159,31 +173,39 @@ impl Session {
                 let detail = self.detail(wire, answer.response).await;
                 return Err(Failure::Status { status, detail });
             }
-            if renewed {
+            if rounds >= ROUNDS_MAX {
                 let detail = self.detail(wire, answer.response).await;
                 return Err(self.denied(&format!("{status}{detail}")));
             }
             let challenge = Challenge::best(answer.response.headers());
             drop(answer);
-            self.renew(wire, plain, challenge, used.as_ref()).await?;
-            renewed = true;
+            rounds = match self.renew(wire, plain, challenge, used.as_ref()).await? {
+                Renewed::Fresh => ROUNDS_MAX,
+                Renewed::Kept | Renewed::ByAnother => rounds + 1,
+            };
         }
     }
 
-    /// Meets a challenge: afterwards there is another authorization than `used`.
+    /// Meets a challenge: afterwards there is another authorization than `used`, which was refused.
     async fn renew(
         &self,
         wire: &Wire,
         plain: bool,
         challenge: Option<Challenge>,
         used: Option<&HeaderValue>,
-    ) -> Result<(), Failure> {
+    ) -> Result<Renewed, Failure> {
         let _one_at_a_time = self.renewing.lock().await;
         if self.authorization().as_ref() != used {
-            return Ok(());
+            return Ok(Renewed::ByAnother);
         }
         let key = self.token_key(plain);
-        wire.tokens.forget(&key);
+        if let Some(kept) = wire.tokens.get(&key) {
+            if Some(&kept) != used {
+                *self.authorization() = Some(kept);
+                return Ok(Renewed::Kept);
+            }
+            wire.tokens.forget(&key);
+        }
         let login = self.login().await?;
         let header = match (challenge, &login) {
             (None, _) => {
@@ -214,7 +236,7 @@ impl Session {
             return Err(self.denied("401 Unauthorized"));
         }
         *self.authorization() = Some(header);
-        Ok(())
+        Ok(Renewed::Fresh)
     }
 
     /// The first source that has a login. A helper that fails is told about only if nothing else helps.
