@@ -24,6 +24,9 @@
 //! - OCI version 1.0.2 in the spec, because crun before 1.9 refuses anything else.
 //! - SELinux labels are not set yet: options in the request have no effect.
 
+// Tests are tables of whole requests.
+#![cfg_attr(test, allow(clippy::large_stack_arrays, clippy::type_complexity, clippy::unnecessary_wraps))]
+
 mod annotations;
 mod capabilities;
 mod container;
