@@ -98,15 +98,6 @@ pub enum CgroupError {
         /// What is wrong with it.
         why: &'static str,
     },
-    /// An event descriptor could not be set up.
-    #[error("cannot watch {} for out-of-memory kills", path.display())]
-    Watch {
-        /// The cgroup file that was to be watched.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
 }
 
 impl CgroupError {
@@ -116,8 +107,7 @@ impl CgroupError {
             Self::Read { source, .. }
             | Self::Write { source, .. }
             | Self::Create { source, .. }
-            | Self::Remove { source, .. }
-            | Self::Watch { source, .. } => {
+            | Self::Remove { source, .. } => {
                 // ENODEV: reading a file that was opened before its cgroup was removed.
                 source.kind() == io::ErrorKind::NotFound
                     || source.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error())

@@ -5,7 +5,6 @@
 //! | `layout.rs` | which hierarchies are mounted, which cgroup a process is in |
 //! | `cgroup.rs` | one cgroup: make, fill, kill, remove |
 //! | `stats.rs` | what it uses |
-//! | `oom.rs` | being told when the kernel kills in it |
 //! | `driver.rs` | names in kubelet's two syntaxes |
 //! | `systemd.rs` | slices and scopes over D-Bus (feature `systemd`) |
 //!
@@ -19,7 +18,6 @@ mod driver;
 mod error;
 mod files;
 mod layout;
-mod oom;
 mod stats;
 #[cfg(feature = "systemd")]
 pub mod systemd;
@@ -28,5 +26,4 @@ pub use cgroup::Cgroup;
 pub use driver::Driver;
 pub use error::{CgroupError, Result};
 pub use layout::Layout;
-pub use oom::{Interest, OomWatch};
 pub use stats::{CpuStats, DeviceIo, IoStats, MemoryStats, Pressure, PressureLine, Stats, SwapStats};

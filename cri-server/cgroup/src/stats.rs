@@ -165,16 +165,12 @@ impl Cgroup {
             },
         };
         match read_optional(&file)? {
-            Some(text) => Ok(oom_kills_in(&text)),
+            // Both files use the same word. Linux before 4.13 does not count them in version 1.
+            Some(text) => Ok(keyed(&text, "oom_kill").unwrap_or(0)),
             None if self.exists() => Ok(0),
             None => Err(CgroupError::Read { path: file, source: std::io::ErrorKind::NotFound.into() }),
         }
     }
-}
-
-/// `memory.events` and `memory.oom_control` use the same word. Linux before 4.13 does not count them in version 1.
-pub(crate) fn oom_kills_in(text: &str) -> u64 {
-    keyed(text, "oom_kill").unwrap_or(0)
 }
 
 fn cpu_v2(directory: &Path) -> Result<Option<CpuStats>> {
@@ -343,7 +339,7 @@ fn pressure(file: &Path) -> Result<Option<Pressure>> {
 }
 
 /// `some avg10=0.00 avg60=0.10 avg300=0.22 total=7593573`, then the same with `full` (absent for CPU before Linux 5.13).
-pub(crate) fn parse_pressure(text: &str) -> Option<Pressure> {
+fn parse_pressure(text: &str) -> Option<Pressure> {
     let line = |kind: &str| -> Option<PressureLine> {
         let fields = text.lines().find_map(|line| line.strip_prefix(kind)?.strip_prefix(' '))?;
         let mut parsed = PressureLine::default();
