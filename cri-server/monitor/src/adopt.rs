@@ -41,13 +41,15 @@ pub(crate) fn adopt(monitor: &mut Monitor, request: Adopt) -> Answered {
     }
     let listener = listen(&run_dir)
         .map_err(|error| Failure::system(format!("listen on {}", run_dir.join(SOCKET).display()), error))?;
-    Watch::new(Token::Listener)
+    let mut listener_watch = Watch::new(Token::Listener);
+    listener_watch
         .set(&monitor.poller, &listener.socket, Some(Interest::READ))
         .map_err(|error| Failure::system("watch the pod's socket", error))?;
     leave_daemon(monitor, &run_dir).map_err(|error| {
         Failure::system(format!("open the monitor's log in {}", run_dir.display()), error)
     })?;
-    monitor.pod = Some(Pod { id: request.pod_id, run_dir, state_dir, network_namespace, listener });
+    monitor.pod =
+        Some(Pod { id: request.pod_id, run_dir, state_dir, network_namespace, listener, listener_watch });
     Ok(Answer::DONE)
 }
 

@@ -36,6 +36,7 @@ pub(crate) struct Pod {
     /// `None`: the host's.
     pub(crate) network_namespace: Option<PathBuf>,
     pub(crate) listener: ListeningSocket,
+    pub(crate) listener_watch: Watch,
 }
 
 /// Everything a monitor knows.
@@ -166,8 +167,10 @@ impl Monitor {
             }
             Timer::Exec(key) => self.exec_time_is_over(key),
             Timer::Drain(key) => self.drain_time_is_over(key),
+            Timer::Oom(key, looks) => self.look_for_oom_kills(key, looks),
             Timer::Port(key) => self.port_time_is_over(key),
             Timer::Init => self.init_time_is_over(),
+            Timer::Accept => self.listen(true),
             Timer::Farewell => self.connections.clear(),
         }
     }
@@ -198,8 +201,20 @@ impl Monitor {
             match accept_with(&pod.listener.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                 Ok(socket) => drop(self.add_connection(socket)),
                 Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return,
-                Err(error) => return self.journal.note("accept failed", &pod.id, &error),
+                Err(error) => {
+                    // No descriptors left, most likely. The client waits in the queue, and the socket stays readable.
+                    self.journal.note("accept failed", &pod.id, &error);
+                    self.listen(false);
+                    self.timers.set(std::time::Duration::from_secs(1), Timer::Accept);
+                    return;
+                }
             }
+        }
+    }
+
+    fn listen(&mut self, on: bool) {
+        if let Some(pod) = &mut self.pod {
+            let _ = pod.listener_watch.set(&self.poller, &pod.listener.socket, on.then_some(Interest::READ));
         }
     }
 

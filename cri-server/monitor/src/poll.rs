@@ -171,10 +171,14 @@ pub(crate) enum Timer {
     Exec(u64),
     /// The output of a process that ended should have come to its end by now.
     Drain(u64),
+    /// An OOM kill that was announced may have happened by now; how often that has been looked at.
+    Oom(u64, u32),
     /// A connection into the pod is not made.
     Port(u64),
     /// The pod's init did not obey SIGTERM.
     Init,
+    /// Clients can be accepted again, perhaps.
+    Accept,
     /// The last replies before the monitor ends should have been taken by now.
     Farewell,
 }

@@ -20,7 +20,7 @@ use crate::verbs::ReplyTo;
 /// For a runtime that asks for none.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
 /// What the protocol passes on of the runtime's words.
-const LOG_LIMIT: usize = 4096;
+pub(crate) const LOG_LIMIT: usize = 4096;
 
 /// An OCI runtime program, checked.
 #[derive(Debug, Clone)]

@@ -74,11 +74,18 @@ extern "C" fn on_ignored(_signal: libc::c_int) {}
 
 /// Lets SIGCHLD make `waker` readable, and SIGTERM, SIGHUP and SIGINT do nothing.
 ///
+/// SIGPIPE stays ignored, as Rust's start-up has it; `Command` gives its children the default action back.
+///
 /// Functions and no blocked or ignored signals: exec resets a function to the default action, but hands a blocked or
 /// ignored signal down, and a container would then not end at SIGTERM.
 pub(crate) fn catch_signals(waker: OwnedFd) -> io::Result<BorrowedFd<'static>> {
     let raw = waker.into_raw_fd();
     CHILD_WAKER.store(raw, Ordering::Relaxed);
+    // Whoever started the daemon may have had signals ignored (nohup, a shell's background jobs).
+    for signal in (1..=libc::SIGRTMAX()).filter(|signal| *signal != libc::SIGPIPE) {
+        // SAFETY: SIG_DFL runs no code of ours. Numbers that take no action (SIGKILL, the C library's own) give EINVAL.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
     install(libc::SIGCHLD, on_child, libc::SA_NOCLDSTOP)?;
     for signal in [libc::SIGTERM, libc::SIGHUP, libc::SIGINT] {
         install(signal, on_ignored, 0)?;

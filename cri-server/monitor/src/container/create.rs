@@ -57,6 +57,7 @@ impl Monitor {
             streams,
             cgroup: None,
             bundle: request.bundle,
+            runtime_words: Vec::new(),
             wanted,
             stdin_once: request.stdin_once,
             logged,
@@ -119,6 +120,7 @@ impl Monitor {
                 if let Some(container) = self.containers.get_mut(&key) {
                     container.state = State::Creating { reply, call };
                 }
+                self.watch_output(key);
             }
             Err(failure) => self.creation_failed(key, failure, false),
         }
@@ -156,13 +158,13 @@ impl Monitor {
     /// The runtime's `create` has ended.
     pub(crate) fn create_ended(&mut self, key: u64, outcome: Result<(), Failure>) {
         let pid_file = self.pid_file(key);
+        // The last of what the runtime itself has to say. What comes later is the container's.
+        self.watch_output(key);
         let Some(container) = self.containers.get_mut(&key) else { return };
+        let runtime_words = std::mem::take(&mut container.runtime_words);
         if let Err(mut failure) = outcome {
-            if failure.runtime_log.is_empty()
-                && let Some(stderr) = &mut container.streams.stderr
-            {
-                // Nobody but the runtime can have written there: the container's program never ran.
-                failure.runtime_log = present_text(stderr);
+            if failure.runtime_log.is_empty() {
+                String::from_utf8_lossy(&runtime_words).trim().clone_into(&mut failure.runtime_log);
             }
             return self.creation_failed(key, failure, true);
         }

@@ -159,16 +159,27 @@ impl Monitor {
             // An eventfd's counter, or inotify's events; only that there was one is of interest.
             while matches!(rustix::io::read(&memory.notices, &mut [0u8; 512]), Ok(1..)) {}
         }
-        self.count_oom_kills(key);
+        self.look_for_oom_kills(key, 0);
     }
 
-    fn count_oom_kills(&mut self, key: u64) {
-        let Some(container) = self.containers.get_mut(&key) else { return };
-        let Some(kills) = container.cgroup.as_ref().and_then(Cgroup::oom_kills) else { return };
-        if kills > container.oom_kills {
-            container.oom_kills = kills;
-            let container_id = container.id.clone();
-            self.broadcast(event::Kind::Oom(proto::OomKill { container_id }));
+    /// Version 1 says that memory is out before anybody is killed and counted, so one look may come too early.
+    pub(crate) fn look_for_oom_kills(&mut self, key: u64, looks: u32) {
+        const LOOKS: u32 = 8;
+        if !self.count_oom_kills(key) && looks < LOOKS && self.containers.contains_key(&key) {
+            self.timers.set(Duration::from_millis(2 << looks), Timer::Oom(key, looks + 1));
         }
+    }
+
+    /// Tells of OOM kills that there were since the last look, if any.
+    fn count_oom_kills(&mut self, key: u64) -> bool {
+        let Some(container) = self.containers.get_mut(&key) else { return false };
+        let kills = container.cgroup.as_ref().and_then(Cgroup::oom_kills).unwrap_or(0);
+        if kills <= container.oom_kills {
+            return false;
+        }
+        container.oom_kills = kills;
+        let container_id = container.id.clone();
+        self.broadcast(event::Kind::Oom(proto::OomKill { container_id }));
+        true
     }
 }

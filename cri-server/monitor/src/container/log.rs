@@ -11,6 +11,7 @@ use crate::failure::Failure;
 use crate::monitor::Monitor;
 use crate::output::lines::Stream;
 use crate::output::timestamp;
+use crate::runtime::LOG_LIMIT;
 use crate::stdio::{Chunk, Output};
 use crate::verbs::{Answer, Answered, ReplyTo};
 
@@ -26,6 +27,7 @@ impl Container {
     fn cut(&mut self, stream: Stream, written: Option<&[u8]>) -> Vec<u8> {
         let mut log = Vec::new();
         if self.logged {
+            log.reserve(written.map_or(0, |bytes| bytes.len() * 2));
             let time = timestamp::now();
             let lines = match stream {
                 Stream::Stdout => &mut self.stdout,
@@ -57,6 +59,7 @@ impl Monitor {
         for turn in 0.. {
             let Some(container) = self.containers.get_mut(&key) else { break };
             let full = container.backlog >= BACKLOG;
+            let creating = matches!(container.state, State::Creating { .. });
             let Some(output) = container.output(stream) else { break };
             if full {
                 output.watch(&self.poller, false);
@@ -68,6 +71,11 @@ impl Monitor {
                 break;
             }
             match output.read(&mut buffer) {
+                // Nobody but the runtime can have written this: the container's program does not run yet.
+                Chunk::Data(count) if creating => {
+                    let room = LOG_LIMIT.saturating_sub(container.runtime_words.len()).min(count);
+                    container.runtime_words.extend_from_slice(&buffer[..room]);
+                }
                 Chunk::Data(count) => {
                     let lines = container.cut(stream, Some(&buffer[..count]));
                     if !lines.is_empty() {

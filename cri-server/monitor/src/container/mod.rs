@@ -38,6 +38,8 @@ pub(crate) struct Container {
     pub(crate) streams: Streams,
     pub(crate) cgroup: Option<Cgroup>,
     bundle: String,
+    /// What the runtime has written to the container's stderr while it created it.
+    runtime_words: Vec<u8>,
     wanted: Wanted,
     stdin_once: bool,
     /// Its output goes to a log; else only to who is attached.

@@ -1,0 +1,128 @@
+//! Figures, not judgements: memory of the monitor and what it adds to the bare OCI runtime. Run by hand:
+//!
+//! `PODVISOR_MONITOR=target/release/podvisor-monitor cargo test -p podvisor-monitor --test measure -- --ignored --nocapture`
+#![allow(missing_docs)]
+
+mod lab;
+
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use lab::client::sync;
+use lab::{Pod, Spec, private_memory, run, until};
+use podvisor_proto::monitor::{StartInit, reply, request::Verb};
+
+const ROUNDS: usize = 40;
+
+fn median(mut times: Vec<Duration>) -> f64 {
+    times.sort();
+    times[times.len() / 2].as_secs_f64() * 1000.0
+}
+
+fn time(action: impl FnOnce()) -> Duration {
+    let started = Instant::now();
+    action();
+    started.elapsed()
+}
+
+fn runc(arguments: &[&str]) {
+    let status = Command::new("/usr/sbin/runc")
+        .args(["--root", "/run/lab/bare"])
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    assert!(status.unwrap().success(), "{arguments:?}");
+}
+
+fn report(line: &str) {
+    std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(std::env::var("PODVISOR_FIGURES").unwrap_or_else(|_| "/dev/stderr".into()))
+        .and_then(|mut file| std::io::Write::write_all(&mut file, format!("{line}\n").as_bytes()))
+        .unwrap();
+}
+
+#[test]
+#[ignore = "measures"]
+fn memory() {
+    run(|lab| {
+        let (child, _daemon) = lab::unadopted();
+        until("it waits", || private_memory(child.id()) > 0);
+        report(&format!("private, in the pool: {} KiB", private_memory(child.id()) / 1024));
+        let mut pod = lab.pod();
+        pod.run("c1", &Spec::waiting());
+        until("the container is ready", || !pod.log_lines("c1").is_empty());
+        report(&format!("private, one container: {} KiB", private_memory(pod.child.id()) / 1024));
+        for n in 0..50 {
+            pod.daemon.exec_sync(sync("c1", &format!("e{n}"), "seq 100000")).unwrap();
+        }
+        report(&format!("private, after 50 execs: {} KiB", private_memory(pod.child.id()) / 1024));
+        pod.run_to_end("c2", &Spec::shell("seq 1000000"));
+        report(&format!("private, after a log of 7 MB: {} KiB", private_memory(pod.child.id()) / 1024));
+        let Ok(reply::Result::Started(init)) = pod.daemon.ask(Verb::StartInit(StartInit::default())) else {
+            panic!()
+        };
+        report(&format!("private, init: {} KiB", private_memory(u32::try_from(init.pid).unwrap()) / 1024));
+    });
+}
+
+#[test]
+#[ignore = "measures"]
+fn latency() {
+    run(|lab| {
+        let mut pod = lab.pod();
+        let (mut bare, mut ours) = (Figures::default(), Figures::default());
+        for round in 0..ROUNDS {
+            bare_round(&mut pod, round, &mut bare);
+            monitor_round(&mut pod, round, &mut ours);
+        }
+        report(&format!("bare runc:  {bare}"));
+        report(&format!("by monitor: {ours}"));
+    });
+}
+
+#[derive(Default)]
+struct Figures {
+    create: Vec<Duration>,
+    start: Vec<Duration>,
+    exec: Vec<Duration>,
+    delete: Vec<Duration>,
+}
+
+impl std::fmt::Display for Figures {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            formatter,
+            "create {:.1} ms, start {:.1} ms, exec {:.1} ms, kill and delete {:.1} ms (medians of {ROUNDS})",
+            median(self.create.clone()),
+            median(self.start.clone()),
+            median(self.exec.clone()),
+            median(self.delete.clone())
+        )
+    }
+}
+
+fn bare_round(pod: &mut Pod, round: usize, figures: &mut Figures) {
+    let id = format!("bare{round}");
+    let bundle = pod.container(&id, &Spec::new(&["sleep", "1000"])).bundle;
+    figures.create.push(time(|| runc(&["create", "--bundle", &bundle, &id])));
+    figures.start.push(time(|| runc(&["start", &id])));
+    figures.exec.push(time(|| runc(&["exec", &id, "true"])));
+    figures.delete.push(time(|| runc(&["delete", "--force", &id])));
+}
+
+fn monitor_round(pod: &mut Pod, round: usize, figures: &mut Figures) {
+    let id = format!("ours{round}");
+    let request = pod.container(&id, &Spec::new(&["sleep", "1000"]));
+    figures.create.push(time(|| drop(pod.daemon.ask(Verb::CreateContainer(request)).unwrap())));
+    figures.start.push(time(|| pod.start(&id)));
+    figures.exec.push(time(|| {
+        let mut request = sync(&id, &format!("e{round}"), "");
+        request.exec = Some(lab::client::exec_process(&id, &format!("e{round}"), &["true"], false));
+        assert_eq!(pod.daemon.exec_sync(request).unwrap().exit_code, 0);
+    }));
+    figures.delete.push(time(|| pod.delete(&id)));
+}
