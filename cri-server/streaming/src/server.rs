@@ -211,7 +211,9 @@ fn answer<B: Backend>(mut request: Request<Incoming>, shared: &Arc<Shared<B>>) -
         Err(refusal) => {
             let mut response = Response::new(());
             *response.status_mut() = refusal.status;
-            *response.headers_mut() = refusal.headers;
+            for (name, value) in refusal.headers {
+                response.headers_mut().append(name, HeaderValue::from_static(value));
+            }
             (response, refusal.message + "\n")
         }
     };

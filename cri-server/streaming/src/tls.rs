@@ -71,8 +71,8 @@ impl Stamp {
 /// Certificate and key, as last read.
 #[derive(Debug)]
 pub(crate) struct Certificate {
-    certificate: PathBuf,
-    key: PathBuf,
+    chain_path: PathBuf,
+    key_path: PathBuf,
     provider: Arc<CryptoProvider>,
     current: RwLock<Arc<CertifiedKey>>,
     stamps: Mutex<[Option<Stamp>; 2]>,
@@ -84,14 +84,14 @@ impl Certificate {
         // Before reading, so that a change in between is seen later.
         let stamps = Mutex::new([Stamp::of(&certificate), Stamp::of(&key)]);
         let current = RwLock::new(Arc::new(load(&certificate, &key, &provider)?));
-        Ok(Arc::new(Self { certificate, key, provider, current, stamps }))
+        Ok(Arc::new(Self { chain_path: certificate, key_path: key, provider, current, stamps }))
     }
 
     /// The server's side of TLS with this certificate.
     pub(crate) fn config(self: &Arc<Self>) -> Result<ServerConfig, CertificateError> {
         let unusable = |source| CertificateError::Unusable {
-            certificate: self.certificate.clone(),
-            key: self.key.clone(),
+            certificate: self.chain_path.clone(),
+            key: self.key_path.clone(),
             source,
         };
         let mut config = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
@@ -107,17 +107,17 @@ impl Certificate {
     /// Looks whether the files have changed, and reads them again. What cannot be used is logged, and the old
     /// certificate stays: the two files are seldom replaced at the same instant.
     pub(crate) fn refresh(&self) {
-        let now = [Stamp::of(&self.certificate), Stamp::of(&self.key)];
+        let now = [Stamp::of(&self.chain_path), Stamp::of(&self.key_path)];
         let mut stamps = self.stamps.lock().unwrap_or_else(PoisonError::into_inner);
         if *stamps == now {
             return;
         }
         *stamps = now;
         drop(stamps);
-        match load(&self.certificate, &self.key, &self.provider) {
+        match load(&self.chain_path, &self.key_path, &self.provider) {
             Ok(fresh) => {
                 *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(fresh);
-                tracing::info!(path = %self.certificate.display(), "read the changed streaming certificate");
+                tracing::info!(path = %self.chain_path.display(), "read the changed streaming certificate");
             }
             Err(error) => tracing::warn!(
                 error = &error as &dyn std::error::Error,

@@ -63,12 +63,12 @@ pub(crate) struct Upgrade {
 pub(crate) struct Refusal {
     pub(crate) status: StatusCode,
     pub(crate) message: String,
-    pub(crate) headers: HeaderMap,
+    pub(crate) headers: Vec<(HeaderName, &'static str)>,
 }
 
 impl Refusal {
     pub(crate) fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), headers: HeaderMap::new() }
+        Self { status, message: message.into(), headers: Vec::new() }
     }
 }
 
@@ -115,7 +115,7 @@ fn spdy(request: &HeaderMap, session: &Session) -> Result<Upgrade, Refusal> {
     let Some((name, dialect)) = choose(list(request, &STREAM_PROTOCOL), known) else {
         let mut refusal = Refusal::new(StatusCode::FORBIDDEN, "no stream protocol in common");
         for (name, _) in known {
-            refusal.headers.append(ACCEPTED_STREAM_PROTOCOLS, HeaderValue::from_static(name));
+            refusal.headers.push((ACCEPTED_STREAM_PROTOCOLS, name));
         }
         return Err(refusal);
     };
@@ -129,7 +129,7 @@ fn spdy(request: &HeaderMap, session: &Session) -> Result<Upgrade, Refusal> {
 fn websocket(request: &HeaderMap, session: &Session) -> Result<Upgrade, Refusal> {
     if !names(request, &WEBSOCKET_VERSION, "13") {
         let mut refusal = Refusal::new(StatusCode::UPGRADE_REQUIRED, "the WebSocket version has to be 13");
-        refusal.headers.insert(WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+        refusal.headers.push((WEBSOCKET_VERSION, "13"));
         return Err(refusal);
     }
     let key = request.get(WEBSOCKET_KEY).and_then(|key| key.to_str().ok()).and_then(accept_key);
@@ -204,7 +204,7 @@ mod tests {
         assert_eq!(upgrade.headers["x-stream-protocol-version"], "v3.channel.k8s.io");
         let refusal = negotiate(&request(&offered), &forward(&[])).unwrap_err();
         assert_eq!(refusal.status, StatusCode::FORBIDDEN);
-        assert_eq!(refusal.headers["x-accepted-stream-protocol-versions"], "portforward.k8s.io");
+        assert_eq!(refusal.headers, [(ACCEPTED_STREAM_PROTOCOLS, "portforward.k8s.io")]);
         assert_eq!(negotiate(&request(&offered[..2]), &exec()).unwrap_err().status, StatusCode::BAD_REQUEST);
         assert_eq!(negotiate(&request(&offered[1..]), &exec()).unwrap_err().status, StatusCode::BAD_REQUEST);
     }

@@ -27,6 +27,7 @@ pub(crate) enum Outcome {
 
 /// A Kubernetes `metav1.Status`, as far as clients read it.
 #[derive(Debug, Serialize)]
+#[allow(clippy::struct_field_names)] // The names are Kubernetes'.
 struct Status<'a> {
     metadata: Empty,
     status: &'a str,

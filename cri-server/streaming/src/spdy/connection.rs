@@ -280,9 +280,8 @@ async fn take(link: &Link, accept: &mpsc::Sender<Stream>, event: Event) -> Resul
         Event::Ping(id) if !id.is_multiple_of(2) => {
             let _ = link.send(Outgoing::Ping(id)).await;
         }
-        Event::Ping(_) => {}
-        // The client opens no further streams, and closes when it is done with those it has.
-        Event::GoAway => {}
+        // A client that goes away opens no further streams, and closes when it is done with those it has.
+        Event::Ping(_) | Event::GoAway => {}
         Event::WindowUpdate { stream, delta } => {
             if delta == 0 {
                 return Err(Broken);

@@ -118,10 +118,11 @@ impl Decoder {
                 return Ok(Some(event));
             }
             let Some(head) = buffer.first_chunk::<HEAD>() else { return Ok(None) };
-            let [a, b, c, d, flags, x, y, z] = *head;
-            let length = usize::try_from(u32::from_be_bytes([0, x, y, z])).unwrap_or(usize::MAX);
-            if a & CONTROL_BIT == 0 {
-                let stream = u32::from_be_bytes([a, b, c, d]);
+            let [first, .., flags, high, middle, low] = *head;
+            let length = usize::try_from(u32::from_be_bytes([0, high, middle, low])).unwrap_or(usize::MAX);
+            let mut fields = &head[..4];
+            if first & CONTROL_BIT == 0 {
+                let stream = fields.get_u32();
                 if stream == 0 {
                     return Err(DecodeError::StreamZero);
                 }
@@ -129,8 +130,8 @@ impl Decoder {
                 self.data = Some(OpenData { stream, rest: length, fin: flags & FLAG_FIN != 0 });
                 continue;
             }
-            let kind = u16::from_be_bytes([c, d]);
-            let version = u16::from_be_bytes([a & !CONTROL_BIT, b]);
+            let version = fields.get_u16() & !(u16::from(CONTROL_BIT) << 8);
+            let kind = fields.get_u16();
             if version != VERSION {
                 return Err(DecodeError::Version(version));
             }

@@ -155,7 +155,7 @@ async fn megabytes_go_both_ways_at_once() {
     assert_eq!(client.text(error), SUCCESS);
     // Clients with flow control were told to go on.
     for stream in [0, stdin] {
-        assert!(client.opened[&stream] as usize > LENGTH - (64 << 10), "{:?}", client.opened);
+        assert!(client.opened[&stream] > (LENGTH - (64 << 10)) as u64, "{:?}", client.opened);
     }
 }
 
@@ -189,7 +189,7 @@ async fn input_that_nobody_wants_is_discarded() {
     let (error, stdin, stdout, _) = streams(&mut client).await;
     client.until(|client| client.text(stdout) == "deaf").await;
     for _ in 0..200 {
-        patiently(client.send(stdin, &[0; 60_000], false)).await;
+        patiently(client.send(stdin, &vec![0; 60_000], false)).await;
     }
     fixture.programs.seen.send_modify(|seen| seen.produced = 1);
     client.until_closed().await;

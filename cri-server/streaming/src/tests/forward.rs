@@ -24,7 +24,7 @@ async fn open(client: &mut SpdyClient, port: u16, request: &str) -> (u32, u32) {
 
 async fn half_close(client: &mut SpdyClient, port: u16) {
     let (error, data) = open(client, port, "half").await;
-    client.send(data, &[1; 70_000], false).await;
+    client.send(data, &vec![1; 70_000], false).await;
     client.send(data, b"x", true).await;
     client.until(|client| client.streams[&data].ended && client.streams[&error].ended).await;
     assert_eq!((client.text(data), client.text(error)), ("70001 bytes", ""));

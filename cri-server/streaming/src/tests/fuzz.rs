@@ -34,8 +34,12 @@ impl Random {
         usize::try_from(self.next()).unwrap() % limit.max(1)
     }
 
+    fn byte(&mut self) -> u8 {
+        self.next().to_le_bytes()[0]
+    }
+
     fn bytes(&mut self, length: usize) -> Vec<u8> {
-        (0..length).map(|_| self.next() as u8).collect()
+        (0..length).map(|_| self.byte()).collect()
     }
 
     /// Changes, drops, doubles and inserts some bytes.
@@ -45,7 +49,7 @@ impl Random {
             let length = self.below(20).min(bytes.len() - at);
             match self.below(6) {
                 0 => bytes[at] ^= 1 << self.below(8),
-                1 => bytes[at] = self.next() as u8,
+                1 => bytes[at] = self.byte(),
                 2 => drop(bytes.drain(at..at + length)),
                 3 => {
                     let copy = bytes[at..at + length].to_vec();

@@ -119,7 +119,7 @@ pub(super) async fn request_on(
     let (address, path) = split(url);
     let mut text = format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\n");
     for (name, value) in headers {
-        text.push_str(&format!("{name}: {value}\r\n"));
+        text.extend([name, ": ", value, "\r\n"]);
     }
     text.push_str("\r\n");
     io.write_all(text.as_bytes()).await.unwrap();
@@ -138,5 +138,5 @@ pub(super) async fn patiently<T>(future: impl Future<Output = T>) -> T {
 
 /// Bytes that tell when some are lost, doubled or out of order.
 pub(super) fn pattern(length: usize) -> Vec<u8> {
-    (0..length).map(|at| (at.wrapping_mul(2_654_435_761) >> 7) as u8).collect()
+    (0..length).map(|at| at.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect()
 }

@@ -141,7 +141,9 @@ pub(super) fn control(kind: u16, fields: &[u32]) -> Vec<u8> {
     frame.put_u16(0x8003);
     frame.put_u16(kind);
     frame.put_u32(4 * u32::try_from(fields.len()).unwrap());
-    fields.iter().for_each(|field| frame.put_u32(*field));
+    for field in fields {
+        frame.put_u32(*field);
+    }
     frame
 }
 

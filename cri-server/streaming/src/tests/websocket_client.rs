@@ -133,11 +133,11 @@ pub(super) fn frame(opcode: u8, fin: bool, payload: &[u8]) -> Vec<u8> {
     match payload.len() {
         length @ 0..=125 => frame.put_u8(0x80 | u8::try_from(length).unwrap()),
         length @ 126..=0xffff => {
-            frame.put_u8(0x80 | 126);
+            frame.put_u8(0xfe);
             frame.put_u16(u16::try_from(length).unwrap());
         }
         length => {
-            frame.put_u8(0x80 | 127);
+            frame.put_u8(0xff);
             frame.put_u64(length as u64);
         }
     }

@@ -142,18 +142,18 @@ mod tests {
         MessagePart { first, last, bytes: Bytes::copy_from_slice(bytes) }
     }
 
-    fn data(channel: u8, bytes: &'static [u8]) -> Result<Part, ChannelError> {
-        Ok(Part::Data { channel, bytes: Bytes::from_static(bytes) })
+    fn data(channel: u8, bytes: &'static [u8]) -> Part {
+        Part::Data { channel, bytes: Bytes::from_static(bytes) }
     }
 
     #[test]
     fn binary_messages_in_parts() {
         let mut channels = Demultiplexer::new(Codec::Binary, true);
         assert_eq!(channels.take(part(true, true, b"")), Ok(Part::Nothing));
-        assert_eq!(channels.take(part(true, true, b"\x00ab")), data(0, b"ab"));
+        assert_eq!(channels.take(part(true, true, b"\x00ab")), Ok(data(0, b"ab")));
         assert_eq!(channels.take(part(true, false, b"\x04")), Ok(Part::Nothing));
-        assert_eq!(channels.take(part(false, false, b"x")), data(4, b"x"));
-        assert_eq!(channels.take(part(false, true, b"y")), data(4, b"y"));
+        assert_eq!(channels.take(part(false, false, b"x")), Ok(data(4, b"x")));
+        assert_eq!(channels.take(part(false, true, b"y")), Ok(data(4, b"y")));
         assert_eq!(channels.take(part(true, true, b"\xff\x00")), Ok(Part::End { channel: 0 }));
         assert_eq!(channels.take(part(true, false, b"\xff")), Ok(Part::Nothing));
         assert_eq!(channels.take(part(false, true, b"\x02")), Ok(Part::End { channel: 2 }));
@@ -164,7 +164,7 @@ mod tests {
     #[test]
     fn before_v5_255_is_a_channel_like_others() {
         let mut channels = Demultiplexer::new(Codec::Binary, false);
-        assert_eq!(channels.take(part(true, true, b"\xff\x00")), data(255, b"\x00"));
+        assert_eq!(channels.take(part(true, true, b"\xff\x00")), Ok(data(255, b"\x00")));
     }
 
     #[test]
@@ -183,7 +183,7 @@ mod tests {
             assert_eq!(all, b"foobar!");
         }
         let mut channels = Demultiplexer::new(Codec::Base64, false);
-        assert_eq!(channels.take(part(true, true, b"0Zm9v\r\nYmFy\n")), data(0, b"foobar"));
+        assert_eq!(channels.take(part(true, true, b"0Zm9v\r\nYmFy\n")), Ok(data(0, b"foobar")));
         assert_eq!(channels.take(part(true, true, b"0Zg==Zg==")), Err(ChannelError::Base64));
         assert_eq!(channels.take(part(true, true, b"0Z")), Err(ChannelError::Base64));
     }

@@ -113,21 +113,28 @@ impl Head {
         if masked != wanted {
             return Err(DecodeError::Mask);
         }
-        let (length, rest) = match (second & !MASKED, rest) {
-            (126, &[a, b, ref rest @ ..]) => (u64::from(u16::from_be_bytes([a, b])), rest),
-            (127, &[a, b, c, d, e, f, g, h, ref rest @ ..]) => {
-                (u64::from_be_bytes([a, b, c, d, e, f, g, h]), rest)
-            }
-            (126 | 127, _) => return Ok(None),
-            (short, rest) => (u64::from(short), rest),
+        let mut rest = rest;
+        let Some((length, mask)) = length_and_mask(second & !MASKED, masked, &mut rest) else {
+            return Ok(None);
         };
-        let (mask, rest) = match (masked, rest) {
-            (false, rest) => ([0; 4], rest),
-            (true, &[a, b, c, d, ref rest @ ..]) => ([a, b, c, d], rest),
-            (true, _) => return Ok(None),
-        };
-        Ok(Some(Self { first_byte, length, mask: Mask(mask), size: buffer.len() - rest.len() }))
+        Ok(Some(Self { first_byte, length, mask, size: buffer.len() - rest.len() }))
     }
+}
+
+/// None: not all of it is there.
+fn length_and_mask(length: u8, masked: bool, rest: &mut &[u8]) -> Option<(u64, Mask)> {
+    let length = match length {
+        126 => u64::from(u16::from_be_bytes(take(rest)?)),
+        127 => u64::from_be_bytes(take(rest)?),
+        short => u64::from(short),
+    };
+    Some((length, Mask(if masked { take(rest)? } else { [0; 4] })))
+}
+
+fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
+    let (taken, further) = rest.split_first_chunk::<N>()?;
+    *rest = further;
+    Some(*taken)
 }
 
 impl Decoder {
@@ -212,8 +219,8 @@ fn opcode(first_byte: u8) -> Option<Opcode> {
 mod tests {
     use super::*;
 
-    fn data(first: bool, last: bool, bytes: &'static [u8]) -> Option<Frame> {
-        Some(Frame::Data { first, last, bytes: Bytes::from_static(bytes) })
+    fn data(first: bool, last: bool, bytes: &'static [u8]) -> Frame {
+        Frame::Data { first, last, bytes: Bytes::from_static(bytes) }
     }
 
     #[test]
@@ -222,13 +229,13 @@ mod tests {
         let mut buffer = BytesMut::new();
         // "Hel", ping "x", "lo", each masked; the first frame arrives in two parts.
         buffer.extend_from_slice(&[0x02, 0x83, 1, 2, 3, 4, b'H' ^ 1, b'e' ^ 2]);
-        assert_eq!(decoder.next(&mut buffer).unwrap(), data(true, false, b"He"));
+        assert_eq!(decoder.next(&mut buffer).unwrap(), Some(data(true, false, b"He")));
         assert_eq!(decoder.next(&mut buffer).unwrap(), None);
         buffer.extend_from_slice(&[b'l' ^ 3, 0x89, 0x81, 9, 9, 9, 9, b'x' ^ 9]);
-        assert_eq!(decoder.next(&mut buffer).unwrap(), data(false, false, b"l"));
+        assert_eq!(decoder.next(&mut buffer).unwrap(), Some(data(false, false, b"l")));
         assert_eq!(decoder.next(&mut buffer).unwrap(), Some(Frame::Ping(Bytes::from_static(b"x"))));
         buffer.extend_from_slice(&[0x80, 0x82, 0, 0, 0, 0, b'l', b'o', 0x88, 0x80, 1, 1, 1, 1]);
-        assert_eq!(decoder.next(&mut buffer).unwrap(), data(false, true, b"lo"));
+        assert_eq!(decoder.next(&mut buffer).unwrap(), Some(data(false, true, b"lo")));
         assert_eq!(decoder.next(&mut buffer).unwrap(), Some(Frame::Close));
         assert!(buffer.is_empty());
     }
