@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -184,37 +184,26 @@ impl Node {
         Ok((Daemon { process }, notifications))
     }
 
+    /// Takes away what the built-in network shares among pods: the bridge and the packet filter's tables.
+    pub fn remove_network(&self) {
+        for command in [vec!["ip", "link", "delete", &self.bridge], vec!["nft", "flush", "ruleset"]] {
+            // Without pods there may be none.
+            let _ = Command::new(command[0]).args(&command[1..]).stderr(Stdio::null()).status();
+        }
+    }
+
     /// The last lines of the daemon's log.
     pub fn log_tail(&self, lines: usize) -> String {
         let log = fs::read_to_string(self.log_file()).unwrap_or_default();
         let all: Vec<&str> = log.lines().collect();
         all[all.len().saturating_sub(lines)..].join("\n")
     }
-
-    /// Everything of this node that is outside its directory and still there, one line each: mounts, pinned
-    /// namespaces, monitors. To be asked when no pod is left; the bridge stays, as it does on a real node.
-    pub fn leftovers(&self) -> Vec<String> {
-        let own = self.directory.path();
-        let mut left = Vec::new();
-        let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        for point in table.lines().filter_map(|line| line.split(' ').nth(4)) {
-            if Path::new(point).starts_with(own) || Path::new(point).starts_with("/run/netns/") {
-                left.push(format!("mount {point}"));
-            }
-        }
-        if let Ok(pins) = fs::read_dir("/run/netns") {
-            left.extend(pins.flatten().map(|pin| format!("namespace {}", pin.path().display())));
-        }
-        left
-    }
 }
 
 impl Drop for Node {
     fn drop(&mut self) {
         // The bridge and its packet filter outlive a daemon, because pods do; a node ends with its pods.
-        for command in [vec!["ip", "link", "delete", &self.bridge], vec!["nft", "flush", "ruleset"]] {
-            let _ = Command::new(command[0]).args(&command[1..]).stderr(Stdio::null()).status();
-        }
+        self.remove_network();
     }
 }
 

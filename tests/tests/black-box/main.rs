@@ -1,0 +1,80 @@
+//! Black-box tests of the daemon. Each gets a node of its own, and fails if it leaves anything on it.
+
+// A test is run once: neither the size of its future nor one more allocation matters.
+#![allow(clippy::large_futures, clippy::assigning_clones)]
+
+mod containers;
+mod images;
+mod input;
+mod kills;
+mod observing;
+mod pods;
+mod recovery;
+mod version;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Result;
+use libtest_mimic::{Arguments, Failed, Trial};
+use podvisor_critest::node::Options;
+use podvisor_tests::Fixture;
+use podvisor_tests::images::TestImages;
+
+/// The tests, as they are collected from the modules.
+pub(crate) struct Tests {
+    images: Arc<TestImages>,
+    trials: Vec<Trial>,
+}
+
+impl Tests {
+    /// A test on a node with the default options.
+    pub(crate) fn add<F>(&mut self, name: &str, test: F)
+    where
+        F: AsyncFnOnce(&mut Fixture) -> Result<()> + Send + 'static,
+    {
+        self.add_with(name, Options::default(), test);
+    }
+
+    /// A test on a node with other options.
+    pub(crate) fn add_with<F>(&mut self, name: &str, options: Options, test: F)
+    where
+        F: AsyncFnOnce(&mut Fixture) -> Result<()> + Send + 'static,
+    {
+        let images = Arc::clone(&self.images);
+        self.trials.push(Trial::test(name, move || {
+            run(&images, options, test).map_err(|error| Failed::from(format!("{error:?}")))
+        }));
+    }
+}
+
+fn run<F>(images: &Arc<TestImages>, options: Options, test: F) -> Result<()>
+where
+    F: AsyncFnOnce(&mut Fixture) -> Result<()>,
+{
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        let mut fixture = Fixture::with(images, options)?;
+        if let Err(error) = test(&mut fixture).await {
+            return Err(error.context(format!("the daemon's log ends with\n{}\n", fixture.node.log_tail(60))));
+        }
+        fixture.finish().await
+    })
+}
+
+fn main() -> Result<ExitCode> {
+    let arguments = Arguments::from_args();
+    let mut tests = Tests { images: Arc::new(TestImages::serve()?), trials: Vec::new() };
+    version::add(&mut tests);
+    images::add(&mut tests);
+    pods::add(&mut tests);
+    containers::add(&mut tests);
+    input::add(&mut tests);
+    observing::add(&mut tests);
+    recovery::add(&mut tests);
+    kills::add(&mut tests);
+    let Tests { images, trials } = tests;
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    drop(images);
+    Ok(conclusion.exit_code())
+}
