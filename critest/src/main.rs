@@ -8,8 +8,12 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
 use podvisor_critest::catalogue::{MIRRORED, Prepared};
+use podvisor_critest::contents;
 use podvisor_critest::expected::{Expected, as_list};
+use podvisor_critest::image::Image;
+use podvisor_critest::layer::Compression;
 use podvisor_critest::node::{self, Node};
+use podvisor_critest::registry::{Access, Registry};
 use podvisor_critest::report::{Outcome, Outcomes};
 use podvisor_critest::sandbox::{self, Stage};
 use podvisor_critest::suite;
@@ -26,6 +30,11 @@ struct Arguments {
 enum Command {
     /// Makes the conformance suite's images, if they are not there, and prints the digest that critest is built with.
     Images,
+    /// Serves a busybox image as `library/busybox:latest`; prints where, and runs until the end of its input.
+    Registry {
+        /// Directory for the images.
+        storage: PathBuf,
+    },
     /// Runs the conformance suite and compares its results with a list; fails on any difference. To be run in a sandbox.
     Run(Box<Run>),
     /// Runs a command in namespaces and cgroups of its own; fails when it leaves anything behind.
@@ -80,6 +89,7 @@ fn run(arguments: Arguments) -> Result<i32> {
             println!("{}", Prepared::make()?.digest()?);
             Ok(0)
         }
+        Command::Registry { storage } => serve_busybox(&storage),
         Command::Run(run) => {
             let expected = Expected::read(&run.expected)?;
             let outcomes = match &run.endpoint {
@@ -95,6 +105,17 @@ fn run(arguments: Arguments) -> Result<i32> {
         Command::Sandbox { command } => sandbox::run(&["stage"], &command),
         Command::Stage { stage, command } => sandbox::stage(stage, &["stage"], &command),
     }
+}
+
+fn serve_busybox(storage: &Path) -> Result<i32> {
+    let registry = Registry::start(storage, Access::ReadWrite)?;
+    let layer = contents::busybox_static()?.pack(Compression::Gzip)?;
+    let config = serde_json::json!({"Cmd": ["sh"], "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]});
+    registry.push("library/busybox", &["latest"], &Image::new(vec![layer], config).bundle()?)?;
+    println!("{}", registry.address());
+    // A signal would end this program and not the registry.
+    std::io::copy(&mut std::io::stdin(), &mut std::io::sink()).context("waiting for the end of the input")?;
+    Ok(0)
 }
 
 /// Runs the suite against a daemon of this build, with the images behind its mirrors.
