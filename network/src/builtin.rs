@@ -10,7 +10,8 @@
 //!
 //! What the kernel holds for a sandbox is always recorded in a file before and until after, so [`Builtin::disconnect`] needs
 //! nothing but the sandbox's id. Everything here blocks (a setup about a millisecond) and runs in tokio's blocking threads.
-//! Lock order: [`State`] is the only lock, and is held for files and nftables, never while links are made or removed.
+//! Lock order: `rules` (held while nftables changes, which takes milliseconds), then `state` (held for files). Neither is held
+//! while links are made or removed, and a sandbox without host ports needs only the second.
 
 mod conntrack;
 mod element;
@@ -79,6 +80,8 @@ impl From<Refusal> for BuiltinError {
 pub(crate) struct Builtin {
     bridge: String,
     state_dir: PathBuf,
+    /// The rules in the kernel are what `state.ports` says, as long as this is not held.
+    rules: Mutex<()>,
     state: Mutex<State>,
 }
 
@@ -130,11 +133,17 @@ impl Builtin {
         let leases = lease::Leases::open(state_dir.join("leases"))?;
         let ports = port::Ports::open(state_dir.join("ports"))?;
         let state = State { ranges, in_effect: Vec::new(), leases, ports };
-        Ok(Self { bridge: bridge.clone(), state_dir: state_dir.clone(), state: Mutex::new(state) })
+        Ok(Self {
+            bridge: bridge.clone(),
+            state_dir: state_dir.clone(),
+            rules: Mutex::new(()),
+            state: Mutex::new(state),
+        })
     }
 
     /// Makes or completes what all pods share: bridge, gateways, forwarding, rules.
     pub(crate) fn prepare(&self) -> Result<(), BuiltinError> {
+        let _rules = self.rules();
         let mut state = self.state();
         let ranges = state.ranges.clone();
         self.put_in_effect(&mut state, ranges)
@@ -188,7 +197,7 @@ impl Builtin {
         }
         let outcome = self.acquire(sandbox, &ranges);
         if outcome.is_err()
-            && let Err(error) = self.disconnect(id)
+            && let Err(error) = self.disconnect(id).and_then(|()| Self::sweep(id))
         {
             tracing::warn!(
                 sandbox = id,
@@ -215,16 +224,16 @@ impl Builtin {
         };
         interface.connect(&Client::route()?)?;
         let set = namespace::enter(&sandbox.netns, || interface.configure())??;
-        let mut state = self.state();
         for (address, _) in addresses.iter().filter(|(address, _)| !set.contains(address)) {
-            state.leases.release(*address)?;
+            self.state().leases.release(*address)?;
         }
         let forwards = port::resolve(&sandbox.ports, &set)?;
         if !forwards.is_empty() {
-            state.ports.take(id, &forwards)?;
+            let _rules = self.rules();
+            self.state().ports.take(id, &forwards)?;
             let client = Client::netfilter()?;
             element::add(&client, &forwards)?;
-            conntrack::forget(&client, &forwards)?;
+            forget_flows(&client, &forwards);
         }
         Ok(set)
     }
@@ -238,26 +247,33 @@ impl Builtin {
         Ok(())
     }
 
-    /// Takes back everything a sandbox has. Idempotent. Every step is tried; the first failure is reported.
+    /// Takes back everything a sandbox has, except that its interface, which leads nowhere then, stays for [`Builtin::sweep`].
+    /// Idempotent. Every step is tried; the first failure is reported.
     pub(crate) fn disconnect(&self, id: &str) -> Result<(), BuiltinError> {
         let ports = self.release_ports(id);
         // An address is free when nobody can use it any more.
-        let links = link::delete(&link::host_end(id)).map_err(BuiltinError::from).and_then(|()| {
+        let links = link::detach(&link::host_end(id)).map_err(BuiltinError::from).and_then(|()| {
             let mut state = self.state();
             state.leases.of(id).into_iter().try_for_each(|address| state.leases.release(address))
         });
         ports.and(links)
     }
 
+    /// Deletes the interface of a disconnected sandbox: tens of milliseconds for which nobody has to wait.
+    pub(crate) fn sweep(id: &str) -> Result<(), BuiltinError> {
+        Ok(link::delete(&link::host_end(id))?)
+    }
+
     fn release_ports(&self, id: &str) -> Result<(), BuiltinError> {
-        let mut state = self.state();
-        let forwards = state.ports.of(id);
-        if !forwards.is_empty() {
-            let client = Client::netfilter()?;
-            element::remove(&client, forwards)?;
-            conntrack::forget(&client, forwards)?;
+        if self.state().ports.of(id).is_empty() {
+            return Ok(());
         }
-        state.ports.release(id)
+        let _rules = self.rules();
+        let forwards = self.state().ports.of(id).to_owned();
+        let client = Client::netfilter()?;
+        element::remove(&client, &forwards)?;
+        forget_flows(&client, &forwards);
+        self.state().ports.release(id)
     }
 
     /// Disconnects every sandbox but these.
@@ -282,6 +298,7 @@ impl Builtin {
     /// New ranges for new pods.
     pub(crate) fn set_pod_cidr(&self, cidr: &str) -> Result<(), BuiltinError> {
         let ranges = Range::parse_list(cidr)?;
+        let _rules = self.rules();
         let mut state = self.state();
         if state.ranges == ranges
             && fs::read_to_string(pod_cidr_file(&self.state_dir)).is_ok_and(|old| old == cidr)
@@ -295,9 +312,21 @@ impl Builtin {
             .map_err(|source| BuiltinError::Write { path, source })
     }
 
+    fn rules(&self) -> MutexGuard<'_, ()> {
+        self.rules.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         // A panic elsewhere leaves at most a lease too many, which `retain` removes.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A kernel without connection tracking's netlink interface has worse than this; no pod fails for it.
+fn forget_flows(client: &Client, forwards: &[port::Forward]) {
+    if let Err(error) = conntrack::forget(client, forwards) {
+        let error = &error as &dyn std::error::Error;
+        tracing::warn!(error, "old UDP flows of host ports may go astray");
     }
 }
 

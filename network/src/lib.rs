@@ -226,13 +226,22 @@ impl Network {
     }
 
     /// Disconnects a sandbox, also one that was set up by an earlier process, half or not at all, or whose namespace is
-    /// gone. Idempotent.
+    /// gone. Idempotent. The built-in network's interface is off the network then, and is deleted in the background.
     pub async fn teardown(&self, kind: Kind, sandbox: &Sandbox) -> Result<(), NetworkError> {
         match kind {
             Kind::Cni => Ok(self.cni.delete(sandbox).await?),
             Kind::Builtin => {
                 let (builtin, id) = (Arc::clone(&self.builtin), sandbox.id.clone());
-                Ok(blocking(move || builtin.disconnect(&id)).await??)
+                blocking(move || builtin.disconnect(&id)).await??;
+                let id = sandbox.id.clone();
+                self.runtime.spawn_blocking(move || {
+                    if let Err(error) = Builtin::sweep(&id) {
+                        // The next `retain` finds it.
+                        let error = &error as &dyn std::error::Error;
+                        tracing::warn!(sandbox = id, error, "interface of a stopped sandbox was not deleted");
+                    }
+                });
+                Ok(())
             }
         }
     }

@@ -115,7 +115,7 @@ fn asked_through(
 
 /// Nothing of any pod is left.
 fn assert_bare() {
-    assert!(!ip("link show").contains("pv"), "{}", ip("link show"));
+    eventually("the interfaces are deleted", || !ip("link show").contains("pv"));
     let leases: Vec<_> =
         names("/run/state/leases").into_iter().filter(|name| name.parse::<IpAddr>().is_ok()).collect();
     assert_eq!(leases, [""; 0]);
