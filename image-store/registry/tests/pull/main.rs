@@ -30,7 +30,7 @@ impl Client {
 
     /// For tests that wait for the timeout.
     fn impatient() -> Self {
-        Self::with_timeout(Duration::from_millis(400))
+        Self::with_timeout(Duration::from_secs(1))
     }
 
     fn with_timeout(progress_timeout: Duration) -> Self {
@@ -92,4 +92,17 @@ fn assert_contains(error: &RegistryError, parts: &[&str]) {
         assert!(text.contains(part), "{part:?} is not in: {text}");
     }
     assert!(!text.contains('\n'), "more than one line: {text}");
+}
+
+#[tokio::test]
+async fn pulls_can_be_spawned() {
+    let content = content::Content::with_layer(1000);
+    let server = server::Server::start(move |seen| content.reply(seen)).await;
+    let (registry, name) = (Client::new().registry, server.name("app"));
+    let task = tokio::spawn(async move {
+        let reference = registry.candidates(&name).await?.remove(0);
+        let image = registry.resolve(&reference, None).await?;
+        collect(registry.blob(&image.source, &image.layers[0]).await?).await
+    });
+    assert_eq!(task.await.unwrap().unwrap().len(), 1000);
 }
