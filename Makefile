@@ -41,8 +41,9 @@ demo: build
 	critest/tools/contents busybox-static
 	tests/scripts/demo
 
+# Times and memory, beside those of the OCI runtimes alone.
 bench: deps build
-	critest/tools/contents busybox-static
+	critest/tools/contents busybox
 	cargo build --release -p podvisor-tests --bin podvisor-bench
 	$(CRITEST) sandbox -- $(TARGET)/release/podvisor-bench
 
