@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tracing::debug;
 
 use crate::files::{child_directories, read_optional, write};
-use crate::layout::normal;
+use crate::layout::{UNIFIED, normal};
 use crate::{CgroupError, Layout, Result};
 
 /// How long [`Cgroup::remove`] waits for killed processes to be gone. A process that dumps a large core or has much memory to give
@@ -114,6 +114,13 @@ impl Cgroup {
                 controllers.get(controller).map(|member| member.directory.as_path())
             }
         }
+    }
+
+    /// Hybrid layout: its directory in version 2's hierarchy, unless that is the root.
+    pub(crate) fn in_unified(&self) -> Option<&Path> {
+        let Hierarchy::V1 { controllers } = &self.hierarchy else { return None };
+        let member = controllers.get(UNIFIED)?;
+        (member.directory != member.mount).then_some(member.directory.as_path())
     }
 
     /// The hierarchy whose `cgroup.procs` is the truth about who is in.
@@ -266,9 +273,17 @@ impl Cgroup {
             return Err(CgroupError::Root { action: "remove" });
         }
         let deadline = Instant::now() + REMOVE_WITHIN;
+        let directories: BTreeSet<&Path> = match &self.hierarchy {
+            Hierarchy::V2 { directory, .. } => [directory.as_path()].into(),
+            // A process need not be in a cgroup of its own everywhere: the root of a hierarchy is nobody's.
+            Hierarchy::V1 { controllers } => {
+                let own = controllers.values().filter(|member| member.directory != member.mount);
+                own.map(|member| member.directory.as_path()).collect()
+            }
+        };
         // All hierarchies are tried before the first failure is told: the rest is not to leak because of one.
         let results: Vec<_> =
-            self.directories().into_iter().map(|directory| remove_tree(directory, deadline)).collect();
+            directories.into_iter().map(|directory| remove_tree(directory, deadline)).collect();
         results.into_iter().collect()
     }
 }

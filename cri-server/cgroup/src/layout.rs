@@ -17,12 +17,16 @@ pub enum Layout {
         /// Its mount point, e.g. `/sys/fs/cgroup`.
         mount: PathBuf,
     },
-    /// Version 1 (also hybrid): controller name → mount point. `name=systemd` is listed as `systemd`.
+    /// Version 1 (also hybrid): controller name → mount point. `name=systemd` is listed as `systemd`, the hybrid layout's version 2
+    /// hierarchy, which runc uses beside the others, as `unified`.
     V1 {
         /// By controller.
         controllers: BTreeMap<String, PathBuf>,
     },
 }
+
+/// Name of version 2 among the controllers of a hybrid layout.
+pub(crate) const UNIFIED: &str = "unified";
 
 const MOUNTINFO: &str = "/proc/self/mountinfo";
 
@@ -51,13 +55,13 @@ impl Layout {
                 }
             }
         }
+        let mount = mounts.iter().filter(unified).max_by_key(|mount| mount.rank());
         // `name=systemd` alone controls nothing: systemd mounts it in the hybrid layout whose controllers are all in cgroup2.
         if controllers.keys().any(|name| name != "systemd") {
-            let controllers =
-                controllers.into_iter().map(|(name, mount)| (name, mount.point.clone())).collect();
-            return Ok(Self::V1 { controllers });
+            let hybrid = mount.map(|mount| (UNIFIED.to_owned(), mount.point.clone()));
+            let controllers = controllers.into_iter().map(|(name, mount)| (name, mount.point.clone()));
+            return Ok(Self::V1 { controllers: controllers.chain(hybrid).collect() });
         }
-        let mount = mounts.iter().filter(unified).max_by_key(|mount| mount.rank());
         mount.map(|mount| Self::V2 { mount: mount.point.clone() }).ok_or(CgroupError::NotMounted)
     }
 
@@ -124,7 +128,7 @@ impl Layout {
             Self::V1 { controllers } => {
                 let mut own = BTreeMap::new();
                 for (name, point) in controllers {
-                    if let Some(path) = below(point, name) {
+                    if let Some(path) = below(point, if name == UNIFIED { "" } else { name }) {
                         own.insert(name.clone(), path?);
                     }
                 }

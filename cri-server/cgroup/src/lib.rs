@@ -11,6 +11,11 @@
 //! Invariants: no operation leaves the mount, whatever a path says; the root is never killed or removed; a name is not a promise
 //! that the cgroup exists.
 //!
+//! Decisions, each with what was rejected:
+//! - Version 1 kills with the freezer, not by signalling until nobody is left: a fork bomb wins that race, and a frozen pid cannot be reused.
+//! - No private connection to systemd beside the bus: see `systemd.rs`.
+//! - A missing controller is `None` in statistics, not 0: kubelet evicts by these numbers.
+//!
 //! Limits are not set here: the OCI runtime applies a container's, kubelet the pod's.
 
 mod cgroup;

@@ -42,7 +42,7 @@ pub struct CpuStats {
     pub throttled_periods: Option<u64>,
     /// Time throttled, nanoseconds.
     pub throttled_ns: Option<u64>,
-    /// Time spent waiting for a CPU (version 2).
+    /// Time spent waiting for a CPU (version 2 and hybrid).
     pub pressure: Option<Pressure>,
 }
 
@@ -65,7 +65,7 @@ pub struct MemoryStats {
     pub major_page_faults: u64,
     /// Highest usage so far; version 2 knows it from Linux 5.19 on.
     pub peak: Option<u64>,
-    /// Time spent waiting for memory (version 2).
+    /// Time spent waiting for memory (version 2 and hybrid).
     pub pressure: Option<Pressure>,
 }
 
@@ -83,7 +83,7 @@ pub struct SwapStats {
 pub struct IoStats {
     /// By device.
     pub devices: Vec<DeviceIo>,
-    /// Time spent waiting for devices (version 2).
+    /// Time spent waiting for devices (version 2 and hybrid).
     pub pressure: Option<Pressure>,
 }
 
@@ -125,7 +125,8 @@ impl Cgroup {
     /// Reads everything. Fails when the cgroup does not exist (see [`CgroupError::is_not_found`]); a controller that is missing only
     /// leaves its part out.
     pub fn stats(&self) -> Result<Stats> {
-        let (cpu, memory, swap, pids, io);
+        let (mut cpu, mut memory, mut io);
+        let (swap, pids);
         match &self.hierarchy {
             Hierarchy::V2 { directory, .. } => {
                 cpu = cpu_v2(directory)?;
@@ -144,6 +145,19 @@ impl Cgroup {
                     None => None,
                 };
                 io = at("blkio").map(io_v1).transpose()?.flatten();
+                // runc puts containers into the hybrid layout's version 2 hierarchy, too, which counts pressure without controllers.
+                if let Some(unified) = self.in_unified() {
+                    let waited = |name: &str| pressure(&unified.join(name));
+                    if let Some(cpu) = &mut cpu {
+                        cpu.pressure = waited("cpu.pressure")?;
+                    }
+                    if let Some(memory) = &mut memory {
+                        memory.pressure = waited("memory.pressure")?;
+                    }
+                    if let Some(io) = &mut io {
+                        io.pressure = waited("io.pressure")?;
+                    }
+                }
             }
         }
         if cpu.is_none() && memory.is_none() && !self.exists() {

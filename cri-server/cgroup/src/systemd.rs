@@ -1,8 +1,8 @@
 //! Slices and scopes over D-Bus, for hosts where systemd owns the cgroup tree. For the daemon only; needs a tokio runtime.
 //!
 //! Interface: org.freedesktop.systemd1(5). A method that starts or stops something answers with a job; the job is done when the signal
-//! `JobRemoved` says so. The system bus is tried first, then systemd's private socket, which works before the bus is up and on
-//! hosts without one.
+//! `JobRemoved` says so. Only the system bus is used: on systemd's private socket the sender of a message is no unique name, which zbus
+//! refuses to read. A host with systemd but without D-Bus needs the cgroupfs driver.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,14 +10,12 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use tokio::sync::{Mutex, broadcast};
 use tokio::task::AbortHandle;
-use tracing::debug;
 use zbus::message::Type;
 use zbus::{Connection, MessageStream, OwnedObjectPath, Variant};
 
 const BUS_NAME: &str = "org.freedesktop.systemd1";
 const PATH: &str = "/org/freedesktop/systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
-const PRIVATE_SOCKET: &str = "unix:path=/run/systemd/private";
 
 /// How long one job may take; systemd's own default for starting and stopping a unit is 90 s.
 const JOB_WITHIN: Duration = Duration::from_secs(100);
@@ -29,8 +27,8 @@ const JOBS_QUEUED: usize = 1024;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SystemdError {
-    /// Neither the system bus nor systemd's private socket answered.
-    #[error("cannot reach systemd over D-Bus")]
+    /// The system bus did not answer, or systemd not on it.
+    #[error("cannot reach systemd over the system D-Bus")]
     Connect(#[source] Box<zbus::Error>),
     /// A method call failed; the source holds systemd's words.
     #[error("systemd refused {method} for {unit}")]
@@ -217,18 +215,9 @@ impl Systemd {
         if let Some(live) = live.as_ref().filter(|live| !live.connection.is_closed()) {
             return Ok(Arc::clone(live));
         }
-        let connected = match Live::start(Connection::system().await, true).await {
-            Ok(connected) => connected,
-            Err(error) => {
-                debug!(
-                    error = &error as &dyn std::error::Error,
-                    "no system bus, trying systemd's private socket"
-                );
-                let private = zbus::connection::Builder::address(PRIVATE_SOCKET).p2p().build().await;
-                Live::start(private, false).await?
-            }
-        };
-        let connected = Arc::new(connected);
+        let connection =
+            Connection::system().await.map_err(|source| SystemdError::Connect(Box::new(source)))?;
+        let connected = Arc::new(Live::start(connection).await?);
         *live = Some(Arc::clone(&connected));
         Ok(connected)
     }
@@ -236,21 +225,20 @@ impl Systemd {
     /// Over a connection that the caller made.
     #[cfg(test)]
     async fn over(connection: Connection) -> Self {
-        let live = Live::start(Ok(connection), false).await.unwrap();
+        let live = Live::start(connection).await.unwrap();
         Self { live: Mutex::new(Some(Arc::new(live))) }
     }
 }
 
 impl Live {
-    async fn start(connection: zbus::Result<Connection>, bus: bool) -> Result<Self> {
+    async fn start(connection: Connection) -> Result<Self> {
         let failed = |source: zbus::Error| SystemdError::Connect(Box::new(source));
-        let connection = connection.map_err(failed)?;
         let (jobs, _) = broadcast::channel(JOBS_QUEUED);
         // A task of its own: a message stream that is not read all the time stalls the whole connection.
         let stream = MessageStream::from(&connection);
         let reader = tokio::spawn(read_jobs(stream, jobs.clone())).abort_handle();
         let live = Self { connection, jobs, reader };
-        if bus {
+        if live.connection.is_bus() {
             let rule = format!("type='signal',sender='{BUS_NAME}',interface='{MANAGER}',member='JobRemoved'");
             let bus = "org.freedesktop.DBus";
             live.connection

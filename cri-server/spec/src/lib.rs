@@ -1,4 +1,5 @@
-//! From the CRI's configuration to an OCI runtime spec. Pure but for the host facts it is given: no file is read here.
+//! From the CRI's configuration to an OCI runtime spec. Pure but for the host facts it is given: no file is read here. (The one thing asked
+//! of the kernel is uname(2), for HOSTNAME in pods on the node's network, to which kubelet gives no name.)
 //!
 //! | file | what |
 //! |---|---|

@@ -146,6 +146,25 @@ fn the_root_is_safe() {
     }
 }
 
+/// A process can be at the root of one hierarchy and elsewhere in another: removing "its cgroup" must not touch that root.
+#[test]
+fn roots_of_single_hierarchies_are_safe() {
+    let Layout::V1 { controllers } = Layout::detect().unwrap() else {
+        println!("skipped: this host has one hierarchy");
+        return;
+    };
+    let own = Own::new();
+    let bystander = own.0.child("bystander");
+    bystander.create().unwrap();
+    let mut paths: BTreeMap<_, _> =
+        controllers.keys().map(|name| (name.clone(), own.0.path[..].to_owned())).collect();
+    paths.insert("cpu".to_owned(), String::new());
+    let mixed = Cgroup::at_each(&Layout::V1 { controllers }, &paths);
+    mixed.remove().unwrap();
+    assert!(bystander.directory("cpu").unwrap().exists());
+    assert!(!bystander.directory("memory").unwrap().exists());
+}
+
 #[test]
 fn statistics_and_out_of_memory() {
     let own = Own::new();

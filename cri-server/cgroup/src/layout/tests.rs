@@ -17,7 +17,7 @@ fn layout(mountinfo: &str) -> Result<Layout> {
 fn hybrid_is_version_1() {
     let Layout::V1 { controllers } = layout(HYBRID).unwrap() else { panic!("version 2") };
     let names: Vec<_> = controllers.keys().map(String::as_str).collect();
-    assert_eq!(names, ["cpu", "cpuacct", "memory", "systemd"]);
+    assert_eq!(names, ["cpu", "cpuacct", "memory", "systemd", "unified"]);
     assert_eq!(controllers["cpuacct"], Path::new("/sys/fs/cgroup/cpu,cpuacct"));
 }
 
@@ -72,7 +72,7 @@ fn process_below_a_partial_mount() {
 fn hierarchies_of_a_process_may_differ() {
     let mounts = cgroup_mounts(HYBRID);
     let layout = Layout::from_mounts(&mounts).unwrap();
-    let text = "4:memory:/a/b\n2:cpu,cpuacct:/\n1:name=systemd:/a\n0::/\n";
+    let text = "4:memory:/a/b\n2:cpu,cpuacct:/\n1:name=systemd:/a\n0::/u\n";
     let cgroup = layout.resolve(7, text, &mounts).unwrap();
     let mut directories = cgroup.directories();
     directories.sort();
@@ -81,7 +81,8 @@ fn hierarchies_of_a_process_may_differ() {
         [
             Path::new("/sys/fs/cgroup/cpu,cpuacct"),
             Path::new("/sys/fs/cgroup/memory/a/b"),
-            Path::new("/sys/fs/cgroup/systemd/a")
+            Path::new("/sys/fs/cgroup/systemd/a"),
+            Path::new("/sys/fs/cgroup/unified/u")
         ]
     );
 }
