@@ -1,1 +1,21 @@
-fn main() {}
+//! podvisor: one daemon between kubelet and its pods. Serves the Kubernetes CRI, pulls images, and runs each pod with a trusted OCI
+//! runtime. See README.md beside this crate for the map.
+
+mod check;
+mod cli;
+mod error;
+mod events;
+mod id;
+mod monitor;
+mod node;
+mod pod;
+mod serve;
+mod service;
+mod sessions;
+mod trace;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

@@ -1,9 +1,33 @@
 //! Images: pulled through mirrors, verified before they can be seen, kept as layers, given to containers as root file systems.
+//!
+//! | file | idea |
+//! |---|---|
+//! | `store.rs` | the images there are, and every change of them |
+//! | `layers.rs` | layers on disk: how one comes in, when one goes |
+//! | `snapshots.rs` | writable layers of containers |
+//! | `mount.rs` | overlayfs |
+//! | `database.rs` | what is remembered, in redb |
+//! | `flight.rs` | work that several want is done once |
+//! | `tree.rs` | directories that a crash must not leave |
+//!
+//! Invariants: a layer has its name only after its digests were verified; an image is in the database only after its layers are on the
+//! disk; whatever is neither is in `ingest/`, which every start empties; reading never waits for a pull or an fsync.
 
-use std::path::{Path, PathBuf};
+mod database;
+mod error;
+mod flight;
+mod layers;
+mod mount;
+mod snapshots;
+mod store;
+mod tree;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 
+pub use error::{ErrorKind, ImageError};
 pub use podvisor_registry::{Credentials, Reference};
+pub use store::ImageStore;
 
 /// Where the store lives and what it pulls through.
 #[derive(Debug, Clone)]
@@ -61,76 +85,4 @@ pub struct FsUsage {
     pub used_bytes: u64,
     /// Inodes.
     pub inodes_used: u64,
-}
-
-/// What went wrong, in kinds that the service maps to gRPC codes.
-#[derive(Debug, thiserror::Error)]
-#[error("placeholder")]
-pub struct ImageError;
-
-/// The store. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct ImageStore {}
-
-impl ImageStore {
-    /// Opens or creates the store and removes what a crash left half done.
-    pub async fn open(_options: Options) -> Result<Self, ImageError> {
-        todo!()
-    }
-
-    /// Pulls `name` and returns the image. The same image or layer wanted twice at once is fetched once. Dropping the future
-    /// cancels the pull (unless another caller waits for it) and leaves nothing.
-    pub async fn pull(&self, _name: &str, _credentials: Option<Credentials>) -> Result<Image, ImageError> {
-        todo!()
-    }
-
-    /// All images, sorted by id. Never waits for a pull.
-    pub fn list(&self) -> Vec<Image> {
-        todo!()
-    }
-
-    /// The image that `name` (reference, id, or unambiguous id prefix) means.
-    pub fn get(&self, _name: &str) -> Option<Image> {
-        todo!()
-    }
-
-    /// Removes the image with all its names. Used by a container: names go at once, layers with the last container. Idempotent.
-    pub async fn remove(&self, _name: &str) -> Result<(), ImageError> {
-        todo!()
-    }
-
-    /// Images whose normalised reference is in `names` are pinned, all others are not.
-    pub async fn pin(&self, _names: &[String]) -> Result<(), ImageError> {
-        todo!()
-    }
-
-    /// Makes a snapshot of `image` (an id) for container `key`; from now on the image's layers are in use. Idempotent.
-    pub async fn prepare(&self, _key: &str, _image: &str, _read_only: bool) -> Result<Rootfs, ImageError> {
-        todo!()
-    }
-
-    /// Mounts a snapshot at `target`, an existing directory.
-    pub fn mount(&self, _rootfs: &Rootfs, _target: &Path) -> Result<(), ImageError> {
-        todo!()
-    }
-
-    /// Drops a snapshot (already unmounted) and, if it was the last user of a removed image, its layers. Idempotent.
-    pub async fn release(&self, _key: &str) -> Result<(), ImageError> {
-        todo!()
-    }
-
-    /// Names of all snapshots: recovery releases those without a container.
-    pub fn snapshots(&self) -> Vec<String> {
-        todo!()
-    }
-
-    /// Bytes and inodes in a container's writable layer (measured in the background, at most some seconds old).
-    pub fn writable_usage(&self, _key: &str) -> Option<FsUsage> {
-        todo!()
-    }
-
-    /// Use by images and by writable layers: CRI's two lists.
-    pub fn fs_info(&self) -> (FsUsage, FsUsage) {
-        todo!()
-    }
 }

@@ -1,0 +1,148 @@
+//! `podvisor check`: what this machine can do, why not, and what to do about it. Reads only.
+
+use std::path::Path;
+
+use podvisor_cgroup::Layout;
+use podvisor_config::{Config, HandlerKind, NetworkMode};
+
+use crate::node::{cgroup_driver, find_program, kernel_version};
+
+/// One finding.
+enum Finding {
+    Good(String),
+    /// Something is missing that not every node needs.
+    Note(String),
+    /// No pod can run, with what to do.
+    Bad(String),
+}
+
+/// Prints all findings; false when pods cannot run.
+pub(crate) fn check(config: &Config) -> bool {
+    let mut findings = vec![kernel()];
+    findings.extend(cgroups(config));
+    findings.extend(handlers(config));
+    findings.push(monitor(config));
+    findings.extend(network(config));
+    findings.push(virtual_machines());
+    findings.push(Finding::Note(
+        "kubelet's /metrics/cadvisor knows container labels only with its feature gate PodAndContainerStatsFromCRI".into(),
+    ));
+    let mut works = true;
+    for finding in findings {
+        match finding {
+            Finding::Good(text) => println!("ok    {text}"),
+            Finding::Note(text) => println!("note  {text}"),
+            Finding::Bad(text) => {
+                works = false;
+                println!("FAIL  {text}");
+            }
+        }
+    }
+    works
+}
+
+fn kernel() -> Finding {
+    let (major, minor) = kernel_version();
+    let overlay = std::fs::read_to_string("/proc/filesystems").unwrap_or_default().contains("\toverlay");
+    if (major, minor) < (5, 6) {
+        return Finding::Bad(format!("kernel {major}.{minor}: podvisor needs 5.6 or newer (openat2)"));
+    }
+    if overlay {
+        Finding::Good(format!("kernel {major}.{minor} with overlayfs"))
+    } else {
+        Finding::Bad(format!("kernel {major}.{minor} without overlayfs: load it with `modprobe overlay`"))
+    }
+}
+
+fn cgroups(config: &Config) -> Vec<Finding> {
+    let driver = cgroup_driver(config.runtime.cgroup_driver);
+    let layout = match Layout::detect() {
+        Ok(layout) => layout,
+        Err(error) => return vec![Finding::Bad(format!("cgroups: {}", crate::error::chain(&error)))],
+    };
+    let version = if layout.is_v2() { "version 2" } else { "version 1" };
+    let mut findings = vec![Finding::Good(format!("cgroups {version}, driver {}", driver.name()))];
+    for controller in ["memory", "cpu", "pids"] {
+        if !layout.has(controller) {
+            findings.push(Finding::Note(format!(
+                "cgroup controller {controller} is missing: its limits do not work"
+            )));
+        }
+    }
+    if !layout.is_v2() {
+        findings.push(Finding::Note(
+            "kubelet 1.35 and newer refuses cgroups version 1 unless failCgroupV1 is false".into(),
+        ));
+    }
+    findings
+}
+
+fn handlers(config: &Config) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (name, handler) in &config.handlers {
+        let HandlerKind::Oci { path, .. } = &handler.kind;
+        let trusted = *name == config.runtime.trusted_handler;
+        findings.push(match find_program(path) {
+            Some(program) => Finding::Good(format!("handler {name}: {}", program.display())),
+            None if trusted => Finding::Bad(format!(
+                "handler {name} (the trusted one): {} is not installed; install it or set runtime.trusted_handler",
+                path.display()
+            )),
+            None => Finding::Note(format!("handler {name}: {} is not installed", path.display())),
+        });
+    }
+    findings
+}
+
+fn monitor(config: &Config) -> Finding {
+    let beside = std::env::current_exe().map(|path| path.with_file_name("podvisor-monitor"));
+    let program = config.runtime.monitor.clone().or(beside.ok()).unwrap_or_default();
+    match find_program(&program) {
+        Some(program) => Finding::Good(format!("monitor: {}", program.display())),
+        None => Finding::Bad(format!(
+            "monitor: {} is no executable file; install it or set runtime.monitor",
+            program.display()
+        )),
+    }
+}
+
+fn network(config: &Config) -> Vec<Finding> {
+    match config.network.mode {
+        NetworkMode::Builtin => vec![match find_program(Path::new("nft")) {
+            Some(_) => Finding::Good(format!("network: built-in, bridge {}", config.network.bridge)),
+            None => Finding::Bad("network: the built-in network needs nft; install nftables".into()),
+        }],
+        NetworkMode::Cni => {
+            let directory = &config.network.cni_config_dir;
+            let configured = std::fs::read_dir(directory).is_ok_and(|entries| {
+                entries.flatten().any(|entry| {
+                    entry
+                        .path()
+                        .extension()
+                        .is_some_and(|end| end == "conflist" || end == "conf" || end == "json")
+                })
+            });
+            vec![if configured {
+                Finding::Good(format!("network: CNI, configured in {}", directory.display()))
+            } else {
+                Finding::Note(format!(
+                    "network: no CNI configuration in {} yet; the node is not ready until a network add-on puts one there",
+                    directory.display()
+                ))
+            }]
+        }
+    }
+}
+
+/// Facts only: no handler of type `vm` exists yet.
+fn virtual_machines() -> Finding {
+    if !Path::new("/dev/kvm").exists() {
+        return Finding::Note("/dev/kvm is missing: virtual machines would need QEMU's translator".into());
+    }
+    if Path::new("/sys/module/kvm_pvm").exists() {
+        return Finding::Note(
+            "/dev/kvm is PVM: it runs only guest kernels made for it, no stock ones".into(),
+        );
+    }
+    Finding::Note("/dev/kvm is there; pods in virtual machines are not part of this version".into())
+}

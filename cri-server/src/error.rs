@@ -1,0 +1,149 @@
+//! What can go wrong with a request, and the one place where that becomes a gRPC code.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tonic::{Code, Status};
+
+use crate::monitor::MonitorError;
+use crate::pod::acquired::ReleaseError;
+use crate::pod::record::RecordError;
+use crate::pod::state::Denied;
+
+/// Shared by everybody who waits for the same piece of work.
+pub(crate) type Failure = Arc<PodError>;
+
+/// Why a request about a pod or container failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PodError {
+    #[error("pod sandbox {0:?} not found")]
+    NoSuchPod(String),
+    #[error("container {0:?} not found")]
+    NoSuchContainer(String),
+    #[error("{what} {id:?} is ambiguous: give more digits")]
+    Ambiguous { what: &'static str, id: String },
+    #[error("image {0:?} not found: pull it first")]
+    NoSuchImage(String),
+    #[error("{field}: {why}")]
+    Invalid { field: String, why: String },
+    #[error("{0}")]
+    Unsupported(String),
+    #[error("{what} {name:?} exists already as {id}, with another configuration")]
+    NameTaken { what: &'static str, name: String, id: String },
+    #[error("sandbox {id} is not ready: {why}")]
+    NotReady { id: String, why: String },
+    #[error("container {id} is not running: it is {state}")]
+    NotRunning { id: String, state: &'static str },
+    #[error("container {id}")]
+    Denied { id: String, source: Denied },
+    #[error(transparent)]
+    Trust(#[from] podvisor_config::trust::TrustError),
+    #[error("network is not ready: {0}")]
+    NetworkNotReady(String),
+    #[error("cannot connect the pod to its network")]
+    Network(#[source] podvisor_network::NetworkError),
+    #[error("cannot make namespaces")]
+    Namespaces(#[source] podvisor_network::namespace::NamespaceError),
+    #[error("cannot use image")]
+    Image(#[source] podvisor_image_store::ImageError),
+    #[error(transparent)]
+    Spec(#[from] podvisor_spec::SpecError),
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    #[error(transparent)]
+    Release(#[from] ReleaseError),
+    #[error("cgroup operation failed")]
+    Cgroup(#[from] podvisor_cgroup::CgroupError),
+    #[error("cannot {operation} {path}")]
+    File { operation: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("container {id} did not end within {seconds} s of SIGKILL")]
+    WillNotDie { id: String, seconds: u64 },
+    #[error("the pod's task has ended")]
+    TaskGone,
+}
+
+impl PodError {
+    pub(crate) fn invalid(field: impl Into<String>, why: impl Into<String>) -> Self {
+        Self::Invalid { field: field.into(), why: why.into() }
+    }
+
+    /// The gRPC code of each kind. Exhaustive on purpose.
+    pub(crate) fn code(&self) -> Code {
+        match self {
+            PodError::NoSuchPod(_) | PodError::NoSuchContainer(_) | PodError::NoSuchImage(_) => {
+                Code::NotFound
+            }
+            PodError::Ambiguous { .. } | PodError::Invalid { .. } | PodError::Trust(_) => {
+                Code::InvalidArgument
+            }
+            PodError::Unsupported(_) => Code::Unimplemented,
+            PodError::NameTaken { .. } => Code::AlreadyExists,
+            PodError::NotReady { .. } | PodError::NotRunning { .. } | PodError::Denied { .. } => {
+                Code::FailedPrecondition
+            }
+            PodError::NetworkNotReady(_) => Code::Unavailable,
+            PodError::Image(error) => image_code(error),
+            PodError::Spec(error) => match error.kind() {
+                podvisor_spec::ErrorKind::Invalid => Code::InvalidArgument,
+                podvisor_spec::ErrorKind::Unsupported => Code::Unimplemented,
+                podvisor_spec::ErrorKind::NotFound => Code::NotFound,
+            },
+            PodError::Monitor(error) => error.code(),
+            PodError::WillNotDie { .. } => Code::DeadlineExceeded,
+            PodError::Network(_)
+            | PodError::Namespaces(_)
+            | PodError::Record(_)
+            | PodError::Release(_)
+            | PodError::Cgroup(_)
+            | PodError::TaskGone => Code::Internal,
+            PodError::File { source, .. } => match source.kind() {
+                std::io::ErrorKind::StorageFull => Code::ResourceExhausted,
+                _ => Code::Internal,
+            },
+        }
+    }
+}
+
+/// The gRPC code of an image error.
+pub(crate) fn image_code(error: &podvisor_image_store::ImageError) -> Code {
+    use podvisor_image_store::ErrorKind;
+    match error.kind() {
+        ErrorKind::NotFound => Code::NotFound,
+        ErrorKind::Invalid => Code::InvalidArgument,
+        ErrorKind::Unauthorized => Code::PermissionDenied,
+        ErrorKind::Refused => Code::FailedPrecondition,
+        ErrorKind::Unavailable => Code::Unavailable,
+        ErrorKind::Full => Code::ResourceExhausted,
+        ErrorKind::Corrupt => Code::DataLoss,
+        ErrorKind::Internal => Code::Internal,
+    }
+}
+
+impl From<PodError> for Status {
+    fn from(error: PodError) -> Status {
+        Status::new(error.code(), chain(&error))
+    }
+}
+
+/// What the client is told about a failure that others may wait for too.
+pub(crate) fn status(error: &Failure) -> Status {
+    Status::new(error.code(), chain(error.as_ref()))
+}
+
+/// The whole chain of causes on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // A transparent error shows its cause's text as its own.
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}

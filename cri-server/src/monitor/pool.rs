@@ -1,0 +1,126 @@
+//! Monitors that wait for a pod: started ahead of time, each in a cgroup leaf of its own, so that RunPodSandbox starts
+//! no process. One that is never adopted ends with the daemon, because its control connection does.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::Arc;
+
+use podvisor_cgroup::Cgroup;
+use tokio::net::UnixStream;
+use tokio::process::Command;
+use tokio::sync::mpsc;
+
+use super::connection::{Connection, MonitorError, Notice};
+use super::process::identify;
+use crate::id::random_hex;
+use crate::pod::record::ProcessIdentity;
+
+/// A monitor without a pod.
+#[derive(Debug)]
+pub(crate) struct Idle {
+    pub(crate) connection: Connection,
+    pub(crate) notices: mpsc::UnboundedReceiver<Notice>,
+    pub(crate) process: ProcessIdentity,
+    /// Its own leaf, by path below the mount point.
+    pub(crate) cgroup: String,
+}
+
+/// Where monitors come from.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    ready: tokio::sync::Mutex<mpsc::Receiver<Result<Idle, MonitorError>>>,
+}
+
+/// How monitors are started.
+#[derive(Debug)]
+pub(crate) struct Template {
+    pub(crate) program: PathBuf,
+    /// Their common cgroup, which they get leaves below.
+    pub(crate) parent: Cgroup,
+}
+
+impl Pool {
+    /// Keeps `size` (at least one) monitors ready from now on.
+    pub(crate) fn start(template: Template, size: u32) -> Self {
+        // The channel holds all but the one that its feeder holds in its hands.
+        let (sender, ready) = mpsc::channel(size.max(1) as usize);
+        let template = Arc::new(template);
+        tokio::spawn(async move {
+            loop {
+                // A place first: a failing start is tried again only when somebody asks for a monitor.
+                let Ok(place) = sender.reserve().await else { return };
+                let template = template.clone();
+                let started = match tokio::task::spawn_blocking(move || template.start()).await {
+                    Ok(Ok(started)) => started.connect().await,
+                    Ok(Err(error)) => Err(error),
+                    Err(_) => return,
+                };
+                place.send(started);
+            }
+        });
+        Self { ready: tokio::sync::Mutex::new(ready) }
+    }
+
+    /// The next monitor; starts none itself, at worst waits for one that is being started.
+    pub(crate) async fn take(&self) -> Result<Idle, MonitorError> {
+        loop {
+            let next = self.ready.lock().await.recv().await.ok_or(MonitorError::Gone)?;
+            // One that has died while waiting is of no use.
+            if next.as_ref().is_ok_and(|idle| !super::process::lives(idle.process)) {
+                continue;
+            }
+            return next;
+        }
+    }
+}
+
+struct Started {
+    ours: std::os::unix::net::UnixStream,
+    process: ProcessIdentity,
+    cgroup: String,
+}
+
+impl Template {
+    fn start(&self) -> Result<Started, MonitorError> {
+        let failed = |source| MonitorError::Spawn { path: self.program.display().to_string(), source };
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(failed)?;
+        ours.set_nonblocking(true).map_err(failed)?;
+        // Its own session comes from the monitor itself, which detaches when it is adopted.
+        let mut child = Command::new(&self.program)
+            .args(["--control-fd", "0"])
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .current_dir("/")
+            .kill_on_drop(false)
+            .spawn()
+            .map_err(failed)?;
+        let pid = child.id().unwrap_or_default().cast_signed();
+        let process = identify(pid).ok_or_else(|| failed(std::io::Error::other("it ended at once")))?;
+        // Reaped here for as long as this daemon lives; after that by init.
+        tokio::spawn(async move { child.wait().await });
+
+        let leaf = self.parent.child(&random_hex(8));
+        if let Err(error) = leaf.create().and_then(|()| leaf.add(pid)) {
+            tracing::warn!(
+                error = crate::error::chain(&error),
+                "a monitor stays in the daemon's cgroup: it will not survive a service manager that kills the group"
+            );
+        }
+        Ok(Started { ours, process, cgroup: leaf.path() })
+    }
+}
+
+impl Started {
+    async fn connect(self) -> Result<Idle, MonitorError> {
+        let socket = UnixStream::from_std(self.ours)
+            .map_err(|source| MonitorError::Connect { path: "its control connection".into(), source })?;
+        let (sender, notices) = mpsc::unbounded_channel();
+        let connection = Connection::over(socket, move |notice| {
+            let _ = sender.send(notice);
+        });
+        connection.hello().await?;
+        Ok(Idle { connection, notices, process: self.process, cgroup: self.cgroup })
+    }
+}

@@ -1,0 +1,298 @@
+//! What the daemon knows about the machine it runs on and holds for all pods: facts are found out once at the start,
+//! the configuration can be replaced while running.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, RwLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use oci_spec::runtime::LinuxSeccomp;
+use podvisor_cgroup::{Driver, Layout};
+use podvisor_config::{CgroupDriver, Config, Handler, HandlerKind};
+use podvisor_image_store::ImageStore;
+use podvisor_network::Network;
+use podvisor_proto::cri;
+use podvisor_spec::{HostFacts, ResolvedDevice};
+
+use crate::events::Events;
+use crate::monitor::pool::Pool;
+use crate::pod::record::{PinnedRuntime, Records};
+
+/// Everything that pods share. One per daemon.
+#[derive(Debug)]
+pub(crate) struct Node {
+    config: RwLock<Arc<Config>>,
+    handlers: RwLock<Arc<Handlers>>,
+    pub(crate) images: ImageStore,
+    pub(crate) network: Network,
+    pub(crate) records: Records,
+    pub(crate) monitors: Pool,
+    pub(crate) events: Events,
+    pub(crate) cgroups: Layout,
+    pub(crate) driver: Driver,
+    pub(crate) host: HostFacts,
+    /// Identity of this boot of the machine.
+    pub(crate) boot_id: String,
+    /// Volatile directory of pods.
+    pub(crate) run: PathBuf,
+}
+
+/// Parts of a [`Node`] that are opened by the start-up code.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) config: Config,
+    pub(crate) images: ImageStore,
+    pub(crate) network: Network,
+    pub(crate) monitors: Pool,
+    pub(crate) cgroups: Layout,
+    pub(crate) driver: Driver,
+}
+
+/// Which handlers there are, and what each was found to be.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Handlers {
+    pub(crate) configured: BTreeMap<String, Handler>,
+    /// Why a handler cannot be used right now.
+    pub(crate) unusable: BTreeMap<String, String>,
+    /// First line of `--version`.
+    pub(crate) versions: BTreeMap<String, String>,
+    /// What `features` says (OCI runtime spec, features.md), by handler.
+    pub(crate) features: BTreeMap<String, cri::RuntimeHandlerFeatures>,
+}
+
+impl Node {
+    pub(crate) fn new(parts: Parts) -> std::io::Result<Arc<Self>> {
+        let host = host_facts(&parts.cgroups);
+        let handlers = Handlers::probe(&parts.config.handlers);
+        let records = Records::new(parts.config.root.join("pods"));
+        let run = parts.config.run.join("pods");
+        std::fs::create_dir_all(&run)?;
+        Ok(Arc::new(Self {
+            handlers: RwLock::new(Arc::new(handlers)),
+            images: parts.images,
+            network: parts.network,
+            records,
+            monitors: parts.monitors,
+            events: Events::default(),
+            cgroups: parts.cgroups,
+            driver: parts.driver,
+            host,
+            boot_id: boot_id()?,
+            run,
+            config: RwLock::new(Arc::new(parts.config)),
+        }))
+    }
+
+    /// The configuration in force.
+    pub(crate) fn config(&self) -> Arc<Config> {
+        self.config.read().expect("no panic under this lock").clone()
+    }
+
+    pub(crate) fn handlers(&self) -> Arc<Handlers> {
+        self.handlers.read().expect("no panic under this lock").clone()
+    }
+
+    /// Takes over what of `new` can change while running; names the rest.
+    pub(crate) fn reload(&self, new: Config) -> Vec<String> {
+        let (config, left) = self.config().reload(new);
+        let handlers = Handlers::probe(&config.handlers);
+        *self.handlers.write().expect("no panic under this lock") = Arc::new(handlers);
+        *self.config.write().expect("no panic under this lock") = Arc::new(config);
+        left
+    }
+
+    /// The runtime that a new sandbox of `handler` is pinned to.
+    pub(crate) fn pinned_runtime(&self, handler: &str) -> Option<PinnedRuntime> {
+        let handlers = self.handlers();
+        let found = handlers.configured.get(handler)?;
+        let HandlerKind::Oci { path, root, arguments } = &found.kind;
+        Some(PinnedRuntime {
+            path: find_program(path).unwrap_or_else(|| path.clone()),
+            root: root.clone(),
+            arguments: arguments.clone(),
+            systemd_cgroup: self.driver == Driver::Systemd,
+            annotations: found.annotations.clone(),
+        })
+    }
+
+    /// The seccomp profile of a container that asks for `profile`.
+    pub(crate) fn seccomp(
+        &self,
+        profile: &podvisor_spec::SecurityProfile,
+        capabilities: &[String],
+    ) -> Result<Option<LinuxSeccomp>, crate::error::PodError> {
+        use crate::error::PodError;
+        use podvisor_spec::SecurityProfile as P;
+        let path = match profile {
+            P::Unconfined => return Ok(None),
+            P::RuntimeDefault => match &self.config().runtime.seccomp_profile {
+                None => return Ok(Some(podvisor_spec::default_seccomp(capabilities))),
+                Some(path) => path.clone(),
+            },
+            P::Localhost(name) => {
+                let path = Path::new(name);
+                if path.is_absolute() {
+                    path.to_owned()
+                } else {
+                    self.config().runtime.seccomp_root.join(path)
+                }
+            }
+        };
+        let text = std::fs::read_to_string(&path).map_err(|source| PodError::File {
+            operation: "read seccomp profile",
+            path,
+            source,
+        })?;
+        Ok(Some(podvisor_spec::seccomp_profile(&text, capabilities, kernel_version())?))
+    }
+}
+
+impl Handlers {
+    /// Calls each handler's program once: blocking, some tens of milliseconds each.
+    fn probe(configured: &BTreeMap<String, Handler>) -> Self {
+        let mut found = Self { configured: configured.clone(), ..Self::default() };
+        for (name, handler) in configured {
+            let HandlerKind::Oci { path, .. } = &handler.kind;
+            let Some(program) = find_program(path) else {
+                found
+                    .unusable
+                    .insert(name.clone(), format!("{} is not installed (looked in PATH)", path.display()));
+                continue;
+            };
+            match output(&program, "--version") {
+                Ok(version) => {
+                    let line = version.lines().next().unwrap_or_default().to_owned();
+                    found.versions.insert(name.clone(), line);
+                }
+                Err(why) => {
+                    found.unusable.insert(name.clone(), format!("{} --version: {why}", program.display()));
+                    continue;
+                }
+            }
+            found.features.insert(name.clone(), handler_features(&program));
+        }
+        found
+    }
+}
+
+fn output(program: &Path, argument: &str) -> Result<String, String> {
+    let output = std::process::Command::new(program)
+        .arg(argument)
+        .stdin(std::process::Stdio::null())
+        .output()
+        .map_err(|error| error.to_string())?;
+    if output.status.success() {
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    } else {
+        Err(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim()))
+    }
+}
+
+/// What a runtime says it can (OCI runtime-spec, features.md): an older one without the verb can none of it.
+fn handler_features(program: &Path) -> cri::RuntimeHandlerFeatures {
+    let features: serde_json::Value = output(program, "features")
+        .ok()
+        .and_then(|text| serde_json::from_str(&text).ok())
+        .unwrap_or_default();
+    let options = features["mountOptions"].as_array().cloned().unwrap_or_default();
+    cri::RuntimeHandlerFeatures {
+        recursive_read_only_mounts: options.iter().any(|option| option == "rro"),
+        // Not before pods can have a user namespace at all.
+        user_namespaces: false,
+        ..Default::default()
+    }
+}
+
+/// Looks a bare name up in PATH; `None` when there is no such executable.
+pub(crate) fn find_program(path: &Path) -> Option<PathBuf> {
+    use rustix::fs::{Access, access};
+    let executable = |path: &Path| path.is_file() && access(path, Access::EXEC_OK).is_ok();
+    if path.components().count() > 1 {
+        return executable(path).then(|| path.to_owned());
+    }
+    let search = std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into());
+    std::env::split_paths(&search).map(|directory| directory.join(path)).find(|path| executable(path))
+}
+
+/// The driver that the configuration means on this machine.
+pub(crate) fn cgroup_driver(configured: CgroupDriver) -> Driver {
+    match configured {
+        CgroupDriver::Auto => Driver::detect(),
+        CgroupDriver::Cgroupfs => Driver::Cgroupfs,
+        CgroupDriver::Systemd => Driver::Systemd,
+    }
+}
+
+/// Identity of this boot. `PODVISOR_BOOT_ID_FILE` names another file to read it from, so that a reboot can be rehearsed.
+pub(crate) fn boot_id() -> std::io::Result<String> {
+    let path =
+        std::env::var_os("PODVISOR_BOOT_ID_FILE").unwrap_or_else(|| "/proc/sys/kernel/random/boot_id".into());
+    Ok(std::fs::read_to_string(path)?.trim().to_owned())
+}
+
+/// ns since the epoch.
+pub(crate) fn now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// Major and minor version of the running kernel.
+pub(crate) fn kernel_version() -> (u32, u32) {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(['.', '-']).map(|part| part.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+fn host_facts(cgroups: &Layout) -> HostFacts {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let bounding = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapBnd:"))
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .unwrap_or_default();
+    let capabilities = podvisor_spec::capability_names(bounding);
+    // Without CAP_SYS_RESOURCE nothing below the present value can be set, proc_pid_oom_score_adj(5).
+    let floor = if capabilities.iter().any(|name| name == "CAP_SYS_RESOURCE") {
+        None
+    } else {
+        std::fs::read_to_string("/proc/self/oom_score_adj").ok().and_then(|text| text.trim().parse().ok())
+    };
+    let cgroup_v2 = cgroups.is_v2();
+    let swap = match cgroups {
+        // Swap accounting can be off in version 1; in version 2 the file is missing at the root but there in any child.
+        Layout::V1 { controllers } => {
+            controllers.get("memory").is_some_and(|mount| mount.join("memory.memsw.limit_in_bytes").exists())
+        }
+        Layout::V2 { .. } => Path::new("/proc/swaps").exists(),
+    };
+    HostFacts {
+        capabilities,
+        cgroup_v2,
+        oom_score_adj_floor: floor,
+        devices: host_devices(),
+        swap,
+        hugetlb: cgroups.has("hugetlb"),
+    }
+}
+
+/// Device nodes below /dev, for privileged containers. What belongs to terminals, queues and other mounts in /dev is left out.
+fn host_devices() -> Vec<ResolvedDevice> {
+    let mut devices = Vec::new();
+    let mut directories = vec![PathBuf::from("/dev")];
+    while let Some(directory) = directories.pop() {
+        let Ok(entries) = std::fs::read_dir(&directory) else { continue };
+        for entry in entries.flatten() {
+            let path = entry.path();
+            let Ok(kind) = entry.file_type() else { continue };
+            let skipped = ["pts", "shm", "mqueue", "fd", ".lxc", ".lxd-mounts", ".udev", "console"];
+            if kind.is_dir() && !skipped.iter().any(|name| entry.file_name() == *name) {
+                directories.push(path);
+            } else if let Some(device) = crate::pod::devices::node(&path, &path)
+                && entry.file_name() != "console"
+            {
+                devices.push(device);
+            }
+        }
+    }
+    devices
+}

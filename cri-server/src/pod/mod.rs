@@ -1,0 +1,241 @@
+//! Pods: their states, their records, and the task that owns each.
+//!
+//! ```text
+//!           Launched            Stop / init died / monitor died
+//! Creating ──────────▶ Ready ────────────────▶ NotReady ──────▶ Removed
+//!     │ failed: rolled back                        Remove
+//!     ▼
+//!   Failed
+//! ```
+//!
+//! | file | idea |
+//! |---|---|
+//! | `state.rs` | a container's states and steps, pure |
+//! | `record.rs` | what survives |
+//! | `acquired.rs` | what is held on the host, as data, and how it is given back |
+//! | `task.rs` | one task per pod does everything in order |
+//! | `launch.rs` | how a sandbox is made |
+//! | `build.rs` | how a container is made |
+//! | `recovery.rs` | records × what is observed → what to do |
+//! | `view.rs` | what readers see |
+//!
+//! Invariants: an acquisition is recorded before it happens; a reply is sent after its record is durable; nobody but the pod's task
+//! changes the pod; reading never waits.
+
+pub(crate) mod acquired;
+pub(crate) mod build;
+pub(crate) mod devices;
+pub(crate) mod launch;
+pub(crate) mod record;
+pub(crate) mod recovery;
+pub(crate) mod slot;
+pub(crate) mod state;
+pub(crate) mod task;
+pub(crate) mod view;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use podvisor_proto::cri;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::error::{Failure, PodError};
+use crate::id::{ContainerId, PodId};
+use crate::node::Node;
+use task::{Command, Reply};
+use view::{ContainerView, PodView, Status};
+
+/// One pod, seen from outside: where to send commands and what it looks like.
+#[derive(Debug, Clone)]
+pub(crate) struct Pod {
+    pub(crate) id: PodId,
+    commands: mpsc::UnboundedSender<Command>,
+    view: watch::Receiver<Arc<PodView>>,
+}
+
+/// All pods of the node.
+#[derive(Debug)]
+pub(crate) struct Pods {
+    node: Arc<Node>,
+    index: Arc<RwLock<BTreeMap<PodId, Pod>>>,
+}
+
+impl Pods {
+    pub(crate) fn new(node: Arc<Node>) -> Self {
+        Self { node, index: Arc::default() }
+    }
+
+    /// Makes a sandbox, or joins the making of one of the same name and configuration that is under way or done.
+    pub(crate) async fn run(
+        &self,
+        config: cri::PodSandboxConfig,
+        requested_handler: String,
+    ) -> Result<PodId, Failure> {
+        launch::validate(&config)?;
+        let (pod, ours) = self.reserve(config, requested_handler)?;
+        let mut view = pod.view.clone();
+        let outcome = view.wait_for(|view| !matches!(view.status, Status::Creating)).await;
+        let status = match outcome {
+            Ok(view) => view.status.clone(),
+            Err(_) => return Err(Arc::new(PodError::TaskGone)),
+        };
+        match status {
+            Status::Failed(failure) => Err(failure),
+            Status::Ready => Ok(pod.id),
+            _ if ours => Err(Arc::new(PodError::NotReady {
+                id: pod.id.to_string(),
+                why: "it stopped while it was being created".into(),
+            })),
+            _ => Err(Arc::new(taken(&pod))),
+        }
+    }
+
+    /// The pod of this name, new or not, under one lock.
+    fn reserve(
+        &self,
+        config: cri::PodSandboxConfig,
+        requested_handler: String,
+    ) -> Result<(Pod, bool), Failure> {
+        let handler = launch::select_handler(&self.node, &config, &requested_handler)?;
+        let mut index = self.index.write().expect("no panic under this lock");
+        let same = index.values().find(|pod| {
+            let view = pod.view.borrow();
+            !matches!(view.status, Status::Failed(_) | Status::Removed)
+                && view.config().metadata == config.metadata
+        });
+        if let Some(pod) = same {
+            let view = pod.view.borrow().clone();
+            let identical = *view.config() == config && view.record.requested_handler == requested_handler;
+            if identical && matches!(view.status, Status::Creating | Status::Ready) {
+                return Ok((pod.clone(), false));
+            }
+            return Err(Arc::new(taken(pod)));
+        }
+        let record = launch::plan(&self.node, config, requested_handler, handler)?;
+        let pod = task::spawn(self.node.clone(), self.index.clone(), task::Beginning::Launch(record));
+        index.insert(pod.id.clone(), pod.clone());
+        Ok((pod, true))
+    }
+
+    /// Takes over every pod that has records. After this returns each is in lists; their tasks go on asking their monitors.
+    pub(crate) async fn recover(&self) -> std::io::Result<()> {
+        recovery::recover(&self.node, &self.index).await
+    }
+
+    /// Views of all pods that the CRI shows.
+    pub(crate) fn views(&self) -> Vec<Arc<PodView>> {
+        let index = self.index.read().expect("no panic under this lock");
+        index.values().map(|pod| pod.view.borrow().clone()).filter(|view| view.is_visible()).collect()
+    }
+
+    /// The pod that `id` (or an unambiguous beginning of it) means.
+    pub(crate) fn find(&self, id: &str) -> Result<Pod, PodError> {
+        let index = self.index.read().expect("no panic under this lock");
+        unique(
+            "sandbox id",
+            id,
+            index
+                .values()
+                .filter(|pod| pod.view.borrow().is_visible())
+                .filter(|pod| pod.id.as_str().starts_with(id))
+                .map(|pod| (pod.id.as_str().len() == id.len(), pod.clone())),
+        )?
+        .ok_or_else(|| PodError::NoSuchPod(id.to_owned()))
+    }
+
+    /// The container that `id` (or an unambiguous beginning of it) means, with its pod.
+    pub(crate) fn find_container(&self, id: &str) -> Result<(Pod, Arc<ContainerView>), PodError> {
+        let index = self.index.read().expect("no panic under this lock");
+        let found = index.values().flat_map(|pod| {
+            let view = pod.view.borrow();
+            view.visible_containers()
+                .filter(|container| container.record.id.as_str().starts_with(id))
+                .map(|container| {
+                    (container.record.id.as_str().len() == id.len(), (pod.clone(), container.clone()))
+                })
+                .collect::<Vec<_>>()
+        });
+        unique("container id", id, found)?.ok_or_else(|| PodError::NoSuchContainer(id.to_owned()))
+    }
+}
+
+fn taken(pod: &Pod) -> PodError {
+    PodError::NameTaken {
+        what: "pod sandbox",
+        name: pod.view.borrow().metadata().name,
+        id: pod.id.to_string(),
+    }
+}
+
+/// The one match; a full match beats beginnings.
+fn unique<T>(
+    what: &'static str,
+    id: &str,
+    found: impl Iterator<Item = (bool, T)>,
+) -> Result<Option<T>, PodError> {
+    if id.is_empty() {
+        return Err(PodError::invalid(what, "must not be empty"));
+    }
+    let mut only = None;
+    for (full, candidate) in found {
+        if full {
+            return Ok(Some(candidate));
+        }
+        if only.replace(candidate).is_some() {
+            return Err(PodError::Ambiguous { what, id: id.to_owned() });
+        }
+    }
+    Ok(only)
+}
+
+impl Pod {
+    pub(crate) fn view(&self) -> Arc<PodView> {
+        self.view.borrow().clone()
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, Failure> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).map_err(|_| Arc::new(PodError::TaskGone))?;
+        answer.await.map_err(|_| Arc::new(PodError::TaskGone))?
+    }
+
+    pub(crate) async fn create_container(
+        &self,
+        config: cri::ContainerConfig,
+    ) -> Result<ContainerId, Failure> {
+        self.ask(|reply| Command::Create { config: Box::new(config), reply }).await
+    }
+
+    pub(crate) async fn start_container(&self, container: ContainerId) -> Result<(), Failure> {
+        self.ask(|reply| Command::Start { container, reply }).await
+    }
+
+    pub(crate) async fn stop_container(
+        &self,
+        container: ContainerId,
+        grace: Duration,
+    ) -> Result<(), Failure> {
+        self.ask(|reply| Command::Stop { container, grace, reply }).await
+    }
+
+    pub(crate) async fn remove_container(&self, container: ContainerId) -> Result<(), Failure> {
+        self.ask(|reply| Command::Remove { container, reply }).await
+    }
+
+    pub(crate) async fn update_container(
+        &self,
+        container: ContainerId,
+        resources: cri::LinuxContainerResources,
+    ) -> Result<(), Failure> {
+        self.ask(|reply| Command::Update { container, resources: Box::new(resources), reply }).await
+    }
+
+    pub(crate) async fn stop(&self) -> Result<(), Failure> {
+        self.ask(|reply| Command::StopSandbox { reply }).await
+    }
+
+    pub(crate) async fn remove(&self) -> Result<(), Failure> {
+        self.ask(|reply| Command::RemoveSandbox { reply }).await
+    }
+}

@@ -1,0 +1,66 @@
+//! A container as its pod's task holds it: record, state, and who waits for what.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::record::{ContainerPhase, ContainerRecord};
+use super::state::State;
+use super::task::{Command, Reply};
+use super::view::ContainerView;
+use crate::error::Failure;
+use crate::id::ContainerId;
+
+/// One container of a pod.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) record: ContainerRecord,
+    pub(super) state: State,
+    /// Requests that came during a transition.
+    pub(super) queued: VecDeque<Command>,
+    pub(super) creating: Vec<Reply<ContainerId>>,
+    pub(super) starting: Vec<Reply<()>>,
+    pub(super) stopping: Vec<Reply<()>>,
+    pub(super) removing: Vec<Reply<()>>,
+    /// Counts deadlines: one that was armed before the last is void.
+    pub(super) deadline: u64,
+}
+
+impl Slot {
+    pub(super) fn new(record: ContainerRecord, state: State) -> Self {
+        Self {
+            record,
+            state,
+            queued: VecDeque::new(),
+            creating: Vec::new(),
+            starting: Vec::new(),
+            stopping: Vec::new(),
+            removing: Vec::new(),
+            deadline: 0,
+        }
+    }
+
+    pub(super) fn view(&self) -> Arc<ContainerView> {
+        Arc::new(ContainerView { record: self.record.clone(), state: self.state.clone() })
+    }
+
+    /// The durable phase that belongs to the live state; `None` where the present one stays.
+    pub(super) fn phase(&self) -> Option<ContainerPhase> {
+        match &self.state {
+            State::Created => Some(ContainerPhase::Created),
+            State::Starting | State::Running => Some(ContainerPhase::Started),
+            State::Exited(exit) => Some(ContainerPhase::Exited(exit.clone())),
+            // A creation that is being undone was never there: the next start undoes it again.
+            State::Removing { .. } if self.record.phase == ContainerPhase::Creating => None,
+            State::Removing { .. } => Some(ContainerPhase::Removing),
+            State::Creating | State::Stopping { .. } | State::Removed | State::Unknown { .. } => None,
+        }
+    }
+}
+
+/// Answers everybody who waits.
+pub(super) fn answer<T: Clone>(waiting: &mut Vec<Reply<T>>, with: &Result<T, Failure>) {
+    for reply in waiting.drain(..) {
+        // A caller that went away gets its answer at the next try.
+        let _ = reply.send(with.clone());
+    }
+}

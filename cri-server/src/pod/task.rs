@@ -1,0 +1,858 @@
+//! The task that owns a pod: it takes commands and news one after the other, moves the state machine, and lets the effects run
+//! beside it, so that a container that takes its time to stop holds up nobody.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use podvisor_proto::cri;
+use podvisor_proto::monitor::request::Verb;
+use podvisor_proto::monitor::{self as wire, event};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::acquired::{Acquisition, release_all};
+use super::build::{self, Built};
+use super::launch::{self, Launched};
+use super::record::{ContainerPhase, ContainerRecord, Phase, PodRecord, exit_of};
+use super::slot::{Slot, answer};
+use super::state::{Denied, Effect, Event, Exit, State, step};
+use super::view::{PodView, Status};
+use super::{Pod, recovery};
+use crate::error::{Failure, PodError};
+use crate::id::{ContainerId, PodId};
+use crate::monitor::{Connection, Notice};
+use crate::node::{Node, now};
+
+/// How an answer gets back.
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, Failure>>;
+
+/// All pods by id; a task takes its own entry out at its end.
+pub(crate) type Index = Arc<RwLock<BTreeMap<PodId, Pod>>>;
+
+/// After SIGKILL a process is gone at once, unless it hangs in the kernel.
+const UNKILLABLE: Duration = Duration::from_secs(15);
+
+/// What a pod's task is told.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Create {
+        config: Box<cri::ContainerConfig>,
+        reply: Reply<ContainerId>,
+    },
+    Start {
+        container: ContainerId,
+        reply: Reply<()>,
+    },
+    Stop {
+        container: ContainerId,
+        grace: Duration,
+        reply: Reply<()>,
+    },
+    Remove {
+        container: ContainerId,
+        reply: Reply<()>,
+    },
+    Update {
+        container: ContainerId,
+        resources: Box<cri::LinuxContainerResources>,
+        reply: Reply<()>,
+    },
+    StopSandbox {
+        reply: Reply<()>,
+    },
+    RemoveSandbox {
+        reply: Reply<()>,
+    },
+    /// The sandbox is made, or could not be.
+    Launched(Result<Box<Launched>, Failure>),
+    /// A container is made, or could not be.
+    Built {
+        container: ContainerId,
+        built: Result<Box<Built>, Failure>,
+    },
+    /// An effect's outcome; with the failure that those who wait are told.
+    Step {
+        container: ContainerId,
+        event: Event,
+        failure: Option<Failure>,
+    },
+    /// A grace period is over.
+    Deadline {
+        container: ContainerId,
+        number: u64,
+    },
+    /// SIGKILL did not help.
+    Unkillable {
+        container: ContainerId,
+    },
+    /// From the monitor.
+    Notice(Notice),
+    /// The container's resources were changed.
+    Updated {
+        container: ContainerId,
+        resources: serde_json::Value,
+    },
+    /// All that a stopped sandbox has to give back was tried.
+    Released {
+        acquired: Vec<Acquisition>,
+        outcome: Result<(), Failure>,
+    },
+}
+
+/// How a task begins.
+#[derive(Debug)]
+pub(crate) enum Beginning {
+    /// A new sandbox.
+    Launch(PodRecord),
+    /// One that an earlier daemon left.
+    Recover(Box<recovery::Found>),
+}
+
+/// The pod's own data; only its task sees it.
+pub(crate) struct Task {
+    pub(super) node: Arc<Node>,
+    index: Index,
+    pub(super) record: PodRecord,
+    pub(super) status: Status,
+    pub(super) containers: BTreeMap<ContainerId, Slot>,
+    pub(super) monitor: Option<Connection>,
+    view: watch::Sender<Arc<PodView>>,
+    pub(super) mailbox: mpsc::UnboundedSender<Command>,
+    stopping: Vec<Reply<()>>,
+    removing: Vec<Reply<()>>,
+    /// A release runs right now.
+    releasing: bool,
+}
+
+/// Starts the task of a pod. Its first view is there when this returns.
+pub(crate) fn spawn(node: Arc<Node>, index: Index, beginning: Beginning) -> Pod {
+    let (commands, inbox) = mpsc::unbounded_channel();
+    let (record, status, slots) = match &beginning {
+        Beginning::Launch(record) => (record.clone(), Status::Creating, BTreeMap::new()),
+        Beginning::Recover(found) => (found.record.clone(), found.status(), found.slots()),
+    };
+    let (sender, view) = watch::channel(Arc::new(PodView {
+        record: Arc::new(record.clone()),
+        status: status.clone(),
+        containers: slots.iter().map(|(id, slot)| (id.clone(), slot.view())).collect(),
+        monitor: None,
+    }));
+    let id = record.id.clone();
+    let task = Task {
+        node,
+        index,
+        record,
+        status,
+        containers: slots,
+        monitor: None,
+        view: sender,
+        mailbox: commands.clone(),
+        stopping: Vec::new(),
+        removing: Vec::new(),
+        releasing: false,
+    };
+    tokio::spawn(task.run(inbox, matches!(beginning, Beginning::Recover(_))));
+    Pod { id, commands, view }
+}
+
+impl Task {
+    async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Command>, recovered: bool) {
+        if recovered {
+            recovery::observe(&mut self).await;
+            self.publish();
+            if matches!(self.record.phase, Phase::Removing) {
+                self.try_remove().await;
+            }
+        } else {
+            self.launch().await;
+        }
+        while !matches!(self.status, Status::Removed | Status::Failed(_)) {
+            let Some(command) = inbox.recv().await else { return };
+            self.handle(command).await;
+        }
+        self.index.write().expect("no panic under this lock").remove(&self.record.id);
+        self.publish();
+    }
+
+    async fn handle(&mut self, command: Command) {
+        match command {
+            Command::Create { config, reply } => self.create(*config, reply).await,
+            Command::Start { container, reply } => self.request(container, Event::Start, reply).await,
+            Command::Stop { container, grace, reply } => {
+                self.request(container, Event::Stop { grace }, reply).await;
+            }
+            Command::Remove { container, reply } => self.request(container, Event::Remove, reply).await,
+            Command::Update { container, resources, reply } => self.update(container, *resources, reply),
+            Command::StopSandbox { reply } => {
+                self.stopping.push(reply);
+                self.stop_all().await;
+            }
+            Command::RemoveSandbox { reply } => {
+                self.removing.push(reply);
+                self.stop_all().await;
+            }
+            Command::Launched(launched) => self.launched(launched).await,
+            Command::Built { container, built } => self.built(container, built).await,
+            Command::Step { container, event, failure } => {
+                self.advance(&container, event, failure).await;
+            }
+            Command::Deadline { container, number } => {
+                if self.containers.get(&container).is_some_and(|slot| slot.deadline == number) {
+                    self.advance(&container, Event::Deadline, None).await;
+                }
+            }
+            Command::Unkillable { container } => self.unkillable(&container),
+            Command::Notice(Notice::Event(news)) => self.news(news).await,
+            Command::Notice(Notice::Closed) => recovery::monitor_lost(self).await,
+            Command::Updated { container, resources } => {
+                if let Some(slot) = self.containers.get_mut(&container) {
+                    slot.record.resources = resources;
+                    self.persist_container(&container).await;
+                    self.publish();
+                }
+            }
+            Command::Released { acquired, outcome } => self.released(acquired, outcome).await,
+        }
+    }
+
+    /// Publishes the pod as it is now.
+    pub(super) fn publish(&self) {
+        self.view.send_replace(Arc::new(PodView {
+            record: Arc::new(self.record.clone()),
+            status: self.status.clone(),
+            containers: self.containers.iter().map(|(id, slot)| (id.clone(), slot.view())).collect(),
+            monitor: self.monitor.clone(),
+        }));
+    }
+
+    /// For the monitor's connection: news go to this task's mailbox.
+    pub(super) fn notices(&self) -> impl Fn(Notice) + Send + Sync + 'static {
+        let mailbox = self.mailbox.clone();
+        move |notice| {
+            let _ = mailbox.send(Command::Notice(notice));
+        }
+    }
+
+    pub(super) async fn persist(&self) -> Result<(), Failure> {
+        let (records, record) = (self.node.records.clone(), self.record.clone());
+        tokio::task::spawn_blocking(move || records.write_pod(&record))
+            .await
+            .map_err(|_| Arc::new(PodError::TaskGone))?
+            .map_err(|error| Arc::new(error.into()))
+    }
+
+    /// Writes a container's record; a failure is logged where nobody waits for it.
+    async fn persist_container(&self, container: &ContainerId) {
+        if let Some(slot) = self.containers.get(container)
+            && let Err(error) = self.write(slot.record.clone()).await
+        {
+            tracing::error!(%container, error = crate::error::chain(error.as_ref()), "cannot record a container's state");
+        }
+    }
+
+    async fn write(&self, record: ContainerRecord) -> Result<(), Failure> {
+        let (records, pod) = (self.node.records.clone(), self.record.id.clone());
+        tokio::task::spawn_blocking(move || records.write_container(&pod, &record))
+            .await
+            .map_err(|_| Arc::new(PodError::TaskGone))?
+            .map_err(|error| Arc::new(error.into()))
+    }
+
+    // ---- the sandbox
+
+    async fn launch(&mut self) {
+        if let Err(failure) = self.persist().await {
+            let _ = self.mailbox.send(Command::Launched(Err(failure)));
+            return;
+        }
+        let (node, record, mailbox, notices) =
+            (self.node.clone(), self.record.clone(), self.mailbox.clone(), self.notices());
+        tokio::spawn(async move {
+            let launched = launch::launch(&node, &record, notices).await.map(Box::new);
+            let _ = mailbox.send(Command::Launched(launched));
+        });
+    }
+
+    async fn launched(&mut self, launched: Result<Box<Launched>, Failure>) {
+        let failure = match launched {
+            Ok(launched) => {
+                self.monitor = Some(launched.monitor.connection.clone());
+                self.record.monitor = Some(launched.monitor.process);
+                self.record.init = launched.init;
+                self.record.addresses = launched.addresses;
+                self.record.cni_result = launched.cni_result;
+                self.record.acquired.push(Acquisition::Cgroup(launched.monitor.cgroup.clone()));
+                self.record.phase = Phase::Ready;
+                match self.persist().await {
+                    Ok(()) => {
+                        self.status = Status::Ready;
+                        self.publish();
+                        self.announce(None, cri::ContainerEventType::ContainerCreatedEvent);
+                        self.announce(None, cri::ContainerEventType::ContainerStartedEvent);
+                        return;
+                    }
+                    Err(failure) => failure,
+                }
+            }
+            Err(failure) => failure,
+        };
+        self.roll_back().await;
+        self.status = Status::Failed(failure);
+        self.publish();
+    }
+
+    /// Gives everything back and forgets the pod; what cannot be given back is left to the next start.
+    pub(super) async fn roll_back(&mut self) {
+        recovery::end_monitor(self).await;
+        let mut acquired = std::mem::take(&mut self.record.acquired);
+        let released = release_all(&self.node, &mut acquired).await;
+        self.record.acquired = acquired;
+        let forgotten = match released {
+            Ok(()) => {
+                let (records, id) = (self.node.records.clone(), self.record.id.clone());
+                tokio::task::spawn_blocking(move || records.remove_pod(&id)).await.ok();
+                return;
+            }
+            Err(error) => error,
+        };
+        let pod = &self.record.id;
+        tracing::error!(%pod, error = crate::error::chain(&forgotten), "a failed sandbox left something behind, kept for the next start");
+        let _ = self.persist().await;
+    }
+
+    /// Moves every container towards its end; when all are there the sandbox's own things go.
+    async fn stop_all(&mut self) {
+        let running: Vec<_> = self
+            .containers
+            .iter()
+            .filter(|(_, slot)| {
+                slot.state.may_run() && !matches!(slot.state, State::Removing { .. } | State::Creating)
+            })
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in running {
+            self.advance(&id, Event::Stop { grace: Duration::ZERO }, None).await;
+        }
+        self.try_release().await;
+    }
+
+    /// Gives the sandbox's things back once no container needs them. Called after every change while somebody waits for it.
+    async fn try_release(&mut self) {
+        if self.stopping.is_empty() && self.removing.is_empty() || self.releasing {
+            return;
+        }
+        if matches!(self.record.phase, Phase::Stopped | Phase::Removing) {
+            answer(&mut self.stopping, &Ok(()));
+            self.try_remove().await;
+            return;
+        }
+        if let Some(id) = self
+            .containers
+            .iter()
+            .find(|(_, slot)| matches!(slot.state, State::Created | State::Running))
+            .map(|(id, _)| id.clone())
+        {
+            // It came through a transition while the sandbox was being stopped.
+            return Box::pin(self.advance(&id, Event::Stop { grace: Duration::ZERO }, None)).await;
+        }
+        if self.containers.values().any(|slot| slot.state.may_run()) {
+            return;
+        }
+        self.releasing = true;
+        // Not ready from now on, whatever becomes of the release.
+        if matches!(self.record.phase, Phase::Ready | Phase::Creating) {
+            self.record.phase = Phase::Failed { why: "it is being stopped".into() };
+            let _ = self.persist().await;
+            self.status = Status::NotReady;
+            self.publish();
+        }
+        let (node, mailbox, mut acquired) =
+            (self.node.clone(), self.mailbox.clone(), self.record.acquired.clone());
+        let ending = recovery::Ending::of(self);
+        tokio::spawn(async move {
+            ending.end(&node).await;
+            let outcome = release_all(&node, &mut acquired).await.map_err(|e| Arc::new(PodError::from(e)));
+            let _ = mailbox.send(Command::Released { acquired, outcome });
+        });
+    }
+
+    async fn released(&mut self, acquired: Vec<Acquisition>, outcome: Result<(), Failure>) {
+        self.releasing = false;
+        self.record.acquired = acquired;
+        let outcome = match outcome {
+            Ok(()) => {
+                self.monitor = None;
+                self.record.monitor = None;
+                self.record.init = None;
+                self.record.phase = Phase::Stopped;
+                self.persist().await
+            }
+            failed => {
+                let _ = self.persist().await;
+                failed
+            }
+        };
+        self.publish();
+        if outcome.is_ok() {
+            self.announce(None, cri::ContainerEventType::ContainerStoppedEvent);
+        }
+        answer(&mut self.stopping, &outcome);
+        match outcome {
+            Ok(()) => self.try_remove().await,
+            Err(_) => answer(&mut self.removing, &outcome),
+        }
+    }
+
+    /// Removes a stopped sandbox once its containers have gone.
+    pub(super) async fn try_remove(&mut self) {
+        let stopped = matches!(self.record.phase, Phase::Stopped | Phase::Removing);
+        let recovering = matches!(self.record.phase, Phase::Removing);
+        if !stopped || (self.removing.is_empty() && !recovering) {
+            return;
+        }
+        if self.record.phase != Phase::Removing {
+            self.record.phase = Phase::Removing;
+            if let Err(failure) = self.persist().await {
+                return answer(&mut self.removing, &Err(failure));
+            }
+        }
+        let left: Vec<_> = self
+            .containers
+            .iter()
+            .filter(|(_, slot)| !matches!(slot.state, State::Removing { .. } | State::Removed))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in left {
+            Box::pin(self.advance(&id, Event::Remove, None)).await;
+        }
+        if !self.containers.is_empty() {
+            return;
+        }
+        let (records, id) = (self.node.records.clone(), self.record.id.clone());
+        let removed = tokio::task::spawn_blocking(move || records.remove_pod(&id)).await;
+        match removed {
+            Ok(Ok(())) => {
+                self.announce(None, cri::ContainerEventType::ContainerDeletedEvent);
+                self.status = Status::Removed;
+                // Out of every list before the caller hears of it.
+                self.index.write().expect("no panic under this lock").remove(&self.record.id);
+                self.publish();
+                answer(&mut self.removing, &Ok(()));
+            }
+            Ok(Err(error)) => answer(&mut self.removing, &Err(Arc::new(error.into()))),
+            Err(_) => answer(&mut self.removing, &Err(Arc::new(PodError::TaskGone))),
+        }
+    }
+
+    // ---- containers
+
+    async fn create(&mut self, config: cri::ContainerConfig, reply: Reply<ContainerId>) {
+        if !matches!(self.status, Status::Ready) || !self.stopping.is_empty() || !self.removing.is_empty() {
+            let why = match &self.record.phase {
+                Phase::Failed { why } => why.clone(),
+                _ => "it is stopped or being stopped".into(),
+            };
+            let _ = reply.send(Err(Arc::new(PodError::NotReady { id: self.record.id.to_string(), why })));
+            return;
+        }
+        let same = self
+            .containers
+            .values_mut()
+            .find(|slot| slot.record.config.0.metadata == config.metadata && slot.state != State::Removed);
+        if let Some(slot) = same {
+            if slot.record.config.0 == config && slot.state == State::Creating {
+                slot.creating.push(reply);
+            } else if slot.record.config.0 == config && slot.state == State::Created {
+                let _ = reply.send(Ok(slot.record.id.clone()));
+            } else {
+                let _ = reply.send(Err(Arc::new(PodError::NameTaken {
+                    what: "container",
+                    name: config.metadata.unwrap_or_default().name,
+                    id: slot.record.id.to_string(),
+                })));
+            }
+            return;
+        }
+        let mut plan = match build::plan(&self.node, &self.record, config) {
+            Ok(plan) => plan,
+            Err(error) => {
+                let _ = reply.send(Err(Arc::new(error)));
+                return;
+            }
+        };
+        plan.target = build::target_process(&plan.record.config.0, &self.containers);
+        if let Err(failure) = self.write(plan.record.clone()).await {
+            let _ = reply.send(Err(failure));
+            return;
+        }
+        let container = plan.record.id.clone();
+        let mut slot = Slot::new(plan.record.clone(), State::Creating);
+        slot.creating.push(reply);
+        self.containers.insert(container.clone(), slot);
+        self.publish();
+        let (node, mailbox, pod, monitor) =
+            (self.node.clone(), self.mailbox.clone(), self.record.clone(), self.monitor.clone());
+        tokio::spawn(async move {
+            let built = build::build(&node, &pod, plan, monitor).await.map(Box::new).map_err(Arc::new);
+            let _ = mailbox.send(Command::Built { container, built });
+        });
+    }
+
+    async fn built(&mut self, container: ContainerId, built: Result<Box<Built>, Failure>) {
+        let Some(slot) = self.containers.get_mut(&container) else { return };
+        match built {
+            Ok(built) => {
+                built.apply(&mut slot.record);
+                self.advance(&container, Event::CreateDone, None).await;
+            }
+            Err(failure) => self.advance(&container, Event::CreateFailed, Some(failure)).await,
+        }
+    }
+
+    /// A request from outside: done now, kept for later, or refused.
+    async fn request(&mut self, container: ContainerId, event: Event, reply: Reply<()>) {
+        let Some(slot) = self.containers.get_mut(&container) else {
+            // Stop and remove of what is not there any more is success, start is not.
+            let gone = match event {
+                Event::Start => Err(Arc::new(PodError::NoSuchContainer(container.to_string()))),
+                _ => Ok(()),
+            };
+            let _ = reply.send(gone);
+            return;
+        };
+        match step(&slot.state, event.clone()) {
+            Err(Denied::Later) => {
+                if matches!((&slot.state, &event), (State::Removing { .. }, Event::Remove)) {
+                    slot.removing.push(reply);
+                } else if slot.state == State::Starting && event == Event::Start {
+                    slot.starting.push(reply);
+                } else {
+                    slot.queued.push_back(match event {
+                        Event::Start => Command::Start { container, reply },
+                        Event::Stop { grace } => Command::Stop { container, grace, reply },
+                        _ => Command::Remove { container, reply },
+                    });
+                }
+            }
+            Err(denied) => {
+                let id = container.to_string();
+                let _ = reply.send(Err(Arc::new(PodError::Denied { id, source: denied })));
+            }
+            Ok(_) => {
+                match &event {
+                    Event::Start => slot.starting.push(reply),
+                    Event::Stop { .. } => slot.stopping.push(reply),
+                    _ => slot.removing.push(reply),
+                }
+                self.advance(&container, event, None).await;
+            }
+        }
+    }
+
+    /// Moves a container one step: state, record, effects, answers.
+    pub(super) async fn advance(&mut self, container: &ContainerId, event: Event, failure: Option<Failure>) {
+        let Some(slot) = self.containers.get_mut(container) else { return };
+        let (next, effects) = match step(&slot.state, event.clone()) {
+            Ok(done) => done,
+            Err(denied) => {
+                tracing::debug!(%container, state = slot.state.name(), ?denied, "an event came to nothing");
+                return;
+            }
+        };
+        let before = std::mem::replace(&mut slot.state, next);
+        let changed = before != slot.state;
+        match (&slot.state, &event) {
+            (State::Running, Event::StartDone) => slot.record.started_at = now(),
+            // It ended before the runtime's start had answered: it did run.
+            (State::Exited(exit), Event::Exited(_)) if before == State::Starting => {
+                slot.record.started_at = exit.at;
+            }
+            _ => {}
+        }
+        let durable = slot.phase().filter(|phase| *phase != slot.record.phase);
+        if let Some(phase) = durable {
+            slot.record.phase = phase;
+            let record = slot.record.clone();
+            if let Err(error) = self.write(record).await {
+                if event == Event::Start {
+                    let exit = failed_start(&error);
+                    return Box::pin(self.advance(container, Event::StartFailed(exit), Some(error))).await;
+                }
+                tracing::error!(%container, error = crate::error::chain(error.as_ref()), "cannot record a container's state");
+            }
+        }
+        for effect in effects {
+            self.perform(container, effect);
+        }
+        if changed {
+            self.settle(container, &before, &event, failure).await;
+        } else if let Some(slot) = self.containers.get_mut(container)
+            && matches!(slot.state, State::Exited(_))
+        {
+            answer(&mut slot.stopping, &Ok(()));
+            answer(&mut slot.starting, &Ok(()));
+        }
+    }
+
+    /// After a change of state: publish, answer, announce, and what was waiting for it.
+    async fn settle(
+        &mut self,
+        container: &ContainerId,
+        before: &State,
+        event: &Event,
+        failure: Option<Failure>,
+    ) {
+        let Some(slot) = self.containers.get_mut(container) else { return };
+        let mut kind = None;
+        let mut waiting = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut outcome = Ok(());
+        match &slot.state {
+            State::Created => {
+                waiting.0 = std::mem::take(&mut slot.creating);
+                kind = Some(cri::ContainerEventType::ContainerCreatedEvent);
+            }
+            State::Running => {
+                waiting.1 = std::mem::take(&mut slot.starting);
+                kind = Some(cri::ContainerEventType::ContainerStartedEvent);
+            }
+            State::Exited(_) => {
+                if let Some(failure) = failure.clone() {
+                    outcome = Err(failure);
+                }
+                // The exit of a container whose start is still in flight: its answer comes with the start's.
+                if matches!(event, Event::StartFailed(_)) || !matches!(before, State::Starting) {
+                    waiting.1 = std::mem::take(&mut slot.starting);
+                }
+                waiting.2 = std::mem::take(&mut slot.stopping);
+                if !matches!(before, State::Removing { .. }) {
+                    kind = Some(cri::ContainerEventType::ContainerStoppedEvent);
+                } else {
+                    waiting.3 = std::mem::take(&mut slot.removing);
+                }
+            }
+            State::Removing { .. } => {
+                // An unfinished creation is told about only when it has been undone.
+                waiting.2 = std::mem::take(&mut slot.stopping);
+                if let Some(failure) = failure {
+                    for reply in slot.creating.drain(..) {
+                        let failure = failure.clone();
+                        slot.removing.push(after_undo(reply, failure));
+                    }
+                }
+            }
+            State::Removed => {
+                waiting.3 = std::mem::take(&mut slot.removing);
+                if slot.record.phase != ContainerPhase::Creating {
+                    kind = Some(cri::ContainerEventType::ContainerDeletedEvent);
+                }
+            }
+            State::Unknown { .. } => {
+                if let Some(failure) = failure {
+                    outcome = Err(failure);
+                }
+                waiting.3 = std::mem::take(&mut slot.removing);
+            }
+            State::Creating | State::Starting | State::Stopping { .. } => {}
+        }
+        let queued = match &slot.state {
+            State::Creating | State::Starting | State::Removing { .. } => Default::default(),
+            _ => std::mem::take(&mut slot.queued),
+        };
+        let removed = slot.state == State::Removed;
+        if removed {
+            self.containers.remove(container);
+        }
+        self.publish();
+        answer(&mut waiting.0, &Ok(container.clone()));
+        answer(&mut waiting.1, &outcome);
+        answer(&mut waiting.2, &Ok(()));
+        answer(&mut waiting.3, &outcome);
+        if let Some(kind) = kind {
+            self.announce(Some(container), kind);
+        }
+        for command in queued {
+            Box::pin(self.handle(command)).await;
+        }
+        Box::pin(self.try_release()).await;
+    }
+
+    /// Starts an effect; its outcome comes back as a command.
+    fn perform(&mut self, container: &ContainerId, effect: Effect) {
+        let Some(slot) = self.containers.get_mut(container) else { return };
+        let (mailbox, monitor, container) = (self.mailbox.clone(), self.monitor.clone(), container.clone());
+        let id = container.to_string();
+        match effect {
+            Effect::Start => {
+                tokio::spawn(async move {
+                    let started = match monitor {
+                        Some(monitor) => {
+                            let verb = Verb::StartContainer(wire::StartContainer { container_id: id });
+                            monitor.command(verb).await.map_err(PodError::from)
+                        }
+                        None => Err(PodError::from(crate::monitor::MonitorError::Gone)),
+                    };
+                    let (event, failure) = match started.map_err(Arc::new) {
+                        Ok(()) => (Event::StartDone, None),
+                        Err(failure) => (Event::StartFailed(failed_start(&failure)), Some(failure)),
+                    };
+                    let _ = mailbox.send(Command::Step { container, event, failure });
+                });
+            }
+            Effect::Signal => {
+                let signal = slot.record.stop_signal;
+                tokio::spawn(async move { send_signal(monitor, id, signal, false).await });
+            }
+            Effect::Arm(grace) => {
+                slot.deadline += 1;
+                let number = slot.deadline;
+                tokio::spawn(async move {
+                    tokio::time::sleep(grace).await;
+                    let _ = mailbox.send(Command::Deadline { container, number });
+                });
+            }
+            Effect::Kill => {
+                slot.deadline += 1;
+                tokio::spawn(async move {
+                    send_signal(monitor, id, 9, true).await;
+                    tokio::time::sleep(UNKILLABLE).await;
+                    let _ = mailbox.send(Command::Unkillable { container });
+                });
+            }
+            Effect::Delete => {
+                let dismantling = build::Dismantling::of(&self.record, &slot.record);
+                let node = self.node.clone();
+                tokio::spawn(async move {
+                    let (event, failure) = match dismantling.run(&node, monitor).await {
+                        Ok(()) => (Event::Removed, None),
+                        Err(failure) => {
+                            let why = crate::error::chain(&failure);
+                            (Event::RemoveFailed { why }, Some(Arc::new(failure)))
+                        }
+                    };
+                    let _ = mailbox.send(Command::Step { container, event, failure });
+                });
+            }
+        }
+    }
+
+    fn unkillable(&mut self, container: &ContainerId) {
+        let Some(slot) = self.containers.get_mut(container) else { return };
+        if !matches!(slot.state, State::Stopping { killed: true }) {
+            return;
+        }
+        let failure: Failure =
+            Arc::new(PodError::WillNotDie { id: container.to_string(), seconds: UNKILLABLE.as_secs() });
+        answer(&mut slot.stopping, &Err(failure.clone()));
+        answer(&mut self.stopping, &Err(failure.clone()));
+        answer(&mut self.removing, &Err(failure));
+    }
+
+    fn update(&mut self, container: ContainerId, resources: cri::LinuxContainerResources, reply: Reply<()>) {
+        let Some(slot) = self.containers.get(&container) else {
+            let _ = reply.send(Err(Arc::new(PodError::NoSuchContainer(container.to_string()))));
+            return;
+        };
+        let merged = match build::merge_resources(&self.node, &slot.record, &resources) {
+            Ok(merged) => merged,
+            Err(error) => {
+                let _ = reply.send(Err(Arc::new(error)));
+                return;
+            }
+        };
+        let applies = matches!(slot.state, State::Created | State::Running | State::Stopping { .. });
+        let (monitor, mailbox) = (self.monitor.clone(), self.mailbox.clone());
+        tokio::spawn(async move {
+            let outcome = match monitor {
+                Some(monitor) if applies => {
+                    let verb = Verb::UpdateContainer(wire::UpdateContainer {
+                        container_id: container.to_string(),
+                        resources: merged.to_string().into_bytes(),
+                    });
+                    monitor.command(verb).await.map_err(|error| Arc::new(PodError::from(error)))
+                }
+                // Nothing runs any more that could be limited.
+                _ => Ok(()),
+            };
+            if outcome.is_ok() {
+                let _ = mailbox.send(Command::Updated { container, resources: merged });
+            }
+            let _ = reply.send(outcome);
+        });
+    }
+
+    /// What the monitor reports.
+    async fn news(&mut self, news: wire::Event) {
+        match news.kind {
+            Some(event::Kind::Exited(exited)) => {
+                let exit = exited.exit.unwrap_or_default();
+                self.ended(&exited.id, exit_of(exit.code, exit.finished_at, exit.oom_killed)).await;
+            }
+            Some(event::Kind::Oom(oom)) => {
+                tracing::info!(
+                    container = oom.container_id,
+                    "the kernel killed a process for lack of memory"
+                );
+            }
+            None => {}
+        }
+    }
+
+    /// A container's first process, or the pod's init, has ended.
+    pub(super) async fn ended(&mut self, id: &str, exit: Exit) {
+        if id == self.record.id.as_str() {
+            if !self.releasing && matches!(self.record.phase, Phase::Ready) {
+                let why = format!("the pod's init ended with code {}", exit.code);
+                tracing::warn!(pod = id, why, "a sandbox is not ready any more");
+                self.fail(why).await;
+            }
+        } else if let Ok(container) = id.parse() {
+            self.advance(&container, Event::Exited(exit), None).await;
+        }
+    }
+
+    /// The sandbox is not ready any more; what it holds stays until it is stopped.
+    pub(super) async fn fail(&mut self, why: String) {
+        self.record.phase = Phase::Failed { why };
+        self.status = Status::NotReady;
+        if let Err(error) = self.persist().await {
+            tracing::error!(pod = %self.record.id, error = crate::error::chain(error.as_ref()), "cannot record a sandbox's state");
+        }
+        self.publish();
+        self.announce(None, cri::ContainerEventType::ContainerStoppedEvent);
+    }
+
+    /// Tells GetContainerEvents' readers; a pod's own events carry its id in place of a container's, as kubelet expects.
+    fn announce(&self, container: Option<&ContainerId>, kind: cri::ContainerEventType) {
+        if !self.node.events.is_wanted() {
+            return;
+        }
+        let view = self.view.borrow().clone();
+        let id = container.map_or_else(|| self.record.id.to_string(), ToString::to_string);
+        self.node.events.announce(crate::service::answers::event(&view, id, kind, now()));
+    }
+}
+
+/// How a container that could not be started ended: containerd's code and reason, which kubelet shows as they are.
+fn failed_start(failure: &Failure) -> Exit {
+    Exit { code: 128, at: now(), reason: "StartError".into(), message: crate::error::chain(failure.as_ref()) }
+}
+
+async fn send_signal(monitor: Option<Connection>, id: String, signal: i32, all: bool) {
+    let Some(monitor) = monitor else { return };
+    let verb = Verb::KillContainer(wire::KillContainer { container_id: id.clone(), signal, all });
+    if let Err(error) = monitor.command(verb).await
+        && !error.is_not_found()
+    {
+        tracing::warn!(container = id, signal, error = crate::error::chain(&error), "cannot send a signal");
+    }
+}
+
+/// Turns the reply of a creation into one that is sent when its undoing is over, with the creation's failure.
+fn after_undo(reply: Reply<ContainerId>, failure: Failure) -> Reply<()> {
+    let (sender, undone) = oneshot::channel();
+    tokio::spawn(async move {
+        let _ = undone.await;
+        let _ = reply.send(Err(failure));
+    });
+    sender
+}

@@ -1,0 +1,21 @@
+//! RemoveContainer: kills it first where it still runs; success for what is not there.
+
+use podvisor_proto::cri;
+use tonic::Status;
+
+use crate::error::{PodError, status};
+use crate::pod::Pods;
+
+pub(super) async fn remove_container(
+    pods: &Pods,
+    request: cri::RemoveContainerRequest,
+) -> Result<cri::RemoveContainerResponse, Status> {
+    match pods.find_container(&request.container_id) {
+        Ok((pod, container)) => {
+            pod.remove_container(container.record.id.clone()).await.map_err(|failure| status(&failure))?;
+        }
+        Err(PodError::NoSuchContainer(_)) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(cri::RemoveContainerResponse {})
+}

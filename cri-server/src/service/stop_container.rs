@@ -1,0 +1,29 @@
+//! StopContainer: the stop signal, the grace period, SIGKILL. Success for what is not there or has ended.
+
+use std::time::Duration;
+
+use podvisor_proto::cri;
+use tonic::Status;
+
+use crate::error::{PodError, status};
+use crate::pod::Pods;
+
+pub(super) async fn stop_container(
+    pods: &Pods,
+    request: cri::StopContainerRequest,
+) -> Result<cri::StopContainerResponse, Status> {
+    match pods.find_container(&request.container_id) {
+        Ok((pod, container)) => {
+            // A negative grace period means what 0 means.
+            let grace = Duration::from_secs(u64::try_from(request.timeout).unwrap_or_default());
+            // Longer than a year is a mistake of units, and more than a timer can hold.
+            let grace = grace.min(Duration::from_secs(365 * 24 * 3600));
+            pod.stop_container(container.record.id.clone(), grace)
+                .await
+                .map_err(|failure| status(&failure))?;
+        }
+        Err(PodError::NoSuchContainer(_)) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(cri::StopContainerResponse {})
+}

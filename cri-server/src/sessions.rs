@@ -1,0 +1,73 @@
+//! What the streaming server's URLs lead to: sessions in the monitors of pods.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use podvisor_proto::monitor::request::Verb;
+use podvisor_proto::monitor::{Attach, Exec};
+use podvisor_streaming::{Backend, Output, Session, Streams};
+use tokio::net::TcpStream;
+
+use crate::error::PodError;
+use crate::monitor::stream;
+use crate::node::Node;
+use crate::pod::Pods;
+use crate::service::exec_sync::process;
+
+/// The backend of the streaming server.
+#[derive(Debug)]
+pub(crate) struct Sessions {
+    pub(crate) node: Arc<Node>,
+    pub(crate) pods: Arc<Pods>,
+}
+
+impl Sessions {
+    fn socket(&self, pod: &str) -> PathBuf {
+        self.node.run.join(pod).join("monitor.sock")
+    }
+
+    /// The request for the monitor, made when the client connects: the container may have ended since the URL was given out.
+    async fn begin(&self, session: Session) -> Result<(PathBuf, Verb), PodError> {
+        match session {
+            Session::Exec { container, command, tty, stdin, stdout, stderr } => {
+                let (pod, container) = self.pods.find_container(&container)?;
+                let exec = process(&self.pods, &self.node, &container, &command, tty).await?;
+                let verb = Exec { exec: Some(exec), stdin, stdout, stderr, terminal: tty };
+                Ok((self.socket(pod.id.as_str()), Verb::Exec(verb)))
+            }
+            Session::Attach { container, stdin, stdout, stderr, .. } => {
+                let (pod, _) = self.pods.find_container(&container)?;
+                let verb = Attach { container_id: container, stdin, stdout, stderr };
+                Ok((self.socket(pod.id.as_str()), Verb::Attach(verb)))
+            }
+            Session::PortForward { .. } => {
+                Err(PodError::Unsupported("port-forward is no exec or attach session".into()))
+            }
+        }
+    }
+}
+
+impl Backend for Sessions {
+    async fn run(&self, session: Session, streams: Streams) {
+        match self.begin(session).await {
+            Ok((socket, verb)) => stream::run(&socket, verb, streams).await,
+            Err(error) => {
+                let _ = streams.output.send(Output::Failed(crate::error::chain(&error))).await;
+            }
+        }
+    }
+
+    async fn connect(&self, sandbox: &str, port: u16) -> Result<TcpStream, String> {
+        let view = self.pods.find(sandbox).map_err(|error| error.to_string())?.view();
+        if !view.is_ready() {
+            return Err(format!("sandbox {sandbox} is not ready: {}", view.why()));
+        }
+        let connection = stream::connect(self.socket(view.record.id.as_str()), port)
+            .await
+            .map_err(|error| crate::error::chain(&error))?;
+        connection
+            .set_nonblocking(true)
+            .and_then(|()| TcpStream::from_std(connection))
+            .map_err(|error| format!("cannot use the connection to port {port}: {error}"))
+    }
+}

@@ -1,0 +1,71 @@
+//! One layer around every RPC: a span with its name, and one line about its outcome and time.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use tonic::Code;
+use tower::{Layer, Service};
+use tracing::Instrument;
+
+/// Adds [`Traced`].
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Trace;
+
+/// A service whose calls are traced.
+#[derive(Debug, Clone)]
+pub(crate) struct Traced<S>(S);
+
+impl<S> Layer<S> for Trace {
+    type Service = Traced<S>;
+    fn layer(&self, service: S) -> Traced<S> {
+        Traced(service)
+    }
+}
+
+impl<S, B, R> Service<http::Request<B>> for Traced<S>
+where
+    S: Service<http::Request<B>, Response = http::Response<R>>,
+    S::Future: Send + 'static,
+    S::Error: 'static,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<S::Response, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        let rpc = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+        let span = tracing::info_span!("rpc", rpc);
+        let begin = Instant::now();
+        let answer = self.0.call(request);
+        let outcome = async move {
+            let answer = answer.await;
+            if let Ok(response) = &answer {
+                report(&rpc, response.headers(), begin);
+            }
+            answer
+        };
+        Box::pin(outcome.instrument(span))
+    }
+}
+
+/// An error's code stands in the headers of the (body-less) response; success has none there yet.
+fn report(rpc: &str, headers: &http::HeaderMap, begin: Instant) {
+    let code = headers.get("grpc-status").and_then(|code| code.to_str().ok()?.parse::<i32>().ok());
+    let code = code.map_or(Code::Ok, Code::from_i32);
+    let milliseconds = begin.elapsed().as_secs_f64() * 1000.0;
+    let message = headers.get("grpc-message").and_then(|text| text.to_str().ok()).unwrap_or_default();
+    // Kubelet polls these all the time.
+    let polled = ["List", "Status", "Stats", "Version", "ImageFsInfo", "Stream", "RuntimeConfig", "ExecSync"];
+    if code != Code::Ok && code != Code::NotFound && code != Code::Unimplemented {
+        tracing::warn!(rpc, ?code, message, milliseconds, "request failed");
+    } else if polled.iter().any(|part| rpc.contains(part)) {
+        tracing::debug!(rpc, ?code, message, milliseconds, "request done");
+    } else {
+        tracing::info!(rpc, ?code, message, milliseconds, "request done");
+    }
+}

@@ -1,0 +1,149 @@
+//! What the store remembers across restarts, in redb: images with their names, and layers. Snapshots are directories with a record of
+//! their own: they must survive the daemon's death without an fsync, and mean nothing after the machine's.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use redb::{ReadableDatabase, ReadableTable, TableDefinition};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::error::ImageError;
+
+const VERSION: u64 = 1;
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+/// `sha256:…` of the configuration → [`ImageRecord`] as JSON.
+const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images");
+/// `sha256:…` of the tar → [`LayerRecord`] as JSON.
+const LAYERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("layers");
+
+/// An image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ImageRecord {
+    /// The configuration as it was pulled.
+    pub(crate) config: String,
+    /// Compressed layers, manifest and configuration, bytes.
+    pub(crate) size: u64,
+    /// Diff ids, lowest first.
+    pub(crate) layers: Vec<String>,
+    pub(crate) repo_tags: Vec<String>,
+    pub(crate) repo_digests: Vec<String>,
+    /// ns since the epoch.
+    pub(crate) pulled_at: i64,
+}
+
+/// An unpacked layer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LayerRecord {
+    /// Bytes of file content.
+    pub(crate) size: u64,
+    pub(crate) inodes: u64,
+}
+
+/// Everything in the database.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Tables {
+    pub(crate) images: BTreeMap<String, ImageRecord>,
+    pub(crate) layers: BTreeMap<String, LayerRecord>,
+}
+
+/// The open database.
+#[derive(Debug)]
+pub(crate) struct Database {
+    path: PathBuf,
+    redb: redb::Database,
+}
+
+impl Database {
+    pub(crate) fn open(path: &Path) -> Result<Self, ImageError> {
+        // The cache is for large databases; this one has a page or two.
+        let redb =
+            redb::Builder::new().set_cache_size(1 << 20).create(path).map_err(|error| failed(path, error))?;
+        let database = Self { path: path.to_owned(), redb };
+        let version = database.attempt(|redb| {
+            let transaction = redb.begin_write()?;
+            let version = {
+                let mut meta = transaction.open_table(META)?;
+                transaction.open_table(IMAGES)?;
+                transaction.open_table(LAYERS)?;
+                let version = meta.get("version")?.map(|found| found.value());
+                if version.is_none() {
+                    meta.insert("version", VERSION)?;
+                }
+                version.unwrap_or(VERSION)
+            };
+            transaction.commit()?;
+            Ok(version)
+        })?;
+        if version > VERSION {
+            return Err(ImageError::Newer { path: path.to_owned(), version, known: VERSION });
+        }
+        Ok(database)
+    }
+
+    fn attempt<T>(
+        &self,
+        work: impl FnOnce(&redb::Database) -> Result<T, redb::Error>,
+    ) -> Result<T, ImageError> {
+        work(&self.redb).map_err(|error| failed(&self.path, error))
+    }
+
+    pub(crate) fn read(&self) -> Result<Tables, ImageError> {
+        self.attempt(|redb| {
+            let transaction = redb.begin_read()?;
+            Ok(Tables {
+                images: rows(&transaction.open_table(IMAGES)?)?,
+                layers: rows(&transaction.open_table(LAYERS)?)?,
+            })
+        })
+    }
+
+    /// Makes the database say `next` where it says `present`, durably and at once.
+    pub(crate) fn replace(&self, present: &Tables, next: &Tables) -> Result<(), ImageError> {
+        self.attempt(|redb| {
+            let transaction = redb.begin_write()?;
+            change(&mut transaction.open_table(IMAGES)?, &present.images, &next.images)?;
+            change(&mut transaction.open_table(LAYERS)?, &present.layers, &next.layers)?;
+            transaction.commit()?;
+            Ok(())
+        })
+    }
+}
+
+fn failed(path: &Path, error: impl Into<redb::Error>) -> ImageError {
+    ImageError::Database { path: path.to_owned(), source: Box::new(error.into()) }
+}
+
+fn rows<R: DeserializeOwned>(
+    table: &impl ReadableTable<&'static str, &'static [u8]>,
+) -> Result<BTreeMap<String, R>, redb::Error> {
+    let mut rows = BTreeMap::new();
+    for row in table.iter()? {
+        let (key, value) = row?;
+        match serde_json::from_slice(value.value()) {
+            Ok(record) => {
+                rows.insert(key.value().to_owned(), record);
+            }
+            // Treated like one that was never pulled; its layers are swept.
+            Err(error) => {
+                tracing::error!(key = key.value(), %error, "a row of the image database cannot be read")
+            }
+        }
+    }
+    Ok(rows)
+}
+
+fn change<R: Serialize + PartialEq>(
+    table: &mut redb::Table<'_, &str, &[u8]>,
+    present: &BTreeMap<String, R>,
+    next: &BTreeMap<String, R>,
+) -> Result<(), redb::Error> {
+    for key in present.keys().filter(|key| !next.contains_key(*key)) {
+        table.remove(key.as_str())?;
+    }
+    for (key, record) in next.iter().filter(|(key, record)| present.get(*key) != Some(record)) {
+        let bytes = serde_json::to_vec(record).unwrap_or_default();
+        table.insert(key.as_str(), bytes.as_slice())?;
+    }
+    Ok(())
+}
