@@ -15,7 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 const OUTPUT_LENGTH: usize = 10 << 20;
 
 /// The transports that `main.go` knows, and whether each is spoken over TLS.
-const COMMANDS: [&str; 9] = [
+const COMMANDS: [&str; 11] = [
     "spdy",
     "spdy-v4",
     "spdy-v3",
@@ -25,8 +25,10 @@ const COMMANDS: [&str; 9] = [
     "websocket-tls",
     "spdy-tls",
     "fallback",
+    "spdy-proxied",
+    "websocket-proxied",
 ];
-const FORWARDS: [&str; 4] = ["spdy", "tunnel", "spdy-tls", "tunnel-tls"];
+const FORWARDS: [&str; 6] = ["spdy", "tunnel", "spdy-tls", "tunnel-tls", "spdy-proxied", "tunnel-proxied"];
 
 fn pattern(length: usize) -> Bytes {
     (0..length).map(|at| at.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect()
@@ -180,15 +182,12 @@ async fn the_clients_of_kubernetes_are_content() {
         .arg(given.to_string())
         .current_dir(&program)
         // What `go.mod` and `go.sum` say, whatever the environment says.
-        .env("GOFLAGS", "-mod=readonly")
-        .env_remove("HTTP_PROXY")
-        .env_remove("http_proxy")
+        .env("GOFLAGS", "-mod=readonly -buildvcs=false")
         .kill_on_drop(true)
         .output()
         .await
         .unwrap_or_else(|error| panic!("cannot run go in {}: {error}", program.display()));
-    let (text, problems) =
-        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (text, problems) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     let seen: BTreeSet<String> = text.lines().map(str::to_owned).collect();
     assert!(output.status.success() && seen == expected, "{}\n{text}\n{problems}", output.status);
 }

@@ -242,3 +242,20 @@ impl<S: AsyncRead> Reader<S> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn pongs_go_out_while_a_consumer_is_slow() {
+        let (near, mut far) = tokio::io::duplex(1000);
+        let mut connection = Connection::start(near, Arc::new(Activity::new(Duration::from_secs(1000))));
+        let slow = tokio::time::sleep(3 * UNASKED_PONG + UNASKED_PONG / 2);
+        connection.reader.wait_for(slow).await;
+        drop(connection);
+        let mut sent = Vec::new();
+        far.read_to_end(&mut sent).await.unwrap();
+        assert_eq!(sent, [0x8a, 0].repeat(3));
+    }
+}

@@ -13,12 +13,14 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"strings"
 	"time"
 
 	"k8s.io/apimachinery/pkg/util/httpstream"
+	"k8s.io/apimachinery/pkg/util/proxy"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/portforward"
 	"k8s.io/client-go/tools/remotecommand"
@@ -113,6 +115,47 @@ func fallingBack(address string) (remotecommand.Executor, error) {
 	})
 }
 
+// Puts kubelet's proxy between client and server, and says where it listens.
+func proxied(address string) (string, error) {
+	location, err := url.Parse(address)
+	if err != nil {
+		return "", err
+	}
+	handler := proxy.NewUpgradeAwareHandler(location, nil, false, true, proxyErrors{})
+	// Not closed: the sessions that it carries end with the program.
+	return httptest.NewServer(handler).URL, nil
+}
+
+type proxyErrors struct{}
+
+func (proxyErrors) Error(w http.ResponseWriter, _ *http.Request, err error) {
+	http.Error(w, err.Error(), http.StatusInternalServerError)
+}
+
+func throughProxy(with executorFor) executorFor {
+	return func(address string) (remotecommand.Executor, error) {
+		address, err := proxied(address)
+		if err != nil {
+			return nil, err
+		}
+		return with(address)
+	}
+}
+
+func dialThroughProxy(dial dialer) dialer {
+	return func(address *url.URL) (httpstream.Dialer, error) {
+		between, err := proxied(address.String())
+		if err != nil {
+			return nil, err
+		}
+		parsed, err := url.Parse(between)
+		if err != nil {
+			return nil, err
+		}
+		return dial(parsed)
+	}
+}
+
 func cases() []testCase {
 	transports := []struct {
 		name string
@@ -128,6 +171,8 @@ func cases() []testCase {
 		{"websocket-tls", overWebSocket(), true},
 		{"spdy-tls", overSPDY(), true},
 		{"fallback", fallingBack, true},
+		{"spdy-proxied", throughProxy(overSPDY()), true},
+		{"websocket-proxied", throughProxy(overWebSocket()), true},
 	}
 	var all []testCase
 	add := func(name string, run func(address string) error) {
@@ -156,7 +201,11 @@ func cases() []testCase {
 		// Its client may miss the status, which is why there is a second version.
 		return outputs(overSPDY("channel.k8s.io"), address, func(error) error { return nil })
 	})
-	for name, dial := range map[string]dialer{"spdy": dialSPDY, "tunnel": dialTunnel, "spdy-tls": dialSPDY, "tunnel-tls": dialTunnel} {
+	for name, dial := range map[string]dialer{
+		"spdy": dialSPDY, "tunnel": dialTunnel,
+		"spdy-tls": dialSPDY, "tunnel-tls": dialTunnel,
+		"spdy-proxied": dialThroughProxy(dialSPDY), "tunnel-proxied": dialThroughProxy(dialTunnel),
+	} {
 		add("forward "+name, func(address string) error { return forward(dial, address) })
 		add("forward-closed "+name, func(address string) error { return forwardToNobody(dial, address) })
 	}
@@ -181,8 +230,8 @@ func outputs(with executorFor, address string, judge func(error) error) error {
 	if err := judge(err); err != nil {
 		return err
 	}
-	if stdout.buffer.String() != strings.Repeat("out ", 100) || stderr.String() != strings.Repeat("err ", 100) {
-		return fmt.Errorf("stdout %q, stderr %q", stdout.buffer.String(), stderr.String())
+	if stdout.String() != strings.Repeat("out ", 100) || stderr.String() != strings.Repeat("err ", 100) {
+		return fmt.Errorf("stdout %q, stderr %q", stdout.String(), stderr.String())
 	}
 	return nil
 }
@@ -254,8 +303,8 @@ func cat(with executorFor, address string) error {
 func attach(with executorFor, address string) error {
 	var stdout bytes.Buffer
 	err := stream(with, address, remotecommand.StreamOptions{Stdout: &stdout, Stderr: io.Discard})
-	if err == nil && stdout.buffer.String() != "attached" {
-		err = fmt.Errorf("stdout %q", stdout.buffer.String())
+	if err == nil && stdout.String() != "attached" {
+		err = fmt.Errorf("stdout %q", stdout.String())
 	}
 	return err
 }
