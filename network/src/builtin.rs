@@ -222,8 +222,13 @@ impl Builtin {
             netns: &sandbox.netns,
             addresses: &addresses,
         };
-        interface.connect(&Client::route()?)?;
+        let client = Client::route()?;
+        interface.connect(&client)?;
         let set = namespace::enter(&sandbox.netns, || interface.configure())??;
+        // The bridge too: without ports it was not connected.
+        for link in [&host_end, &self.bridge] {
+            link::settle(&client, link);
+        }
         for (address, _) in addresses.iter().filter(|(address, _)| !set.contains(address)) {
             self.state().leases.release(*address)?;
         }

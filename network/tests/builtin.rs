@@ -7,9 +7,9 @@ use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use lab::{Pod, eventually, ip, isolated, names, run, wait};
+use lab::{Pod, eventually, ip, isolated, listen, names, run, wait};
 use podvisor_network::{
     BuiltinError, BuiltinOptions, CniOptions, Kind, Network, NetworkError, Options, Protocol, namespace,
 };
@@ -102,11 +102,11 @@ fn ask(to: SocketAddr) -> std::io::Result<String> {
 /// A server in the pod at `port`, asked from wherever `from` runs things, at `to`.
 fn asked_through(
     pod: &Pod,
-    listen: &str,
+    at: &str,
     from: impl FnOnce(SocketAddr) -> std::io::Result<String>,
     to: &str,
 ) -> String {
-    let listener = pod.inside(|| TcpListener::bind(listen)).unwrap();
+    let listener = pod.inside(|| listen(at));
     let server = serve(listener);
     let answer = from(to.parse().unwrap()).unwrap_or_else(|error| panic!("{to}: {error}"));
     server.join().unwrap();
@@ -148,8 +148,8 @@ fn pods_reach_each_other_and_the_world() {
         assert_eq!(asked_through(&b, "0.0.0.0:80", ask, "10.88.0.3:80"), "10.88.0.1");
         assert_eq!(asked_through(&b, "[::]:80", ask, "[fd00:88::3]:80"), "fd00:88::1");
         // The world sees the node.
-        for (listen, to, seen) in [("0.0.0.0:81", WORLD, NODE), ("[::]:81", WORLD6, NODE6)] {
-            let listener = namespace::enter(&world, || TcpListener::bind(listen)).unwrap().unwrap();
+        for (at, to, seen) in [("0.0.0.0:81", WORLD, NODE), ("[::]:81", WORLD6, NODE6)] {
+            let listener = namespace::enter(&world, || listen(at)).unwrap();
             let server = serve(listener);
             let to = SocketAddr::new(to.parse().unwrap(), 81);
             assert_eq!(a.inside(|| ask(to)).unwrap(), seen);
@@ -236,6 +236,12 @@ fn host_ports(bridge_netfilter: &str) {
     let from_world = |to| namespace::enter(&world, || ask(to)).unwrap();
     let from_client = |to| client.inside(|| ask(to));
     let from_itself = |to| server.inside(|| ask(to));
+    // No pod is told of a way past the node.
+    for (address, gateway) in [("10.88.0.3", "via 10.88.0.1"), ("fd00:88::3", "via fd00:88::1")] {
+        run("ip", &["netns", "exec", "client", "ping", "-c", "3", "-i", "0.01", "-W", "5", address]);
+        let route = ip(&format!("-n client route get {address}"));
+        assert!(route.contains(gateway), "{route}");
+    }
     // From outside and from another pod the client's address is kept.
     assert_eq!(asked_through(&server, "0.0.0.0:80", from_world, "198.51.100.1:8080"), WORLD);
     assert_eq!(asked_through(&server, "[::]:80", from_world, "[2001:db8::1]:8080"), WORLD6);
@@ -471,8 +477,7 @@ fn a_new_pod_cidr_is_for_new_pods() {
                 "10.2.0.2"
             );
             assert_eq!(asked_through(&old, "[::]:80", ask, "[fd00:1::2]:80"), "fd00:1::1");
-            let server =
-                serve(namespace::enter(&world, || TcpListener::bind("0.0.0.0:81")).unwrap().unwrap());
+            let server = serve(namespace::enter(&world, || listen("0.0.0.0:81")).unwrap());
             assert_eq!(old.inside(|| ask(SocketAddr::new(WORLD.parse().unwrap(), 81))).unwrap(), NODE);
             server.join().unwrap();
             assert_eq!(network.ready(), Ok(()));
@@ -616,26 +621,33 @@ fn measure() {
         make_world();
         let network = dual();
         for ports in [0, 2] {
-            let mut times: [Vec<Duration>; 4] = Default::default();
+            let mut times: [Vec<Duration>; 5] = Default::default();
             for number in 0..100 {
-                let started = std::time::Instant::now();
+                let started = Instant::now();
                 let mut pod = Pod::new(&format!("p{number}"));
                 times[0].push(started.elapsed());
                 for port in 0..ports {
                     pod = pod.port(Protocol::Tcp, None, 8000 + port, 80);
                 }
-                let steps: [&dyn Fn(); 3] = [
-                    &|| drop(wait(network.setup(&pod.sandbox)).unwrap()),
-                    &|| wait(network.teardown(Kind::Builtin, &pod.sandbox)).unwrap(),
-                    &|| namespace::release(&pod.namespaces).unwrap(),
-                ];
-                for (step, times) in steps.iter().zip(&mut times[1..]) {
-                    let started = std::time::Instant::now();
+                let mut address = None;
+                let mut step = |index: usize, step: &mut dyn FnMut()| {
+                    let started = Instant::now();
                     step();
-                    times.push(started.elapsed());
-                }
+                    times[index].push(started.elapsed());
+                };
+                step(1, &mut || {
+                    address = wait(network.setup(&pod.sandbox)).unwrap().addresses.first().copied();
+                });
+                // Whether the first packet gets through, or its repetition after a second.
+                let server = serve(pod.inside(|| listen("0.0.0.0:80")));
+                step(2, &mut || drop(ask(SocketAddr::new(address.unwrap(), 80)).unwrap()));
+                server.join().unwrap();
+                step(3, &mut || wait(network.teardown(Kind::Builtin, &pod.sandbox)).unwrap());
+                step(4, &mut || namespace::release(&pod.namespaces).unwrap());
             }
-            for (name, times) in ["namespace", "setup", "teardown", "release"].iter().zip(&mut times) {
+            for (name, times) in
+                ["namespace", "setup", "first connection", "teardown", "release"].iter().zip(&mut times)
+            {
                 times.sort();
                 println!("{ports} host ports: {name}: median {:?}, 95 % {:?}", times[50], times[95]);
             }

@@ -4,11 +4,11 @@ mod lab;
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use lab::{Pod, eventually, ip, isolated, names, run, wait};
+use lab::{Pod, eventually, ip, isolated, listen, names, run, wait};
 use podvisor_network::{
     Attachment, BuiltinOptions, CniOptions, Kind, Network, NetworkError, Options, Protocol, namespace,
 };
@@ -180,7 +180,7 @@ fn the_reference_plugins_connect_pods() {
 
         let ask = |to: &str| {
             let to: SocketAddr = to.parse().unwrap();
-            let listener = server.inside(|| TcpListener::bind("0.0.0.0:80")).unwrap();
+            let listener = server.inside(|| listen("0.0.0.0:80"));
             let answering =
                 std::thread::spawn(move || listener.accept().unwrap().0.write_all(b"hello").unwrap());
             let mut text = String::new();

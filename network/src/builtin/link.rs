@@ -12,11 +12,14 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage};
-use rtnetlink::packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::link::{
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkInfo, LinkMessage, State,
+};
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteScope};
 use rtnetlink::{
     AddressMessageBuilder, LinkBridge, LinkBridgePort, LinkUnspec, LinkVeth, RouteMessageBuilder,
@@ -36,6 +39,8 @@ const GROUP: u32 = 0x7076_0001;
 const NAME_LIMIT: usize = 15;
 /// Of an Ethernet without any tunnel.
 const DEFAULT_MTU: u32 = 1500;
+/// Longest wait for a new link to pass packets; a pod does not fail for it.
+const SETTLE_LIMIT: Duration = Duration::from_millis(100);
 
 /// Name of the host's end for a sandbox.
 pub(crate) fn host_end(id: &str) -> String {
@@ -355,7 +360,27 @@ impl Interface<'_> {
             }
         }
         client.run(&batch)?;
+        settle(&client, POD_INTERFACE);
         Ok(addresses().map(|(address, _)| *address).collect())
+    }
+}
+
+/// Waits until a link that is up and connected also passes packets. The kernel switches the queue and the bridge port on in
+/// a work item (`net/core/link_watch.c`); a packet sent before is lost, and TCP repeats it after a second. Since 6.8
+/// asking for the link does that work first, so there is nothing to wait for; before, it takes about a millisecond.
+pub(crate) fn settle(client: &Client, name: &str) {
+    let deadline = Instant::now() + SETTLE_LIMIT;
+    while Instant::now() < deadline {
+        let request = RouteNetlinkMessage::GetLink(LinkUnspec::new_with_name(name).build());
+        let Ok(answers) = client.query("looking at a new link", request, false) else { return };
+        let up = |answer: &RouteNetlinkMessage| {
+            matches!(answer, RouteNetlinkMessage::NewLink(link)
+                if link.attributes.contains(&LinkAttribute::OperState(State::Up)))
+        };
+        if answers.iter().any(up) {
+            return;
+        }
+        std::thread::sleep(Duration::from_micros(200));
     }
 }
 

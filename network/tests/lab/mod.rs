@@ -2,6 +2,7 @@
 //! the test leaves there ends with the thread. Processes and threads started from it live there too.
 #![allow(dead_code)] // not every test binary uses all of it
 
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -113,6 +114,20 @@ impl Pod {
     pub(crate) fn inside<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         namespace::enter(&self.sandbox.netns, f).unwrap()
     }
+}
+
+/// A listener in the calling thread's network. The one before it at the same address may live a moment longer: a process
+/// that another thread is just starting holds a copy until it is executed.
+pub(crate) fn listen(address: &str) -> TcpListener {
+    let mut listener = None;
+    eventually("the address is free", || match TcpListener::bind(address) {
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => false,
+        bound => {
+            listener = Some(bound.unwrap());
+            true
+        }
+    });
+    listener.unwrap()
 }
 
 /// `ip -n world …` and the like, with the words of `line`.
