@@ -148,8 +148,8 @@ async fn write_frames<W>(mut io: WriteHalf<W>, link: Link, mut queue: mpsc::Rece
 where
     W: AsyncWrite,
 {
-    let mut headers = HeaderWriter::new();
-    let mut buffer = BytesMut::with_capacity(WRITE_BATCH);
+    let mut headers = HeaderWriter::default();
+    let mut buffer = BytesMut::new();
     while let Some(mut frame) = queue.recv().await {
         let shutdown = loop {
             if matches!(frame, Outgoing::Shutdown) {

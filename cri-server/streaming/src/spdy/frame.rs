@@ -82,7 +82,7 @@ impl Outgoing {
     pub(super) fn encode(&self, headers: &mut HeaderWriter, out: &mut BytesMut) {
         match self {
             Self::SynReply { stream } => {
-                let block = headers.write(&[]);
+                let block: Vec<u8> = headers.no_headers().collect();
                 control(out, SYN_REPLY, 0, 4 + block.len());
                 out.put_u32(*stream);
                 out.put_slice(&block);

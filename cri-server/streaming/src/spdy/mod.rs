@@ -15,4 +15,4 @@ pub(crate) use stream::{Stream, StreamReceiver, StreamSender};
 #[cfg(test)]
 pub(crate) use decode::{Decoder, Event};
 #[cfg(test)]
-pub(crate) use header_block::HeaderWriter;
+pub(crate) use header_block::HeaderCompressor;

@@ -6,7 +6,7 @@ use bytes::{BufMut as _, BytesMut};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::{Io, patiently, request};
-use crate::spdy::{Decoder, Event, HeaderWriter};
+use crate::spdy::{Decoder, Event, HeaderCompressor};
 
 /// What came on a stream.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub(super) struct Received {
 
 pub(super) struct SpdyClient {
     pub(super) io: Box<dyn Io>,
-    headers: HeaderWriter,
+    headers: HeaderCompressor,
     decoder: Decoder,
     buffer: BytesMut,
     next: u32,
@@ -44,7 +44,7 @@ impl SpdyClient {
     pub(super) fn on(io: Box<dyn Io>) -> Self {
         Self {
             io,
-            headers: HeaderWriter::new(),
+            headers: HeaderCompressor::new(),
             decoder: Decoder::new(),
             buffer: BytesMut::new(),
             next: 1,

@@ -124,7 +124,7 @@ async fn write_frames<S>(mut io: WriteHalf<S>, mut queue: mpsc::Receiver<Outgoin
 where
     S: AsyncWrite,
 {
-    let mut buffer = BytesMut::with_capacity(WRITE_BATCH);
+    let mut buffer = BytesMut::new();
     let mut closed = false;
     while let Some(mut next) = queue.recv().await {
         let shutdown = loop {
