@@ -5,7 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use podvisor_proto::monitor::StartInit;
 use prost::Message;
@@ -47,8 +47,10 @@ pub(crate) enum InitError {
 /// The helper: reads its instructions from stdin, forks the init, and answers with its pid or with what went wrong.
 pub(crate) fn main() -> ! {
     match prepare_and_fork() {
-        Ok(Forked::Child) => run(),
-        Ok(Forked::Parent(pid)) => {
+        Ok((Forked::Child, _)) => run(),
+        Ok((Forked::Parent(pid), ready)) => {
+            // Ends when the init has closed what it inherited.
+            let _ = File::from(ready).read(&mut [0]);
             let _ = writeln!(io::stdout(), "{}", pid.as_raw_pid());
             sys::exit_now(0)
         }
@@ -59,7 +61,7 @@ pub(crate) fn main() -> ! {
     }
 }
 
-fn prepare_and_fork() -> Result<Forked, InitError> {
+fn prepare_and_fork() -> Result<(Forked, OwnedFd), InitError> {
     let mut bytes = Vec::new();
     io::stdin().read_to_end(&mut bytes).map_err(InitError::Instructions)?;
     let instructions = StartInit::decode(&*bytes).map_err(InitError::Decode)?;
@@ -85,7 +87,15 @@ fn prepare_and_fork() -> Result<Forked, InitError> {
     drop_privileges().map_err(InitError::Privileges)?;
     sys::block_init_signals().map_err(InitError::Privileges)?;
     let _ = rustix::thread::set_name(c"podvisor-init");
-    sys::fork().map_err(InitError::Fork)
+    let (ready, held_by_init) = rustix::pipe::pipe().map_err(|error| InitError::Fork(error.into()))?;
+    let forked = sys::fork().map_err(InitError::Fork)?;
+    if matches!(forked, Forked::Parent(_)) {
+        drop(held_by_init);
+    } else {
+        // The init closes all descriptors at once.
+        std::mem::forget(held_by_init);
+    }
+    Ok((forked, ready))
 }
 
 fn enter_cgroup(path: &str) -> io::Result<()> {

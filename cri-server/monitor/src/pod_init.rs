@@ -19,7 +19,7 @@ use crate::exit_record::ExitRecord;
 use crate::failure::{Failure, check_absolute};
 use crate::monitor::Monitor;
 use crate::output::timestamp;
-use crate::poll::Timer;
+use crate::poll::{Timer, TimerId};
 use crate::process::{Child, exit_code};
 use crate::runtime::unprotect;
 use crate::verbs::{Answer, Answered, ReplyTo};
@@ -37,6 +37,7 @@ pub(crate) enum PodInit {
         helper: Pid,
         answer: OwnedFd,
         to: ReplyTo,
+        timer: TimerId,
         late: bool,
     },
     Running {
@@ -99,15 +100,18 @@ impl Monitor {
         }
         let failed = |error| Failure::system("start the helper that makes the pod's init", error);
         let (helper, answer) = spawn_helper(&instructions).map_err(failed)?;
-        self.timers.set(PATIENCE, Timer::Init);
-        self.init = Some(PodInit::Starting { helper, answer, to, late: false });
+        let timer = self.timers.set(PATIENCE, Timer::Init);
+        self.init = Some(PodInit::Starting { helper, answer, to, timer, late: false });
         Ok(Answer::Later)
     }
 
     /// The helper or the init has been reaped.
     pub(crate) fn init_ended(&mut self, pid: Pid, status: WaitStatus) {
         match self.init.take() {
-            Some(PodInit::Starting { answer, to, late, .. }) => self.helper_ended(&answer, to, late, status),
+            Some(PodInit::Starting { answer, to, timer, late, .. }) => {
+                self.timers.cancel(timer);
+                self.helper_ended(&answer, to, late, status);
+            }
             Some(PodInit::Running { child }) => {
                 let exit = Exit {
                     code: exit_code(status),

@@ -71,9 +71,16 @@ impl Monitor {
             self.timers.cancel(ending.patience);
             let record = ExitRecord::new(&container.id, &ending.exit);
             self.disk.send(Job::Finish { key, record, directory: pod.state_dir.clone() });
-            // While the disk works.
+        }
+        if ending.starting || !ending.drained {
+            return;
+        }
+        let recorded = ending.recorded;
+        // While the disk works; but a `start` that has not ended would find its container gone, and fail.
+        if matches!(container.removal, Removal::NotBegun) {
             self.begin_removal(key);
-        } else if ending.recorded && !ending.starting {
+        }
+        if recorded {
             self.announce_exit(key);
         }
     }

@@ -46,16 +46,16 @@ pub fn run(test: impl FnOnce(&mut Lab)) {
     let output = Command::new("unshare")
         .args(["--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"])
         .arg(std::env::current_exe().expect("own path"))
-        .args(["--exact", &name, "--nocapture", "--test-threads=1"])
+        .args(["--exact", &name, "--nocapture", "--test-threads=1", "--include-ignored"])
         .env(MARKER, &cgroup)
         .stdin(Stdio::null())
         .output()
         .expect("unshare (util-linux) runs");
     remove_cgroups(&cgroup);
-    if !output.status.success() {
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        panic!("failed inside: {}\n{}", text(&output.stdout), text(&output.stderr));
-    }
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    // The outer test harness shows it when it is told to.
+    println!("{}", text(&output.stdout));
+    assert!(output.status.success(), "failed inside: {}", text(&output.stderr));
 }
 
 fn controllers() -> Vec<PathBuf> {
