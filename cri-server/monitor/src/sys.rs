@@ -9,8 +9,8 @@ use rustix::process::{Pid, Signal};
 
 /// Takes over the descriptor that the parent process left open for this one under a number.
 pub(crate) fn inherited_descriptor(number: i32) -> io::Result<OwnedFd> {
-    if number <= libc::STDERR_FILENO {
-        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    if (0..=libc::STDERR_FILENO).contains(&number) {
+        return displaced(number);
     }
     // SAFETY: F_SETFD takes a plain integer and touches no memory; a number that is no descriptor gives EBADF.
     if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
@@ -19,6 +19,24 @@ pub(crate) fn inherited_descriptor(number: i32) -> io::Result<OwnedFd> {
     // SAFETY: the number is an open descriptor (fcntl above) and nothing in this process owns it yet: `main` calls
     // this once, before it opens anything.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// A standard descriptor that the parent used for the control connection: it moves up, and /dev/null takes its place.
+fn displaced(number: i32) -> io::Result<OwnedFd> {
+    let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
+    // SAFETY: F_DUPFD_CLOEXEC takes plain integers and touches no memory; a number that is no descriptor gives EBADF.
+    let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, libc::STDERR_FILENO + 1) };
+    if copy < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: fcntl has just made this descriptor, so nothing else owns it.
+    let copy = unsafe { OwnedFd::from_raw_fd(copy) };
+    // SAFETY: dup2 takes plain integers; the standard descriptor it replaces belongs to nobody in this process, whose standard streams
+    // go through numbers and not through owners.
+    if unsafe { libc::dup2(null.as_raw_fd(), number) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(copy)
 }
 
 /// Closes every descriptor above stderr except `kept`: what the daemon leaked must not reach a container.

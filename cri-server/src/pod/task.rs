@@ -121,7 +121,7 @@ pub(crate) struct Task {
     stopping: Vec<Reply<()>>,
     removing: Vec<Reply<()>>,
     /// A release runs right now.
-    releasing: bool,
+    pub(super) releasing: bool,
 }
 
 /// Starts the task of a pod. Its first view is there when this returns.
