@@ -31,8 +31,8 @@ fn displaced(number: i32) -> io::Result<OwnedFd> {
     }
     // SAFETY: fcntl has just made this descriptor, so nothing else owns it.
     let copy = unsafe { OwnedFd::from_raw_fd(copy) };
-    // SAFETY: dup2 takes plain integers; the standard descriptor it replaces belongs to nobody in this process, whose standard streams
-    // go through numbers and not through owners.
+    // SAFETY: dup2 takes plain integers; no `OwnedFd` in this process owns the standard descriptor that it replaces, as
+    // the standard streams go by number.
     if unsafe { libc::dup2(null.as_raw_fd(), number) } < 0 {
         return Err(io::Error::last_os_error());
     }

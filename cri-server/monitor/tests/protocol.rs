@@ -50,6 +50,17 @@ fn hello_and_adopt() {
         assert_eq!(hello.pod_id, "p");
         daemon.done(Verb::Shutdown(podvisor_proto::monitor::Shutdown {}));
         child.wait().unwrap();
+        // The connection may be its stdin.
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let stdin = std::os::fd::OwnedFd::from(theirs);
+        let mut child =
+            Command::new(lab::monitor()).args(["--control-fd", "0"]).stdin(stdin).spawn().unwrap();
+        let mut daemon = Client::new(ours);
+        daemon.ask(Verb::Hello(Hello { protocol_version: 1 })).unwrap();
+        let stdin = std::fs::read_link(format!("/proc/{}/fd/0", child.id())).unwrap();
+        assert_eq!(stdin, std::path::Path::new("/dev/null"));
+        drop(daemon);
+        assert!(child.wait().unwrap().success());
         let version = Command::new(lab::monitor()).arg("--version").output().unwrap();
         assert!(version.status.success() && version.stdout.starts_with(b"podvisor-monitor "));
         assert!(!Command::new(lab::monitor()).output().unwrap().status.success());
