@@ -1,8 +1,9 @@
 //! What the store remembers across restarts, in redb: images with their names, and layers. Snapshots are directories with a record of
 //! their own: they must survive the daemon's death without an fsync, and mean nothing after the machine's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use redb::{ReadableDatabase, ReadableTable, TableDefinition};
 use serde::de::DeserializeOwned;
@@ -14,6 +15,8 @@ const VERSION: u64 = 1;
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 /// `sha256:…` of the configuration → [`ImageRecord`] as JSON.
 const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images");
+/// Short name, as it stands in pods → the reference that it turned out to mean, as a JSON string.
+const SHORT_NAMES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("short_names");
 /// `sha256:…` of the tar → [`LayerRecord`] as JSON.
 const LAYERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("layers");
 
@@ -32,12 +35,31 @@ pub(crate) struct ImageRecord {
     pub(crate) pulled_at: i64,
 }
 
+impl ImageRecord {
+    /// Tags and digests.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &String> {
+        self.repo_tags.iter().chain(&self.repo_digests)
+    }
+}
+
 /// An unpacked layer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct LayerRecord {
     /// Bytes of file content.
     pub(crate) size: u64,
     pub(crate) inodes: u64,
+    /// Digests of the compressed blobs that were seen to hold it.
+    #[serde(default)]
+    pub(crate) blobs: BTreeSet<String>,
+}
+
+impl LayerRecord {
+    /// Adds what a later fetch found.
+    pub(crate) fn merge(&mut self, later: Self) {
+        self.size = later.size;
+        self.inodes = later.inodes;
+        self.blobs.extend(later.blobs);
+    }
 }
 
 /// Everything in the database.
@@ -45,27 +67,27 @@ pub(crate) struct LayerRecord {
 pub(crate) struct Tables {
     pub(crate) images: BTreeMap<String, ImageRecord>,
     pub(crate) layers: BTreeMap<String, LayerRecord>,
+    pub(crate) short_names: BTreeMap<String, String>,
 }
 
 /// The open database.
 #[derive(Debug)]
 pub(crate) struct Database {
     path: PathBuf,
-    redb: redb::Database,
+    /// After an input or output error (a full disk) redb refuses everything until it is opened again: `None` then.
+    redb: Mutex<Option<redb::Database>>,
 }
 
 impl Database {
     pub(crate) fn open(path: &Path) -> Result<Self, ImageError> {
-        // The cache is for large databases; this one has a page or two.
-        let redb =
-            redb::Builder::new().set_cache_size(1 << 20).create(path).map_err(|error| failed(path, error))?;
-        let database = Self { path: path.to_owned(), redb };
+        let database = Self { path: path.to_owned(), redb: Mutex::new(None) };
         let version = database.attempt(|redb| {
             let transaction = redb.begin_write()?;
             let version = {
                 let mut meta = transaction.open_table(META)?;
                 transaction.open_table(IMAGES)?;
                 transaction.open_table(LAYERS)?;
+                transaction.open_table(SHORT_NAMES)?;
                 let version = meta.get("version")?.map(|found| found.value());
                 if version.is_none() {
                     meta.insert("version", VERSION)?;
@@ -85,7 +107,18 @@ impl Database {
         &self,
         work: impl FnOnce(&redb::Database) -> Result<T, redb::Error>,
     ) -> Result<T, ImageError> {
-        work(&self.redb).map_err(|error| failed(&self.path, error))
+        let mut open = self.redb.lock().unwrap_or_else(PoisonError::into_inner);
+        let redb = match open.take() {
+            Some(redb) => redb,
+            // The cache is for large databases; this one has a page or two.
+            None => redb::Builder::new()
+                .set_cache_size(1 << 20)
+                .create(&self.path)
+                .map_err(|error| failed(&self.path, error))?,
+        };
+        let done = work(&redb).map_err(|error| failed(&self.path, error))?;
+        *open = Some(redb);
+        Ok(done)
     }
 
     pub(crate) fn read(&self) -> Result<Tables, ImageError> {
@@ -94,6 +127,7 @@ impl Database {
             Ok(Tables {
                 images: rows(&transaction.open_table(IMAGES)?)?,
                 layers: rows(&transaction.open_table(LAYERS)?)?,
+                short_names: rows(&transaction.open_table(SHORT_NAMES)?)?,
             })
         })
     }
@@ -104,6 +138,7 @@ impl Database {
             let transaction = redb.begin_write()?;
             change(&mut transaction.open_table(IMAGES)?, &present.images, &next.images)?;
             change(&mut transaction.open_table(LAYERS)?, &present.layers, &next.layers)?;
+            change(&mut transaction.open_table(SHORT_NAMES)?, &present.short_names, &next.short_names)?;
             transaction.commit()?;
             Ok(())
         })
@@ -126,7 +161,7 @@ fn rows<R: DeserializeOwned>(
             }
             // Treated like one that was never pulled; its layers are swept.
             Err(error) => {
-                tracing::error!(key = key.value(), %error, "a row of the image database cannot be read")
+                tracing::error!(key = key.value(), %error, "a row of the image database cannot be read");
             }
         }
     }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use podvisor_registry::RegistryError;
 use podvisor_unpack::UnpackErrorKind;
 
 /// What kind of failure it is: decides the answer's code and whether to try again.
@@ -38,7 +39,7 @@ pub enum ImageError {
     #[error("image database {path} has version {version}, this podvisor knows up to {known}")]
     Newer { path: PathBuf, version: u64, known: u64 },
     #[error("cannot pull {name:?}")]
-    Registry { name: String, source: podvisor_registry::RegistryError },
+    Registry { name: String, source: Box<RegistryError> },
     #[error("layer {digest}")]
     Unpack { digest: String, source: podvisor_unpack::UnpackError },
     #[error("layer {digest} has the content {found}")]
@@ -51,6 +52,12 @@ pub enum ImageError {
     BadConfig { name: String, source: oci_spec::OciSpecError },
     #[error("image {0:?} not found")]
     NotFound(String),
+    #[error("{key:?} cannot be the name of a snapshot")]
+    SnapshotKey { key: String },
+    #[error("snapshot {key} exists already, of another image or kind")]
+    SnapshotTaken { key: String },
+    #[error("cannot pull {name:?}: none of {} possible meanings: {}", errors.len(), joined(errors))]
+    Candidates { name: String, errors: Vec<RegistryError> },
     #[error("the kernel cannot mount the root file system at {path}")]
     Mount { path: PathBuf, source: std::io::Error },
     #[error("the work was cancelled")]
@@ -63,18 +70,14 @@ pub enum ImageError {
 impl ImageError {
     /// The kind.
     pub fn kind(&self) -> ErrorKind {
-        use podvisor_registry::ErrorKind as R;
         match self {
-            ImageError::Registry { source, .. } => match source.kind() {
-                R::NotFound => ErrorKind::NotFound,
-                R::Unauthorized => ErrorKind::Unauthorized,
-                R::Unavailable => ErrorKind::Unavailable,
-                R::Invalid => ErrorKind::Invalid,
-                R::Refused => ErrorKind::Refused,
-                R::Corrupt => ErrorKind::Corrupt,
-                R::Unsupported => ErrorKind::Refused,
-                R::Configuration => ErrorKind::Refused,
-            },
+            ImageError::Registry { source, .. } => of_registry(source.kind()),
+            // The one that means most: a registry that was down may have it.
+            ImageError::Candidates { errors, .. } => errors
+                .iter()
+                .map(RegistryError::kind)
+                .find(|kind| *kind != podvisor_registry::ErrorKind::NotFound)
+                .map_or(ErrorKind::NotFound, of_registry),
             ImageError::Unpack { source, .. } => match source.kind() {
                 UnpackErrorKind::Full => ErrorKind::Full,
                 UnpackErrorKind::Corrupt => ErrorKind::Corrupt,
@@ -85,9 +88,11 @@ impl ImageError {
             | ImageError::WrongDiffId { .. }
             | ImageError::BadConfig { .. } => ErrorKind::Corrupt,
             ImageError::UnsupportedDigest { .. } => ErrorKind::Refused,
+            ImageError::SnapshotKey { .. } | ImageError::SnapshotTaken { .. } => ErrorKind::Invalid,
             ImageError::NotFound(_) => ErrorKind::NotFound,
             ImageError::Cancelled => ErrorKind::Unavailable,
-            ImageError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+            ImageError::Io { source, .. } if is_full(source) => ErrorKind::Full,
+            ImageError::Database { source, .. } if matches!(&**source, redb::Error::Io(source) if is_full(source)) => {
                 ErrorKind::Full
             }
             ImageError::Io { .. }
@@ -99,6 +104,11 @@ impl ImageError {
         }
     }
 
+    pub(crate) fn registry(name: impl Into<String>) -> impl FnOnce(RegistryError) -> Self {
+        let name = name.into();
+        move |source| ImageError::Registry { name, source: Box::new(source) }
+    }
+
     pub(crate) fn io(
         operation: &'static str,
         path: impl Into<PathBuf>,
@@ -106,4 +116,24 @@ impl ImageError {
         let path = path.into();
         move |source| ImageError::Io { operation, path, source }
     }
+}
+
+fn of_registry(kind: podvisor_registry::ErrorKind) -> ErrorKind {
+    use podvisor_registry::ErrorKind as R;
+    match kind {
+        R::NotFound => ErrorKind::NotFound,
+        R::Unauthorized => ErrorKind::Unauthorized,
+        R::Unavailable => ErrorKind::Unavailable,
+        R::Invalid => ErrorKind::Invalid,
+        R::Corrupt => ErrorKind::Corrupt,
+        R::Refused | R::Unsupported | R::Configuration => ErrorKind::Refused,
+    }
+}
+
+fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+}
+
+fn joined(errors: &[RegistryError]) -> String {
+    errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -38,7 +38,7 @@ struct Seat<'a, K: Eq + Hash, T> {
 
 impl<K: Eq + Hash, T> Drop for Seat<'_, K, T> {
     fn drop(&mut self) {
-        let mut flying = self.flights.lock().expect("no panic under this lock");
+        let mut flying = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(flight) = flying.get_mut(self.key).filter(|flight| flight.number == self.number) else {
             return;
         };
@@ -57,13 +57,14 @@ impl<K: Eq + Hash + Clone + Send + 'static, T: Clone + Send + Sync + 'static> Fl
         F: Future<Output = T> + Send + 'static,
     {
         let (mut outcome, number) = {
-            let mut flying = self.flying.lock().expect("no panic under this lock");
+            let mut flying = self.flying.lock().unwrap_or_else(PoisonError::into_inner);
             match flying.get_mut(&key) {
-                Some(flight) => {
+                // One that is finished and still here has panicked.
+                Some(flight) if !flight.task.is_finished() => {
                     flight.waiting += 1;
                     (flight.outcome.clone(), flight.number)
                 }
-                None => self.begin(&mut flying, key.clone(), work()),
+                _ => self.begin(&mut flying, key.clone(), work()),
             }
         };
         let _seat = Seat { flights: &self.flying, key: &key, number };
@@ -87,7 +88,7 @@ impl<K: Eq + Hash + Clone + Send + 'static, T: Clone + Send + Sync + 'static> Fl
         let task = tokio::spawn(async move {
             let found = work.await;
             // Out of the table first: who comes now begins anew and finds what this one has made.
-            let mut flying = flights.lock().expect("no panic under this lock");
+            let mut flying = flights.lock().unwrap_or_else(PoisonError::into_inner);
             if flying.get(&done).is_some_and(|flight| flight.number == number) {
                 flying.remove(&done);
             }
@@ -148,7 +149,12 @@ mod tests {
             let _told = told;
             std::future::pending::<()>().await;
         }));
-        assert!(futures_util::poll!(&mut waiting).is_pending());
+        // Polled once, so that the work has begun.
+        tokio::select! {
+            biased;
+            _ = &mut waiting => panic!("it never ends"),
+            () = std::future::ready(()) => {}
+        }
         drop(waiting);
         dropped.notified().await;
         assert!(flights.flying.lock().unwrap().is_empty());

@@ -1,10 +1,16 @@
 //! Layers on disk: which are there, who needs them, and how one comes in. A layer is visible under its name only when its digests
 //! have been verified.
+//!
+//! Images share a layer by the digest of its tar (diff id). That a manifest's blob really holds that tar is checked for
+//! each pair of digests once: a manifest that names another blob for a layer that is there has that blob fetched and
+//! looked at, so nobody gets at a layer by naming its diff id beside a blob of his own.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use podvisor_registry::{Compression, LayerDescriptor, Registry, Source};
@@ -30,7 +36,8 @@ pub(crate) struct Layers {
     directory: PathBuf,
     pub(crate) ingest: PathBuf,
     state: Mutex<State>,
-    flights: Flights<String, Outcome>,
+    /// By diff id and digest of the blob.
+    flights: Flights<(String, String), Outcome>,
 }
 
 #[derive(Debug, Default)]
@@ -50,7 +57,7 @@ pub(crate) struct Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let mut state = self.layers.state.lock().expect("no panic under this lock");
+        let mut state = self.layers.state();
         for diff_id in &self.diff_ids {
             if let Some(count) = state.leased.get_mut(diff_id) {
                 *count -= 1;
@@ -78,20 +85,25 @@ impl Layers {
     }
 
     pub(crate) fn lease(self: &Arc<Self>, diff_ids: Vec<String>) -> Lease {
-        let mut state = self.state.lock().expect("no panic under this lock");
+        let mut state = self.state();
         for diff_id in &diff_ids {
             *state.leased.entry(diff_id.clone()).or_default() += 1;
         }
         Lease { layers: self.clone(), diff_ids }
     }
 
-    fn present(&self, diff_id: &str) -> Option<LayerRecord> {
-        self.state.lock().expect("no panic under this lock").present.get(diff_id).cloned()
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The layer, if it is there and known to be what that blob holds.
+    fn present(&self, diff_id: &str, blob: &str) -> Option<LayerRecord> {
+        self.state().present.get(diff_id).filter(|record| record.blobs.contains(blob)).cloned()
     }
 
     /// Sum of what the layers on disk use.
     pub(crate) fn usage(&self) -> (u64, u64) {
-        let state = self.state.lock().expect("no panic under this lock");
+        let state = self.state();
         state
             .present
             .values()
@@ -105,20 +117,25 @@ impl Layers {
         source: &Arc<Source>,
         layer: &LayerDescriptor,
     ) -> Outcome {
-        let diff_id = layer.diff_id.as_str().to_owned();
+        let key = (layer.diff_id.as_str().to_owned(), layer.digest.as_str().to_owned());
         loop {
-            if let Some(record) = self.present(&diff_id) {
+            if let Some(record) = self.present(&key.0, &key.1) {
                 return Ok(record);
             }
+            let leads = Arc::new(AtomicBool::new(false));
             let (layers, registry, source, layer) =
                 (self.clone(), registry.clone(), source.clone(), layer.clone());
-            let fetched = self.flights.join(diff_id.clone(), move || async move {
-                layers.bring(&registry, &source, &layer).await.map_err(Arc::new)
+            let (leading, flight) = (leads.clone(), key.clone());
+            let fetched = self.flights.join(flight, move || {
+                leading.store(true, Ordering::Relaxed);
+                async move { layers.bring(&registry, &source, &layer).await.map_err(Arc::new) }
             });
-            if let Some(outcome) = fetched.await {
-                return outcome;
+            match fetched.await {
+                Some(Ok(record)) => return Ok(record),
+                Some(Err(error)) if leads.load(Ordering::Relaxed) => return Err(error),
+                // Somebody else's registry or credentials failed, or he went away in the same moment: begin anew.
+                Some(Err(_)) | None => {}
             }
-            // Whoever had begun it went away in the same moment: begin anew.
         }
     }
 
@@ -132,8 +149,8 @@ impl Layers {
             return Err(ImageError::UnsupportedDigest { digest: layer.digest.to_string() });
         }
         loop {
-            let named = |source| ImageError::Registry { name: layer.digest.to_string(), source };
-            let mut blob = registry.blob(source, layer).await.map_err(named)?;
+            let named = || ImageError::registry(layer.digest.to_string());
+            let mut blob = registry.blob(source, layer).await.map_err(named())?;
             let (sender, receiver) = mpsc::channel(QUEUE);
             let (layers, compression) = (self.clone(), layer.compression);
             let digest = layer.digest.to_string();
@@ -153,7 +170,7 @@ impl Layers {
             .await;
             drop(sender);
             let unpacked = unpacking.await.map_err(|_| ImageError::Cancelled)?;
-            downloaded.map_err(named)?;
+            downloaded.map_err(named())?;
             let wrong = match unpacked {
                 Ok((ingest, unpacked)) if unpacked.digest == layer.digest.as_str() => {
                     return self.admit(ingest, layer, &unpacked);
@@ -174,7 +191,7 @@ impl Layers {
 
     fn unpack(
         &self,
-        pieces: mpsc::Receiver<Piece>,
+        receiver: mpsc::Receiver<Piece>,
         compression: Compression,
         digest: String,
     ) -> Result<(tree::Scratch, Unpacked), ImageError> {
@@ -185,8 +202,7 @@ impl Layers {
             Compression::Gzip => podvisor_unpack::Compression::Gzip,
             Compression::Zstd => podvisor_unpack::Compression::Zstd,
         };
-        let source = Pieces { pieces, current: Bytes::new(), ended: false };
-        use std::os::fd::AsFd;
+        let source = Pieces { receiver, current: Bytes::new(), ended: false };
         let unpacked = podvisor_unpack::unpack(source, compression, target.as_fd(), LIMITS)
             .map_err(|source| ImageError::Unpack { digest, source })?;
         Ok((scratch, unpacked))
@@ -207,22 +223,30 @@ impl Layers {
                 found: unpacked.diff_id.clone(),
             });
         }
-        let record = LayerRecord { size: unpacked.size, inodes: unpacked.inodes };
-        let mut state = self.state.lock().expect("no panic under this lock");
+        let mut state = self.state();
+        if let Some(record) = state.present.get_mut(diff_id) {
+            // Held by another blob too; what was unpacked now goes.
+            record.blobs.insert(layer.digest.to_string());
+            let record = record.clone();
+            drop(state);
+            scratch.discard();
+            return Ok(record);
+        }
+        let blobs = BTreeSet::from([layer.digest.to_string()]);
+        let record = LayerRecord { size: unpacked.size, inodes: unpacked.inodes, blobs };
         scratch.rename(&self.path(diff_id))?;
         state.present.insert(diff_id.to_owned(), record.clone());
         Ok(record)
     }
 
-    /// Takes away every layer that is neither in `needed` nor leased. Its directory goes in the background.
-    pub(crate) fn collect(&self, needed: &HashSet<String>) {
-        let mut state = self.state.lock().expect("no panic under this lock");
-        let idle: Vec<_> = state
-            .present
-            .keys()
-            .filter(|diff_id| !needed.contains(*diff_id) && !state.leased.contains_key(*diff_id))
-            .cloned()
-            .collect();
+    /// Takes away every layer that is neither leased nor among what `needed` adds, which is asked under the lock: who
+    /// publishes an image gives his lease back afterwards, so no layer is missing from both. Directories go in the
+    /// background.
+    pub(crate) fn collect(&self, needed: impl FnOnce(&mut HashSet<String>)) {
+        let mut state = self.state();
+        let mut kept: HashSet<String> = state.leased.keys().cloned().collect();
+        needed(&mut kept);
+        let idle: Vec<_> = state.present.keys().filter(|diff_id| !kept.contains(*diff_id)).cloned().collect();
         for diff_id in idle {
             match tree::Scratch::of(&self.ingest, &self.path(&diff_id)) {
                 Ok(scratch) => {
@@ -245,7 +269,7 @@ enum Piece {
 }
 
 struct Pieces {
-    pieces: mpsc::Receiver<Piece>,
+    receiver: mpsc::Receiver<Piece>,
     current: Bytes,
     ended: bool,
 }
@@ -253,7 +277,7 @@ struct Pieces {
 impl Read for Pieces {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         while self.current.is_empty() && !self.ended {
-            match self.pieces.blocking_recv() {
+            match self.receiver.blocking_recv() {
                 Some(Piece::Data(bytes)) => self.current = bytes,
                 Some(Piece::End) => self.ended = true,
                 None => return Err(std::io::Error::other("the download was broken off")),

@@ -2,9 +2,12 @@
 //!
 //! | file | idea |
 //! |---|---|
-//! | `store.rs` | the images there are, and every change of them |
+//! | `store.rs` | what callers do; opening after whatever happened |
+//! | `catalog.rs` | the images there are and their names; changes and published copies |
+//! | `pull.rs` | from a name to an image |
 //! | `layers.rs` | layers on disk: how one comes in, when one goes |
 //! | `snapshots.rs` | writable layers of containers |
+//! | `usage.rs` | how much they hold |
 //! | `mount.rs` | overlayfs |
 //! | `database.rs` | what is remembered, in redb |
 //! | `flight.rs` | work that several want is done once |
@@ -13,14 +16,17 @@
 //! Invariants: a layer has its name only after its digests were verified; an image is in the database only after its layers are on the
 //! disk; whatever is neither is in `ingest/`, which every start empties; reading never waits for a pull or an fsync.
 
+mod catalog;
 mod database;
 mod error;
 mod flight;
 mod layers;
 mod mount;
+mod pull;
 mod snapshots;
 mod store;
 mod tree;
+mod usage;
 
 use std::path::PathBuf;
 use std::sync::Arc;

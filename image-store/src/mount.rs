@@ -1,6 +1,8 @@
 //! overlayfs over a snapshot's layers.
 
+use std::collections::HashSet;
 use std::ffi::CString;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::CWD;
@@ -13,33 +15,60 @@ use rustix::mount::{
 use crate::Rootfs;
 use crate::error::ImageError;
 
-/// Mounts `rootfs` at `target`. `links` is a directory for short names, `empty` an empty one: both only where the kernel needs them.
+/// `index=on` would refuse an upper directory that another mount still has while it is being detached, `metacopy=on`
+/// makes files whose content lies elsewhere: neither may depend on how the kernel was configured.
+const OPTIONS: [(&str, &str); 2] = [("index", "off"), ("metacopy", "off")];
+/// fsconfig(2) takes strings of up to 255 bytes.
+const STRING_MAX: usize = 255;
+/// mount(2) takes a page of options, with a zero byte at its end.
+const PAGE: usize = 4096;
+/// Digits of a layer's name in a short link; more where two layers begin alike.
+const SHORT_MIN: usize = 8;
+
+/// Mounts `rootfs` at `target`. `links` is a directory for short names, for kernels that need them; `empty` holds two empty
+/// directories.
 pub(crate) fn mount(rootfs: &Rootfs, target: &Path, links: &Path, empty: &Path) -> Result<(), ImageError> {
-    let mut lower: Vec<PathBuf> = rootfs.lower.clone();
-    // An image may have no layer at all, and overlayfs wants two where there is no upper one.
-    if lower.is_empty() || (rootfs.upper.is_none() && lower.len() == 1) {
-        lower.push(empty.to_owned());
-    }
-    let failed = |error: Errno| ImageError::Mount { path: target.to_owned(), source: error.into() };
+    let lower = lower(rootfs, empty);
     match modern(rootfs, &lower, target) {
         // Kernels before 6.5 do not know `lowerdir+`.
-        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-            classic(rootfs, &lower, target, links).map_err(failed)
-        }
-        done => done.map_err(failed),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => classic(rootfs, &lower, target, links),
+        done => done.map_err(Into::into),
     }
+    .map_err(|source| ImageError::Mount { path: target.to_owned(), source })
+}
+
+/// The layers as overlayfs takes them: each once, at least one, and two where there is no upper one.
+fn lower(rootfs: &Rootfs, empty: &Path) -> Vec<PathBuf> {
+    let mut seen = HashSet::new();
+    // An image may have a layer twice. Where it is again below itself it adds nothing, and overlayfs answers ELOOP.
+    let mut lower: Vec<PathBuf> = rootfs.lower.iter().filter(|layer| seen.insert(*layer)).cloned().collect();
+    let wanted = if rootfs.upper.is_some() { 1 } else { 2 };
+    let missing = wanted - wanted.min(lower.len());
+    lower.extend(["a", "b"].iter().take(missing).map(|name| empty.join(name)));
+    lower
 }
 
 /// The mount API of 5.2 with overlayfs' parameters of 6.5: a layer per call, no limit on their number but the kernel's 500.
 fn modern(rootfs: &Rootfs, lower: &[PathBuf], target: &Path) -> Result<(), Errno> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    let set = |key: &str, value: &Path| {
+        // Longer ones answer EINVAL too; the string of mount(2) has room for them, if they are few.
+        if value.as_os_str().len() > STRING_MAX {
+            Err(Errno::INVAL)
+        } else {
+            fsconfig_set_string(&context, key, value)
+        }
+    };
     fsconfig_set_string(&context, "source", "overlay")?;
     for layer in lower {
-        fsconfig_set_string(&context, "lowerdir+", layer)?;
+        set("lowerdir+", layer)?;
     }
     if let (Some(upper), Some(work)) = (&rootfs.upper, &rootfs.work) {
-        fsconfig_set_string(&context, "upperdir", upper)?;
-        fsconfig_set_string(&context, "workdir", work)?;
+        set("upperdir", upper)?;
+        set("workdir", work)?;
+    }
+    for (key, value) in OPTIONS {
+        fsconfig_set_string(&context, key, value)?;
     }
     fsconfig_create(&context)?;
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
@@ -47,23 +76,53 @@ fn modern(rootfs: &Rootfs, lower: &[PathBuf], target: &Path) -> Result<(), Errno
 }
 
 /// One option string, at most a page long: long names are replaced by short links.
-fn classic(rootfs: &Rootfs, lower: &[PathBuf], target: &Path, links: &Path) -> Result<(), Errno> {
+fn classic(rootfs: &Rootfs, lower: &[PathBuf], target: &Path, links: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(links)?;
+    let mut options = Vec::new();
     let mut names = Vec::new();
-    std::fs::create_dir_all(links).map_err(|_| Errno::IO)?;
     for layer in lower {
-        let name = layer.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let link = links.join(&name[..name.len().min(16)]);
-        match rustix::fs::symlink(layer, &link) {
-            Err(Errno::EXIST) if std::fs::read_link(&link).is_ok_and(|to| to == *layer) => {}
-            Err(error) => return Err(error),
-            Ok(()) => {}
-        }
-        names.push(link.display().to_string());
+        names.push(escaped(&short(layer, links)?)?);
     }
-    let mut options = format!("lowerdir={}", names.join(":"));
+    options.push(("lowerdir", names.join(":")));
     if let (Some(upper), Some(work)) = (&rootfs.upper, &rootfs.work) {
-        options.push_str(&format!(",upperdir={},workdir={}", upper.display(), work.display()));
+        options.extend([("upperdir", escaped(upper)?), ("workdir", escaped(work)?)]);
     }
-    let options = CString::new(options).map_err(|_| Errno::INVAL)?;
-    rustix::mount::mount("overlay", target, "overlay", MountFlags::empty(), options.as_c_str())
+    options.extend(OPTIONS.map(|(key, value)| (key, value.to_owned())));
+    let options = options.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",");
+    if options.len() >= PAGE {
+        return Err(io::Error::new(io::ErrorKind::ArgumentListTooLong, "too many layers for this kernel"));
+    }
+    let options = CString::new(options)?;
+    Ok(rustix::mount::mount("overlay", target, "overlay", MountFlags::empty(), options.as_c_str())?)
 }
+
+/// A short link to a layer, made if it is missing.
+fn short(layer: &Path, links: &Path) -> io::Result<PathBuf> {
+    let name = layer.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    for length in SHORT_MIN.min(name.len()).max(1)..=name.len() {
+        let link = links.join(&name[..length]);
+        match rustix::fs::symlink(layer, &link) {
+            Ok(()) => return Ok(link),
+            Err(Errno::EXIST) if std::fs::read_link(&link)? == layer => return Ok(link),
+            Err(Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(layer.to_owned())
+}
+
+/// A path as an option of overlayfs: commas and colons divide (kernel, overlayfs.rst).
+fn escaped(path: &Path) -> io::Result<String> {
+    let text = path.to_str().ok_or(io::ErrorKind::InvalidFilename)?;
+    let mut escaped = String::with_capacity(text.len());
+    for character in text.chars() {
+        if matches!(character, '\\' | ',' | ':') {
+            escaped.push('\\');
+        }
+        escaped.push(character);
+    }
+    Ok(escaped)
+}
+
+#[cfg(test)]
+mod tests;

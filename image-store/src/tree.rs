@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::ImageError;
@@ -18,7 +19,12 @@ impl Scratch {
     pub(crate) fn new(ingest: &Path) -> Result<Self, ImageError> {
         let path = ingest.join(fresh_name());
         std::fs::create_dir(&path).map_err(ImageError::io("make", &path))?;
-        Ok(Self { path: Some(path) })
+        let scratch = Self { path: Some(path) };
+        // Whatever the umask: it becomes a layer's root directory, where the layer does not say otherwise.
+        let path = scratch.path();
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755))
+            .map_err(ImageError::io("set the mode of", path))?;
+        Ok(scratch)
     }
 
     /// A directory of the store that nobody needs any more.
@@ -76,32 +82,6 @@ fn fresh_name() -> String {
 pub(crate) fn remove(path: &Path) -> Result<(), ImageError> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(()) };
     let directory = File::open(parent).map_err(ImageError::io("open", parent))?;
-    podvisor_unpack::remove_tree(directory.as_fd(), name.as_ref())
+    podvisor_unpack::remove_tree(directory.as_fd(), name)
         .map_err(|error| ImageError::io("remove", path)(error.into()))
-}
-
-/// Bytes on disk and inodes below `path`, hard links counted once. What vanishes meanwhile is not counted.
-pub(crate) fn usage(path: &Path) -> (u64, u64) {
-    use std::os::unix::fs::MetadataExt;
-    let (mut bytes, mut inodes) = (0, 0);
-    let mut linked = std::collections::HashSet::new();
-    let mut pending = vec![path.to_owned()];
-    if let Ok(metadata) = std::fs::symlink_metadata(path) {
-        (bytes, inodes) = (metadata.blocks() * 512, 1);
-    }
-    while let Some(directory) = pending.pop() {
-        let Ok(entries) = std::fs::read_dir(&directory) else { continue };
-        for entry in entries.flatten() {
-            let Ok(metadata) = entry.metadata() else { continue };
-            if metadata.nlink() > 1 && !metadata.is_dir() && !linked.insert(metadata.ino()) {
-                continue;
-            }
-            bytes += metadata.blocks() * 512;
-            inodes += 1;
-            if metadata.is_dir() {
-                pending.push(entry.path());
-            }
-        }
-    }
-    (bytes, inodes)
 }

@@ -1,0 +1,192 @@
+//! Which images there are. Changes go one after the other: durable first, then visible. Readers take a published copy and never
+//! wait for the disk.
+//!
+//! Lock order: `tables`, then the snapshots' records, then the layers' state, then `published`.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use oci_spec::image::ImageConfiguration;
+use podvisor_registry::Reference;
+
+use crate::Image;
+use crate::database::{Database, ImageRecord, Tables};
+use crate::error::ImageError;
+
+/// Digits of a shortened id that are worth looking for.
+const SHORTEST_ID: usize = 3;
+
+/// What readers see.
+#[derive(Debug, Default)]
+pub(crate) struct Published {
+    images: BTreeMap<String, Listed>,
+    short_names: BTreeMap<String, String>,
+}
+
+#[derive(Debug)]
+struct Listed {
+    image: Image,
+    /// Diff ids, lowest first.
+    layers: Vec<String>,
+}
+
+/// The images of a store.
+#[derive(Debug)]
+pub(crate) struct Catalog {
+    database: Database,
+    /// What the database says; held while it is changed.
+    tables: Mutex<Tables>,
+    published: RwLock<Arc<Published>>,
+    pinned: RwLock<HashSet<String>>,
+}
+
+impl Catalog {
+    /// `tables` is what the database says.
+    pub(crate) fn new(database: Database, tables: Tables) -> Self {
+        let catalog = Self {
+            database,
+            tables: Mutex::default(),
+            published: RwLock::default(),
+            pinned: RwLock::default(),
+        };
+        catalog.publish(&tables);
+        *catalog.tables.lock().unwrap_or_else(PoisonError::into_inner) = tables;
+        catalog
+    }
+
+    /// What there is now.
+    pub(crate) fn published(&self) -> Arc<Published> {
+        self.published.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether all these layers are known to be on the disk, not only in its cache.
+    pub(crate) fn has_durable(&self, diff_ids: &[String]) -> bool {
+        let tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        diff_ids.iter().all(|diff_id| tables.layers.contains_key(diff_id))
+    }
+
+    /// One change, whole or not at all. `kept` are layers whose rows stay although no image has them. Blocking.
+    pub(crate) fn change(
+        &self,
+        kept: impl FnOnce(&mut HashSet<String>),
+        edit: impl FnOnce(&mut Tables),
+    ) -> Result<(), ImageError> {
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = tables.clone();
+        edit(&mut next);
+        let mut needed = next.images.values().flat_map(|record| record.layers.iter().cloned()).collect();
+        kept(&mut needed);
+        next.layers.retain(|diff_id, _| needed.contains(diff_id));
+        let named: HashSet<&String> = next.images.values().flat_map(ImageRecord::names).collect();
+        next.short_names.retain(|_, meant| named.contains(meant));
+        if next != *tables {
+            self.database.replace(&tables, &next)?;
+            *tables = next;
+            self.publish(&tables);
+        }
+        Ok(())
+    }
+
+    /// Pins the images that have one of these names, and no others.
+    pub(crate) fn pin(&self, names: HashSet<String>) {
+        let tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        *self.pinned.write().unwrap_or_else(PoisonError::into_inner) = names;
+        self.publish(&tables);
+    }
+
+    fn publish(&self, tables: &Tables) {
+        let before = self.published();
+        let pinned = self.pinned.read().unwrap_or_else(PoisonError::into_inner);
+        let mut images = BTreeMap::new();
+        for (id, record) in &tables.images {
+            let (config, raw_config) = match before.images.get(id) {
+                Some(Listed { image, .. }) => (image.config.clone(), image.raw_config.clone()),
+                None => match parse_config(id, &record.config) {
+                    Ok(config) => (Arc::new(config), Arc::from(record.config.as_str())),
+                    Err(error) => {
+                        tracing::error!(image = id, %error, "an image cannot be shown");
+                        continue;
+                    }
+                },
+            };
+            let image = Image {
+                id: id.clone(),
+                repo_tags: record.repo_tags.clone(),
+                repo_digests: record.repo_digests.clone(),
+                size: record.size,
+                config,
+                raw_config,
+                pinned: record.names().any(|name| pinned.contains(name)),
+                pulled_at: record.pulled_at,
+            };
+            images.insert(id.clone(), Listed { image, layers: record.layers.clone() });
+        }
+        let published = Published { images, short_names: tables.short_names.clone() };
+        *self.published.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(published);
+    }
+}
+
+impl Published {
+    /// All images, sorted by id.
+    pub(crate) fn images(&self) -> impl Iterator<Item = &Image> {
+        self.images.values().map(|listed| &listed.image)
+    }
+
+    /// The image with that id and its layers, lowest first.
+    pub(crate) fn with_id(&self, id: &str) -> Option<(&Image, &[String])> {
+        self.images.get(id).map(|listed| (&listed.image, listed.layers.as_slice()))
+    }
+
+    /// Adds the layers of all images.
+    pub(crate) fn needed(&self, layers: &mut HashSet<String>) {
+        layers.extend(self.images.values().flat_map(|listed| listed.layers.iter().cloned()));
+    }
+
+    /// The image that a name means: an id, what a short name meant when it was pulled, a reference, the beginning of an id.
+    pub(crate) fn find(&self, name: &str) -> Option<&Image> {
+        if let Some(listed) = self.images.get(name) {
+            return Some(&listed.image);
+        }
+        let meant = self.short_names.get(name).map_or(name, String::as_str);
+        if let Ok(reference) = Reference::parse(meant)
+            && let Some(image) = self.by_reference(&reference)
+        {
+            return Some(image);
+        }
+        self.by_prefix(name.strip_prefix("sha256:").unwrap_or(name))
+    }
+
+    fn by_reference(&self, reference: &Reference) -> Option<&Image> {
+        let canonical = reference.to_string();
+        let named =
+            |image: &&Image| image.repo_tags.iter().chain(&image.repo_digests).any(|name| *name == canonical);
+        if let Some(image) = self.images().find(named) {
+            return Some(image);
+        }
+        // The identity itself behind a repository's name, as kubelet puts it together.
+        let image = &self.images.get(reference.digest()?.as_str())?.image;
+        let prefix = format!("{}@", reference.name());
+        image.repo_digests.iter().any(|name| name.starts_with(&prefix)).then_some(image)
+    }
+
+    fn by_prefix(&self, hex: &str) -> Option<&Image> {
+        if hex.len() < SHORTEST_ID || !hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
+            return None;
+        }
+        let prefix = format!("sha256:{hex}");
+        let mut found = self.images.range(prefix.clone()..).take_while(|(id, _)| id.starts_with(&prefix));
+        let (_, listed) = found.next()?;
+        found.next().is_none().then_some(&listed.image)
+    }
+}
+
+/// Reads an image configuration.
+pub(crate) fn parse_config(name: &str, text: &str) -> Result<ImageConfiguration, ImageError> {
+    ImageConfiguration::from_reader(text.as_bytes())
+        .map_err(|source| ImageError::BadConfig { name: name.to_owned(), source })
+}
+
+/// Both together, sorted, each once.
+pub(crate) fn merged(present: &[String], more: Vec<String>) -> Vec<String> {
+    present.iter().cloned().chain(more).collect::<BTreeSet<_>>().into_iter().collect()
+}

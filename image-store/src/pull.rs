@@ -1,0 +1,167 @@
+//! A pull: what the name means, the layers that are missing, and the change that makes the image visible.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use futures_util::{StreamExt, TryStreamExt};
+use podvisor_registry::{Credentials, Reference, ResolvedImage};
+
+use crate::catalog::{merged, parse_config};
+use crate::database::{ImageRecord, LayerRecord};
+use crate::error::ImageError;
+use crate::layers::Lease;
+use crate::store::{ImageStore, Shared, blocking};
+
+impl ImageStore {
+    /// Pulls and returns the image's id.
+    pub(crate) async fn fetch(
+        &self,
+        name: &str,
+        credentials: Option<&Credentials>,
+    ) -> Result<String, ImageError> {
+        let shared = &self.shared;
+        let resolved = self.resolve(name, credentials).await?;
+        let config = std::str::from_utf8(&resolved.config).unwrap_or_default().to_owned();
+        parse_config(name, &config)?;
+
+        let diff_ids: Vec<_> = resolved.layers.iter().map(|layer| layer.diff_id.to_string()).collect();
+        // Whatever was fetched in vain goes when this pull ends or is dropped.
+        let hold = Hold { shared: shared.clone(), lease: Some(shared.layers.lease(diff_ids.clone())) };
+        let mut seen = HashSet::new();
+        let mut fetches = Vec::new();
+        for layer in resolved.layers.iter().filter(|layer| seen.insert((&layer.diff_id, &layer.digest))) {
+            let (layers, registry, source, layer) =
+                (shared.layers.clone(), shared.registry.clone(), resolved.source.clone(), layer.clone());
+            fetches.push(async move {
+                let record = layers.fetch(&registry, &source, &layer).await;
+                record.map(|record| (layer.diff_id.to_string(), record)).map_err(ImageError::Shared)
+            });
+        }
+        let fetched: HashMap<String, LayerRecord> = futures_util::stream::iter(fetches)
+            .buffer_unordered(shared.options.parallel_layers.max(1))
+            .try_collect()
+            .await?;
+
+        let id = resolved.config_digest.to_string();
+        let record = ImageRecord {
+            config,
+            size: resolved.layers.iter().map(|layer| layer.size).sum::<u64>()
+                + (resolved.manifest.len() + resolved.config.len()) as u64,
+            layers: diff_ids,
+            repo_tags: Vec::new(),
+            repo_digests: Vec::new(),
+            pulled_at: now(),
+        };
+        let names = Names::of(name, &resolved);
+        let image = id.clone();
+        // It goes on to its end without us; the hold goes with it, so that the layers stay until they have an image.
+        blocking(move || hold.shared.admit(image, record, names, fetched)).await?;
+        Ok(id)
+    }
+
+    /// Asks for each reference that the name may mean, until one is found.
+    async fn resolve(
+        &self,
+        name: &str,
+        credentials: Option<&Credentials>,
+    ) -> Result<ResolvedImage, ImageError> {
+        let registry = &self.shared.registry;
+        let failed = || ImageError::registry(name);
+        let candidates = registry.candidates(name).await.map_err(failed())?;
+        let mut errors = Vec::new();
+        for candidate in candidates {
+            match registry.resolve(&candidate, credentials).await {
+                Ok(resolved) => return Ok(resolved),
+                Err(error) => errors.push(error),
+            }
+        }
+        Err(match (errors.pop(), errors.is_empty()) {
+            (Some(only), true) => failed()(only),
+            (Some(last), false) => {
+                errors.push(last);
+                ImageError::Candidates { name: name.to_owned(), errors }
+            }
+            (None, _) => ImageError::NotFound(name.to_owned()),
+        })
+    }
+}
+
+impl Shared {
+    /// Makes a pulled image durable, then visible.
+    fn admit(
+        &self,
+        id: String,
+        record: ImageRecord,
+        names: Names,
+        fetched: HashMap<String, LayerRecord>,
+    ) -> Result<(), ImageError> {
+        if !self.catalog.has_durable(&record.layers) {
+            // All layers on the disk before the first word of the image: one call for all their files.
+            let root = &self.options.root;
+            let directory = File::open(root).map_err(ImageError::io("open", root))?;
+            rustix::fs::syncfs(&directory)
+                .map_err(|error| ImageError::io("write to disk", root)(error.into()))?;
+        }
+        self.change(move |tables| {
+            // A tag that has moved is no longer the old image's.
+            for other in tables.images.values_mut() {
+                other.repo_tags.retain(|tag| !names.tags.contains(tag));
+            }
+            let record = tables.images.entry(id).or_insert(record);
+            record.repo_tags = merged(&record.repo_tags, names.tags);
+            record.repo_digests = merged(&record.repo_digests, names.digests);
+            for (diff_id, layer) in fetched {
+                tables.layers.entry(diff_id).or_default().merge(layer);
+            }
+            match names.short {
+                Some((short, meant)) => drop(tables.short_names.insert(short, meant)),
+                // It means now what it says.
+                None => drop(tables.short_names.remove(&names.asked)),
+            }
+        })
+    }
+}
+
+/// Keeps layers while a pull is on its way; then those that it fetched for no image are collected.
+struct Hold {
+    shared: Arc<Shared>,
+    lease: Option<Lease>,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        drop(self.lease.take());
+        self.shared.collect();
+    }
+}
+
+/// The names that a pull gives an image.
+struct Names {
+    asked: String,
+    tags: Vec<String>,
+    digests: Vec<String>,
+    /// A name that means something else here than it says, and what.
+    short: Option<(String, String)>,
+}
+
+impl Names {
+    fn of(asked: &str, resolved: &ResolvedImage) -> Self {
+        let reference = &resolved.reference;
+        let canonical = reference.to_string();
+        let says_so = Reference::parse(asked).is_ok_and(|says| says == *reference);
+        Self {
+            asked: asked.to_owned(),
+            // A reference with a digest names that content, whatever tag stands beside it.
+            tags: if reference.tag().is_some() { vec![canonical.clone()] } else { Vec::new() },
+            digests: vec![reference.with_digest(resolved.target_digest.clone()).to_string()],
+            short: (!says_so).then(|| (asked.to_owned(), canonical)),
+        }
+    }
+}
+
+fn now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
