@@ -81,22 +81,11 @@ pub(crate) struct Database {
 impl Database {
     pub(crate) fn open(path: &Path) -> Result<Self, ImageError> {
         let database = Self { path: path.to_owned(), redb: Mutex::new(None) };
-        let version = database.attempt(|redb| {
-            let transaction = redb.begin_write()?;
-            let version = {
-                let mut meta = transaction.open_table(META)?;
-                transaction.open_table(IMAGES)?;
-                transaction.open_table(LAYERS)?;
-                transaction.open_table(SHORT_NAMES)?;
-                let version = meta.get("version")?.map(|found| found.value());
-                if version.is_none() {
-                    meta.insert("version", VERSION)?;
-                }
-                version.unwrap_or(VERSION)
-            };
-            transaction.commit()?;
-            Ok(version)
-        })?;
+        // Nothing is written to a database that is all right: a start must not depend on room on the disk.
+        let version = match database.attempt(version)? {
+            Some(version) => version,
+            None => database.attempt(initialise)?,
+        };
         if version > VERSION {
             return Err(ImageError::Newer { path: path.to_owned(), version, known: VERSION });
         }
@@ -143,6 +132,26 @@ impl Database {
             Ok(())
         })
     }
+}
+
+/// `None`: new, or never finished.
+fn version(redb: &redb::Database) -> Result<Option<u64>, redb::Error> {
+    let transaction = redb.begin_read()?;
+    match transaction.open_table(META) {
+        Ok(meta) => Ok(meta.get("version")?.map(|found| found.value())),
+        Err(redb::TableError::TableDoesNotExist(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn initialise(redb: &redb::Database) -> Result<u64, redb::Error> {
+    let transaction = redb.begin_write()?;
+    transaction.open_table(IMAGES)?;
+    transaction.open_table(LAYERS)?;
+    transaction.open_table(SHORT_NAMES)?;
+    transaction.open_table(META)?.insert("version", VERSION)?;
+    transaction.commit()?;
+    Ok(VERSION)
 }
 
 fn failed(path: &Path, error: impl Into<redb::Error>) -> ImageError {

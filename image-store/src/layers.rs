@@ -28,7 +28,18 @@ const LIMITS: Limits = Limits { bytes: 256 << 30, entries: 20_000_000 };
 /// Pieces of a download that wait for the unpacking thread; with hyper's buffers below 4 MiB a layer.
 const QUEUE: usize = 32;
 
+/// Endpoints that may send a wrong layer before the pull fails.
+const ENDPOINTS_MAX: usize = 4;
+
 type Outcome = Result<LayerRecord, Arc<ImageError>>;
+
+/// What is the same fetch. The registry is part of it: a slow one must not hold up others that have the same layer.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Key {
+    diff_id: String,
+    blob: String,
+    host: String,
+}
 
 /// The layers of a store.
 #[derive(Debug)]
@@ -36,8 +47,7 @@ pub(crate) struct Layers {
     directory: PathBuf,
     pub(crate) ingest: PathBuf,
     state: Mutex<State>,
-    /// By diff id and digest of the blob.
-    flights: Flights<(String, String), Outcome>,
+    flights: Flights<Key, Outcome>,
 }
 
 #[derive(Debug, Default)]
@@ -101,7 +111,7 @@ impl Layers {
         self.state().present.get(diff_id).filter(|record| record.blobs.contains(blob)).cloned()
     }
 
-    /// Sum of what the layers on disk use.
+    /// Sum of what the layers on disk use. One that only a snapshot knows of, after its row was lost, counts nothing.
     pub(crate) fn usage(&self) -> (u64, u64) {
         let state = self.state();
         state
@@ -110,31 +120,39 @@ impl Layers {
             .fold((0, 0), |(bytes, inodes), layer| (bytes + layer.size, inodes + layer.inodes))
     }
 
-    /// Brings a layer in unless it is there; the caller holds a lease for it.
+    /// Brings a layer in unless it is there; the caller holds a lease for it. `hold` is kept as long as anything of this
+    /// call goes on.
     pub(crate) async fn fetch(
         self: &Arc<Self>,
         registry: &Registry,
         source: &Arc<Source>,
         layer: &LayerDescriptor,
+        host: &str,
+        hold: impl Send + Clone + 'static,
     ) -> Outcome {
-        let key = (layer.diff_id.as_str().to_owned(), layer.digest.as_str().to_owned());
+        let key =
+            Key { diff_id: layer.diff_id.to_string(), blob: layer.digest.to_string(), host: host.to_owned() };
         loop {
-            if let Some(record) = self.present(&key.0, &key.1) {
+            if let Some(record) = self.present(&key.diff_id, &key.blob) {
                 return Ok(record);
             }
             let leads = Arc::new(AtomicBool::new(false));
             let (layers, registry, source, layer) =
                 (self.clone(), registry.clone(), source.clone(), layer.clone());
-            let (leading, flight) = (leads.clone(), key.clone());
-            let fetched = self.flights.join(flight, move || {
+            let (leading, hold) = (leads.clone(), hold.clone());
+            let fetched = self.flights.join(key.clone(), move || {
                 leading.store(true, Ordering::Relaxed);
-                async move { layers.bring(&registry, &source, &layer).await.map_err(Arc::new) }
+                async move {
+                    let _hold = hold;
+                    layers.bring(&registry, &source, &layer).await.map_err(Arc::new)
+                }
             });
             match fetched.await {
                 Some(Ok(record)) => return Ok(record),
                 Some(Err(error)) if leads.load(Ordering::Relaxed) => return Err(error),
-                // Somebody else's registry or credentials failed, or he went away in the same moment: begin anew.
-                Some(Err(_)) | None => {}
+                // Somebody else's credentials or mirrors failed, not ours.
+                Some(Err(_)) => {}
+                None => return Err(Arc::new(ImageError::Cancelled)),
             }
         }
     }
@@ -148,15 +166,14 @@ impl Layers {
         if !layer.digest.as_str().starts_with("sha256:") || !layer.diff_id.as_str().starts_with("sha256:") {
             return Err(ImageError::UnsupportedDigest { digest: layer.digest.to_string() });
         }
-        loop {
-            let named = || ImageError::registry(layer.digest.to_string());
+        let named = || ImageError::registry(layer.digest.to_string());
+        for attempt in 1.. {
             let mut blob = registry.blob(source, layer).await.map_err(named())?;
             let (sender, receiver) = mpsc::channel(QUEUE);
-            let (layers, compression) = (self.clone(), layer.compression);
-            let digest = layer.digest.to_string();
+            let (layers, expected) = (self.clone(), layer.clone());
             // The thread owns the ingest directory: it removes it whenever it does not come to a good end, also when this future is
             // dropped, which it notices by the broken channel.
-            let unpacking = tokio::task::spawn_blocking(move || layers.unpack(receiver, compression, digest));
+            let unpacking = tokio::task::spawn_blocking(move || layers.unpack(receiver, &expected));
             let downloaded = async {
                 while let Some(bytes) = blob.next().await? {
                     if sender.send(Piece::Data(bytes)).await.is_err() {
@@ -170,45 +187,49 @@ impl Layers {
             .await;
             drop(sender);
             let unpacked = unpacking.await.map_err(|_| ImageError::Cancelled)?;
-            downloaded.map_err(named())?;
-            let wrong = match unpacked {
-                Ok((ingest, unpacked)) if unpacked.digest == layer.digest.as_str() => {
-                    return self.admit(ingest, layer, &unpacked);
-                }
-                Ok((_, unpacked)) => {
-                    ImageError::WrongDigest { digest: layer.digest.to_string(), found: unpacked.digest }
-                }
-                // An endpoint may have sent something else altogether.
-                Err(error) if error.kind() == crate::ErrorKind::Corrupt => error,
-                Err(error) => return Err(error),
+            let error = match (downloaded, unpacked) {
+                (Ok(()), Ok(record)) => return Ok(record),
+                (Err(error), _) => named()(error),
+                (Ok(()), Err(error)) => error,
             };
-            if !blob.reject() {
-                return Err(wrong);
+            // An endpoint may have sent something else altogether. Then another one is asked, if there is one.
+            let may_differ_elsewhere = error.kind() == crate::ErrorKind::Corrupt;
+            if !may_differ_elsewhere || attempt == ENDPOINTS_MAX || !blob.reject() {
+                return Err(error);
             }
-            tracing::warn!(layer = %layer.digest, error = %wrong, "an endpoint sent a wrong layer, asking the next");
+            tracing::warn!(layer = %layer.digest, %error, "an endpoint sent a wrong layer, asking the next");
         }
+        Err(ImageError::Cancelled)
     }
 
+    /// Unpacks, verifies, and gives the layer its name. Blocking.
     fn unpack(
         &self,
         receiver: mpsc::Receiver<Piece>,
-        compression: Compression,
-        digest: String,
-    ) -> Result<(tree::Scratch, Unpacked), ImageError> {
+        layer: &LayerDescriptor,
+    ) -> Result<LayerRecord, ImageError> {
         let scratch = tree::Scratch::new(&self.ingest)?;
         let target = scratch.open()?;
-        let compression = match compression {
+        let compression = match layer.compression {
             Compression::None => podvisor_unpack::Compression::None,
             Compression::Gzip => podvisor_unpack::Compression::Gzip,
             Compression::Zstd => podvisor_unpack::Compression::Zstd,
         };
-        let source = Pieces { receiver, current: Bytes::new(), ended: false };
-        let unpacked = podvisor_unpack::unpack(source, compression, target.as_fd(), LIMITS)
-            .map_err(|source| ImageError::Unpack { digest, source })?;
-        Ok((scratch, unpacked))
+        let digest = || layer.digest.to_string();
+        let pieces = Pieces { receiver, current: Bytes::new(), ended: false };
+        let unpacked = podvisor_unpack::unpack(pieces, compression, target.as_fd(), LIMITS)
+            .map_err(|source| ImageError::Unpack { digest: digest(), source })?;
+        if unpacked.digest != layer.digest.as_str() {
+            return Err(ImageError::WrongDigest { digest: digest(), found: unpacked.digest });
+        }
+        if unpacked.diff_id != layer.diff_id.as_str() {
+            let expected = layer.diff_id.to_string();
+            return Err(ImageError::WrongDiffId { digest: digest(), expected, found: unpacked.diff_id });
+        }
+        self.admit(scratch, layer, &unpacked)
     }
 
-    /// Gives a verified layer its name.
+    /// Gives a verified layer its name. Blocking.
     fn admit(
         &self,
         scratch: tree::Scratch,
@@ -216,13 +237,6 @@ impl Layers {
         unpacked: &Unpacked,
     ) -> Result<LayerRecord, ImageError> {
         let diff_id = layer.diff_id.as_str();
-        if unpacked.diff_id != diff_id {
-            return Err(ImageError::WrongDiffId {
-                digest: layer.digest.to_string(),
-                expected: diff_id.to_owned(),
-                found: unpacked.diff_id.clone(),
-            });
-        }
         let mut state = self.state();
         if let Some(record) = state.present.get_mut(diff_id) {
             // Held by another blob too; what was unpacked now goes.

@@ -28,14 +28,16 @@ impl ImageStore {
 
         let diff_ids: Vec<_> = resolved.layers.iter().map(|layer| layer.diff_id.to_string()).collect();
         // Whatever was fetched in vain goes when this pull ends or is dropped.
-        let hold = Hold { shared: shared.clone(), lease: Some(shared.layers.lease(diff_ids.clone())) };
+        let lease = Some(shared.layers.lease(diff_ids.clone()));
+        let hold = Arc::new(Hold { shared: shared.clone(), lease });
         let mut seen = HashSet::new();
         let mut fetches = Vec::new();
         for layer in resolved.layers.iter().filter(|layer| seen.insert((&layer.diff_id, &layer.digest))) {
             let (layers, registry, source, layer) =
                 (shared.layers.clone(), shared.registry.clone(), resolved.source.clone(), layer.clone());
+            let (host, hold) = (resolved.reference.registry().to_owned(), hold.clone());
             fetches.push(async move {
-                let record = layers.fetch(&registry, &source, &layer).await;
+                let record = layers.fetch(&registry, &source, &layer, &host, hold).await;
                 record.map(|record| (layer.diff_id.to_string(), record)).map_err(ImageError::Shared)
             });
         }
@@ -47,8 +49,8 @@ impl ImageStore {
         let id = resolved.config_digest.to_string();
         let record = ImageRecord {
             config,
-            size: resolved.layers.iter().map(|layer| layer.size).sum::<u64>()
-                + (resolved.manifest.len() + resolved.config.len()) as u64,
+            size: (resolved.layers.iter().map(|layer| layer.size))
+                .fold((resolved.manifest.len() + resolved.config.len()) as u64, u64::saturating_add),
             layers: diff_ids,
             repo_tags: Vec::new(),
             repo_digests: Vec::new(),
@@ -124,7 +126,7 @@ impl Shared {
     }
 }
 
-/// Keeps layers while a pull is on its way; then those that it fetched for no image are collected.
+/// Keeps layers while a pull, or a fetch that it began, is on its way; then those that it fetched for no image are collected.
 struct Hold {
     shared: Arc<Shared>,
     lease: Option<Lease>,
@@ -133,7 +135,11 @@ struct Hold {
 impl Drop for Hold {
     fn drop(&mut self) {
         drop(self.lease.take());
-        self.shared.collect();
+        let shared = self.shared.clone();
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(move || shared.collect())),
+            Err(_) => shared.collect(),
+        }
     }
 }
 

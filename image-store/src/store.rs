@@ -77,16 +77,13 @@ impl ImageStore {
     /// Pulls `name` and returns the image. The same image or layer wanted twice at once is fetched once. Dropping the future
     /// cancels the pull (unless another caller waits for it) and leaves nothing.
     pub async fn pull(&self, name: &str, credentials: Option<Credentials>) -> Result<Image, ImageError> {
-        loop {
-            let (store, key) = (self.clone(), (name.to_owned(), credentials.clone()));
-            let (name, credentials) = (name.to_owned(), credentials.clone());
-            let work =
-                move || async move { store.fetch(&name, credentials.as_ref()).await.map_err(Arc::new) };
-            match self.shared.pulls.join(key.clone(), work).await {
-                Some(Ok(id)) => return self.get(&id).ok_or(ImageError::NotFound(key.0)),
-                Some(Err(error)) => return Err(ImageError::Shared(error)),
-                None => {}
-            }
+        let (store, key) = (self.clone(), (name.to_owned(), credentials.clone()));
+        let asked = name.to_owned();
+        let work = move || async move { store.fetch(&asked, credentials.as_ref()).await.map_err(Arc::new) };
+        match self.shared.pulls.join(key, work).await {
+            Some(Ok(id)) => self.get(&id).ok_or_else(|| ImageError::NotFound(name.to_owned())),
+            Some(Err(error)) => Err(ImageError::Shared(error)),
+            None => Err(ImageError::Cancelled),
         }
     }
 
@@ -248,13 +245,11 @@ fn lock(root: &Path) -> Result<File, ImageError> {
     }
 }
 
+/// Removes what an earlier run left, in the background: it may be much, and no new name is like an old one.
 fn sweep_ingest(ingest: &Path) -> Result<(), ImageError> {
     let entries = std::fs::read_dir(ingest).map_err(ImageError::io("read", ingest))?;
     for entry in entries.flatten() {
-        // What cannot be removed is in nobody's way.
-        if let Err(error) = tree::remove(&entry.path()) {
-            tracing::warn!(path = %entry.path().display(), %error, "cannot remove what an earlier run left");
-        }
+        tree::Scratch::left(entry.path()).discard();
     }
     Ok(())
 }

@@ -27,6 +27,11 @@ impl Scratch {
         Ok(scratch)
     }
 
+    /// One that an earlier run left in `ingest/`.
+    pub(crate) fn left(path: PathBuf) -> Self {
+        Self { path: Some(path) }
+    }
+
     /// A directory of the store that nobody needs any more.
     pub(crate) fn of(ingest: &Path, directory: &Path) -> Result<Self, ImageError> {
         let path = ingest.join(fresh_name());
@@ -54,10 +59,10 @@ impl Scratch {
         Ok(())
     }
 
-    /// Removes it on a thread of its own.
-    pub(crate) fn discard(mut self) {
-        let path = self.path.take();
-        let _ = std::thread::Builder::new().name("discard".into()).spawn(move || drop(Self { path }));
+    /// Removes it on a thread of its own; on this one if there is none to be had.
+    pub(crate) fn discard(self) {
+        // What cannot start drops what it was given, and dropping removes.
+        let _ = std::thread::Builder::new().name("discard".into()).spawn(move || drop(self));
     }
 }
 
