@@ -15,6 +15,7 @@ use podvisor_proto::cri;
 use podvisor_spec::{HostFacts, ResolvedDevice};
 
 use crate::events::Events;
+use crate::id::{ContainerId, PodId};
 use crate::monitor::pool::Pool;
 use crate::pod::record::{PinnedRuntime, Records};
 
@@ -33,7 +34,7 @@ pub(crate) struct Node {
     pub(crate) host: HostFacts,
     /// Identity of this boot of the machine.
     pub(crate) boot_id: String,
-    /// Volatile directory of pods.
+    /// Volatile directory.
     pub(crate) run: PathBuf,
 }
 
@@ -65,8 +66,10 @@ impl Node {
         let host = host_facts(&parts.cgroups);
         let handlers = Handlers::probe(&parts.config.handlers);
         let records = Records::new(parts.config.root.join("pods"));
-        let run = parts.config.run.join("pods");
-        std::fs::create_dir_all(&run)?;
+        let run = parts.config.run.clone();
+        for directory in ["pods", "containers"] {
+            std::fs::create_dir_all(run.join(directory))?;
+        }
         Ok(Arc::new(Self {
             handlers: RwLock::new(Arc::new(handlers)),
             images: parts.images,
@@ -81,6 +84,22 @@ impl Node {
             run,
             config: RwLock::new(Arc::new(parts.config)),
         }))
+    }
+
+    /// Volatile directory of a pod, until it is stopped: files that its containers share, its monitor's socket.
+    pub(crate) fn pod_directory(&self, pod: &PodId) -> PathBuf {
+        self.run.join("pods").join(pod.as_str())
+    }
+
+    /// Where a pod's monitor listens.
+    pub(crate) fn monitor_socket(&self, pod: &PodId) -> PathBuf {
+        self.pod_directory(pod).join("monitor.sock")
+    }
+
+    /// The OCI bundle of a container, until it is removed: `config.json` and the mount point `rootfs`. Not below the pod's
+    /// directory, which goes earlier.
+    pub(crate) fn bundle(&self, container: &ContainerId) -> PathBuf {
+        self.run.join("containers").join(container.as_str())
     }
 
     /// The configuration in force.

@@ -22,23 +22,19 @@ pub(crate) struct Sessions {
 }
 
 impl Sessions {
-    fn socket(&self, pod: &str) -> PathBuf {
-        self.node.run.join(pod).join("monitor.sock")
-    }
-
     /// The request for the monitor, made when the client connects: the container may have ended since the URL was given out.
     async fn begin(&self, session: Session) -> Result<(PathBuf, Verb), PodError> {
         match session {
             Session::Exec { container, command, tty, stdin, stdout, stderr } => {
                 let (pod, container) = self.pods.find_container(&container)?;
-                let exec = process(&self.pods, &self.node, &container, &command, tty).await?;
+                let exec = process(&self.node, &container, &command, tty).await?;
                 let verb = Exec { exec: Some(exec), stdin, stdout, stderr, terminal: tty };
-                Ok((self.socket(pod.id.as_str()), Verb::Exec(verb)))
+                Ok((self.node.monitor_socket(&pod.id), Verb::Exec(verb)))
             }
             Session::Attach { container, stdin, stdout, stderr, .. } => {
                 let (pod, _) = self.pods.find_container(&container)?;
                 let verb = Attach { container_id: container, stdin, stdout, stderr };
-                Ok((self.socket(pod.id.as_str()), Verb::Attach(verb)))
+                Ok((self.node.monitor_socket(&pod.id), Verb::Attach(verb)))
             }
             Session::PortForward { .. } => {
                 Err(PodError::Unsupported("port-forward is no exec or attach session".into()))
@@ -62,7 +58,7 @@ impl Backend for Sessions {
         if !view.is_ready() {
             return Err(format!("sandbox {sandbox} is not ready: {}", view.why()));
         }
-        let connection = stream::connect(self.socket(view.record.id.as_str()), port)
+        let connection = stream::connect(self.node.monitor_socket(&view.record.id), port)
             .await
             .map_err(|error| crate::error::chain(&error))?;
         connection

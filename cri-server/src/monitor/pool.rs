@@ -93,6 +93,10 @@ impl Template {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .current_dir("/")
+            // What the service manager told the daemon is not for containers: with NOTIFY_SOCKET the runtime would
+            // wait for their readiness.
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()))
             .kill_on_drop(false)
             .spawn()
             .map_err(failed)?;

@@ -75,7 +75,7 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
 
     let id = ContainerId::random();
     let parent = cgroup_parent(&pod.config.0);
-    let bundle = node.run.join(pod.id.as_str()).join("containers").join(id.as_str());
+    let bundle = node.bundle(&id);
     let acquired = vec![
         Acquisition::Directory(bundle.clone()),
         Acquisition::Directory(volumes(node, pod, &id)),
@@ -169,8 +169,7 @@ pub(crate) async fn build(
     let target = target
         .map_err(|why| PodError::invalid("config.linux.security_context.namespace_options.target_id", why))?;
     let monitor = monitor.ok_or(PodError::Monitor(MonitorError::Gone))?;
-    let directory = node.run.join(pod.id.as_str());
-    let bundle = directory.join("containers").join(record.id.as_str());
+    let bundle = node.bundle(&record.id);
     let rootfs = bundle.join("rootfs");
 
     let snapshot =
@@ -245,7 +244,7 @@ fn specify(
 ) -> Result<(Spec, podvisor_spec::User), PodError> {
     let config = &record.config.0;
     let sandbox = &pod.config.0;
-    let directory = node.run.join(pod.id.as_str());
+    let directory = node.pod_directory(&pod.id);
     let passwd = read_inside(&rootfs, "etc/passwd");
     let group = read_inside(&rootfs, "etc/group");
 

@@ -187,7 +187,7 @@ pub(crate) fn plan(
     let cgroup_parent = cgroup_parent(&config);
     node.driver.parent(&cgroup_parent)?;
 
-    let directory = node.run.join(id.as_str());
+    let directory = node.pod_directory(&id);
     let mut acquired = vec![Acquisition::Directory(directory.clone())];
     if !host_ipc {
         acquired.push(Acquisition::Mount(directory.join("shm")));
@@ -231,8 +231,8 @@ pub(crate) async fn launch(
     record: &PodRecord,
     notices: impl Fn(crate::monitor::Notice) + Send + Sync + 'static,
 ) -> Result<Launched, Failure> {
-    let directory = node.run.join(record.id.as_str());
-    std::fs::create_dir_all(directory.join("containers")).map_err(|source| PodError::File {
+    let directory = node.pod_directory(&record.id);
+    std::fs::create_dir_all(&directory).map_err(|source| PodError::File {
         operation: "make",
         path: directory.clone(),
         source,

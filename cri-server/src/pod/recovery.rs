@@ -98,7 +98,9 @@ pub(crate) async fn recover(node: &Arc<Node>, index: &Index) -> std::io::Result<
     if let Err(error) = node.network.retain(&sandboxes).await {
         tracing::warn!(error = crate::error::chain(&error), "cannot clear the network of pods that are gone");
     }
-    sweep_run_directory(node, &ids);
+    let pods: Vec<_> = ids.iter().map(ToString::to_string).collect();
+    sweep(&node.run.join("pods"), &pods);
+    sweep(&node.run.join("containers"), &snapshots);
     Ok(())
 }
 
@@ -113,12 +115,12 @@ fn sweep_monitor_cgroups(node: &Node) {
     }
 }
 
-/// Directories of pods without a record: only damage can leave them.
-fn sweep_run_directory(node: &Node, known: &[PodId]) {
-    let Ok(entries) = std::fs::read_dir(&node.run) else { return };
+/// Directories of pods and containers without a record: only damage can leave them.
+fn sweep(directory: &Path, known: &[String]) {
+    let Ok(entries) = std::fs::read_dir(directory) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name();
-        if known.iter().any(|id| name == *id.as_str()) {
+        if known.iter().any(|id| name == id.as_str()) {
             continue;
         }
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -153,7 +155,7 @@ fn read(node: &Node, id: &PodId) -> Found {
             Err(error) => {
                 let why = crate::error::chain(&error);
                 tracing::error!(%container, why, "a container's record cannot be read: it can only be stopped and removed");
-                containers.push((unreadable_container(node, id, container), State::Unknown { why }));
+                containers.push((unreadable_container(node, container), State::Unknown { why }));
             }
         }
     }
@@ -183,7 +185,7 @@ fn lost(message: &str) -> Exit {
 
 /// A stand-in for a record that cannot be read, with everything that a pod of this id may hold.
 fn unreadable(node: &Node, id: &PodId, why: String) -> PodRecord {
-    let directory = node.run.join(id.as_str());
+    let directory = node.pod_directory(id);
     let request = podvisor_network::namespace::Request {
         name: format!("podvisor-{id}"),
         net: true,
@@ -226,8 +228,8 @@ fn unreadable(node: &Node, id: &PodId, why: String) -> PodRecord {
     }
 }
 
-fn unreadable_container(node: &Node, pod: &PodId, id: ContainerId) -> ContainerRecord {
-    let bundle = node.run.join(pod.as_str()).join("containers").join(id.as_str());
+fn unreadable_container(node: &Node, id: ContainerId) -> ContainerRecord {
+    let bundle = node.bundle(&id);
     let metadata = cri::ContainerMetadata { name: format!("unreadable-{id}"), attempt: 0 };
     ContainerRecord {
         version: VERSION,
@@ -253,7 +255,7 @@ fn unreadable_container(node: &Node, pod: &PodId, id: ContainerId) -> ContainerR
 }
 
 fn socket(node: &Node, id: &PodId) -> PathBuf {
-    node.run.join(id.as_str()).join("monitor.sock")
+    node.monitor_socket(id)
 }
 
 /// Compares a recovered pod with what there is. First thing its task does.

@@ -15,12 +15,7 @@ pub(super) async fn container_status(
     let (pod, container) = pods.find_container(&request.container_id)?;
     let mut info = Default::default();
     if request.verbose {
-        let path = node
-            .run
-            .join(pod.id.as_str())
-            .join("containers")
-            .join(container.record.id.as_str())
-            .join("config.json");
+        let path = node.bundle(&container.record.id).join("config.json");
         let spec = tokio::fs::read(path).await.ok().and_then(|text| serde_json::from_slice(&text).ok());
         info = container_info(&pod.view(), &container, spec);
     }

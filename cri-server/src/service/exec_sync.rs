@@ -24,7 +24,7 @@ pub(super) async fn exec_sync(
     let (container, monitor) = running(pods, &request.container_id)?;
     let seconds = u64::try_from(request.timeout)
         .map_err(|_| PodError::invalid("timeout", "must not be negative (0 means none)"))?;
-    let process = process(pods, node, &container, &request.cmd, false).await?;
+    let process = process(node, &container, &request.cmd, false).await?;
     let verb = Verb::ExecSync(ExecSync {
         exec: Some(process),
         timeout_ms: seconds.saturating_mul(1000),
@@ -45,7 +45,6 @@ pub(super) async fn exec_sync(
 
 /// The process of an exec: like the container's own, with another command.
 pub(crate) async fn process(
-    pods: &Pods,
     node: &Node,
     container: &ContainerView,
     command: &[String],
@@ -54,13 +53,7 @@ pub(crate) async fn process(
     if command.is_empty() || command[0].is_empty() {
         return Err(PodError::invalid("cmd", "must not be empty"));
     }
-    let (pod, _) = pods.find_container(container.record.id.as_str())?;
-    let path = node
-        .run
-        .join(pod.id.as_str())
-        .join("containers")
-        .join(container.record.id.as_str())
-        .join("config.json");
+    let path = node.bundle(&container.record.id).join("config.json");
     let text = tokio::fs::read(&path).await.map_err(|source| PodError::File {
         operation: "read",
         path: path.clone(),
