@@ -101,6 +101,11 @@ async fn run(file: Option<PathBuf>, config: Config, level: LogLevel) -> anyhow::
     if tokio::time::timeout(drain, &mut serving).await.is_err() {
         tracing::warn!(seconds = drain.as_secs(), "requests were still in flight at the end");
     }
+    node.monitors.close().await;
+    // The parent of containers whose pod names none, when there are none.
+    for directory in node.cgroups.cgroup(&node.driver.parent_cgroup("")).directories() {
+        let _ = std::fs::remove_dir(directory);
+    }
     Ok(())
 }
 

@@ -30,6 +30,7 @@ pub(crate) struct Idle {
 #[derive(Debug)]
 pub(crate) struct Pool {
     ready: tokio::sync::Mutex<mpsc::Receiver<Result<Idle, MonitorError>>>,
+    parent: Cgroup,
 }
 
 /// How monitors are started.
@@ -45,6 +46,7 @@ impl Pool {
     pub(crate) fn start(template: Template, size: u32) -> Self {
         // The channel holds all but the one that its feeder holds in its hands.
         let (sender, ready) = mpsc::channel(size.max(1) as usize);
+        let parent = template.parent.clone();
         let template = Arc::new(template);
         tokio::spawn(async move {
             loop {
@@ -59,7 +61,7 @@ impl Pool {
                 place.send(started);
             }
         });
-        Self { ready: tokio::sync::Mutex::new(ready) }
+        Self { ready: tokio::sync::Mutex::new(ready), parent }
     }
 
     /// The next monitor; starts none itself, at worst waits for one that is being started.
@@ -71,6 +73,29 @@ impl Pool {
                 continue;
             }
             return next;
+        }
+    }
+}
+
+impl Pool {
+    /// Ends the monitors that wait, and takes their cgroups away; the common one too when no pod's monitor is in it.
+    pub(crate) async fn close(&self) {
+        let mut ready = self.ready.lock().await;
+        ready.close();
+        while let Some(next) = ready.recv().await {
+            let Ok(Idle { connection, notices, process, cgroup }) = next else { continue };
+            drop((connection, notices));
+            super::process::kill(process);
+            let leaf = self.parent.child(cgroup.rsplit('/').next().unwrap_or_default());
+            // Waits for the process to be gone.
+            let removed = tokio::task::spawn_blocking(move || leaf.remove()).await;
+            if let Ok(Err(error)) = removed {
+                tracing::debug!(error = crate::error::chain(&error), "a monitor's cgroup stays until the next start");
+            }
+        }
+        for directory in self.parent.directories() {
+            // Not empty: pods go on.
+            let _ = std::fs::remove_dir(directory);
         }
     }
 }
