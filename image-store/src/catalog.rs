@@ -1,7 +1,7 @@
 //! Which images there are. Changes go one after the other: durable first, then visible. Readers take a published copy and never
 //! wait for the disk.
 //!
-//! Lock order: `tables`, then the snapshots' records, then the layers' state, then `published`.
+//! Lock order: `tables` or the snapshots' `making`, then the snapshots' `records`, then the layers' `state`, then `published`.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -57,12 +57,6 @@ impl Catalog {
     /// What there is now.
     pub(crate) fn published(&self) -> Arc<Published> {
         self.published.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Whether all these layers are known to be on the disk, not only in its cache.
-    pub(crate) fn has_durable(&self, diff_ids: &[String]) -> bool {
-        let tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        diff_ids.iter().all(|diff_id| tables.layers.contains_key(diff_id))
     }
 
     /// One change, whole or not at all. `kept` are layers whose rows stay although no image has them. Blocking.

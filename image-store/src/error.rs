@@ -8,58 +8,147 @@ use podvisor_unpack::UnpackErrorKind;
 
 /// What kind of failure it is: decides the answer's code and whether to try again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs)]
 pub enum ErrorKind {
+    /// No such image, here or in any registry that was asked.
     NotFound,
+    /// A name that cannot be one.
     Invalid,
+    /// Credentials are missing or were refused.
     Unauthorized,
+    /// Configuration forbids it, or it is of a kind that podvisor does not run.
     Refused,
+    /// Trying again later may help.
     Unavailable,
     /// The disk is full.
     Full,
     /// What came does not have the digest or size it should have, or is no archive.
     Corrupt,
+    /// This machine's fault.
     Internal,
 }
 
 /// Why something about an image failed.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)]
+#[non_exhaustive]
 pub enum ImageError {
+    /// Two daemons on the same directories.
     #[error(
         "image store {root} is in use by another process: is another podvisor running on the same directories?"
     )]
-    Locked { root: PathBuf },
+    Locked {
+        /// [`crate::Options::root`].
+        root: PathBuf,
+    },
+    /// A file or directory of the store could not be used.
     #[error("cannot {operation} {path}")]
-    Io { operation: &'static str, path: PathBuf, source: std::io::Error },
+    Io {
+        /// `make`, `rename to`, ...
+        operation: &'static str,
+        /// Which one.
+        path: PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The database cannot be read or written.
     #[error(
         "cannot use the image database {path}: restore it, or remove the directory to start with no images"
     )]
-    Database { path: PathBuf, source: Box<redb::Error> },
+    Database {
+        /// Its file.
+        path: PathBuf,
+        /// What redb said.
+        source: Box<redb::Error>,
+    },
+    /// The database was written by a later version.
     #[error("image database {path} has version {version}, this podvisor knows up to {known}")]
-    Newer { path: PathBuf, version: u64, known: u64 },
+    Newer {
+        /// Its file.
+        path: PathBuf,
+        /// What it says.
+        version: u64,
+        /// What can be read.
+        known: u64,
+    },
+    /// The registries did not give what was asked for.
     #[error("cannot pull {name:?}")]
-    Registry { name: String, source: Box<RegistryError> },
-    #[error("layer {digest}")]
-    Unpack { digest: String, source: podvisor_unpack::UnpackError },
+    Registry {
+        /// Name of an image or digest of a layer.
+        name: String,
+        /// Names each endpoint and its answer.
+        source: Box<RegistryError>,
+    },
+    /// A layer could not be unpacked.
+    #[error("cannot unpack layer {digest}")]
+    Unpack {
+        /// Of the blob.
+        digest: String,
+        /// Whose fault it is.
+        source: podvisor_unpack::UnpackError,
+    },
+    /// Every endpoint sent something else.
     #[error("layer {digest} has the content {found}")]
-    WrongDigest { digest: String, found: String },
+    WrongDigest {
+        /// What was asked for.
+        digest: String,
+        /// What came.
+        found: String,
+    },
+    /// Manifest and configuration contradict each other.
     #[error("layer {digest} holds the archive {found}, its image says {expected}")]
-    WrongDiffId { digest: String, expected: String, found: String },
+    WrongDiffId {
+        /// Of the blob.
+        digest: String,
+        /// What the configuration says.
+        expected: String,
+        /// What is in it.
+        found: String,
+    },
+    /// A layer that is not named by sha256.
     #[error("layer {digest} is named by a digest other than sha256, which podvisor does not keep layers by")]
-    UnsupportedDigest { digest: String },
+    UnsupportedDigest {
+        /// Of the blob.
+        digest: String,
+    },
+    /// The configuration breaks image-spec.
     #[error("the configuration of image {name:?} cannot be read")]
-    BadConfig { name: String, source: oci_spec::OciSpecError },
+    BadConfig {
+        /// As it was asked for, or the id.
+        name: String,
+        /// What is wrong with it.
+        source: oci_spec::OciSpecError,
+    },
+    /// No such image here.
     #[error("image {0:?} not found")]
     NotFound(String),
+    /// A snapshot's name becomes the name of a directory.
     #[error("{key:?} cannot be the name of a snapshot")]
-    SnapshotKey { key: String },
+    SnapshotKey {
+        /// As given, cut.
+        key: String,
+    },
+    /// There is one of that name, and it is another one.
     #[error("snapshot {key} exists already, of another image or kind")]
-    SnapshotTaken { key: String },
+    SnapshotTaken {
+        /// Its name.
+        key: String,
+    },
+    /// A short name may mean several images, and none of them could be had.
     #[error("cannot pull {name:?}: none of {} possible meanings: {}", errors.len(), joined(errors))]
-    Candidates { name: String, errors: Vec<RegistryError> },
-    #[error("the kernel cannot mount the root file system at {path}")]
-    Mount { path: PathBuf, source: std::io::Error },
+    Candidates {
+        /// As it was asked for.
+        name: String,
+        /// One for each meaning.
+        errors: Vec<RegistryError>,
+    },
+    /// The kernel refused to mount.
+    #[error("cannot mount the root file system at {path}")]
+    Mount {
+        /// Where.
+        path: PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The daemon is shutting down.
     #[error("the work was cancelled")]
     Cancelled,
     /// Told to everybody who waited for the same work.

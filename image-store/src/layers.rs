@@ -54,6 +54,8 @@ pub(crate) struct Layers {
 struct State {
     /// On disk and verified, by diff id.
     present: HashMap<String, LayerRecord>,
+    /// Those of them that may still be in the disk's cache alone.
+    unsynced: HashSet<String>,
     /// How many pulls in progress count on a layer.
     leased: HashMap<String, usize>,
 }
@@ -84,7 +86,7 @@ impl Layers {
         Arc::new(Self {
             directory: root.join("layers"),
             ingest: root.join("ingest"),
-            state: Mutex::new(State { present, leased: HashMap::new() }),
+            state: Mutex::new(State { present, ..State::default() }),
             flights: Flights::default(),
         })
     }
@@ -109,6 +111,20 @@ impl Layers {
     /// The layer, if it is there and known to be what that blob holds.
     fn present(&self, diff_id: &str, blob: &str) -> Option<LayerRecord> {
         self.state().present.get(diff_id).filter(|record| record.blobs.contains(blob)).cloned()
+    }
+
+    /// Which of these layers have to be written to the disk before an image may stand on them.
+    pub(crate) fn unsynced(&self, diff_ids: &[String]) -> Vec<String> {
+        let state = self.state();
+        diff_ids.iter().filter(|diff_id| state.unsynced.contains(*diff_id)).cloned().collect()
+    }
+
+    /// To be told after syncfs(2), with what [`Layers::unsynced`] said before it, by who holds a lease for them.
+    pub(crate) fn synced(&self, diff_ids: &[String]) {
+        let mut state = self.state();
+        for diff_id in diff_ids {
+            state.unsynced.remove(diff_id);
+        }
     }
 
     /// Sum of what the layers on disk use. One that only a snapshot knows of, after its row was lost, counts nothing.
@@ -250,6 +266,7 @@ impl Layers {
         let record = LayerRecord { size: unpacked.size, inodes: unpacked.inodes, blobs };
         scratch.rename(&self.path(diff_id))?;
         state.present.insert(diff_id.to_owned(), record.clone());
+        state.unsynced.insert(diff_id.to_owned());
         Ok(record)
     }
 
@@ -265,6 +282,7 @@ impl Layers {
             match tree::Scratch::of(&self.ingest, &self.path(&diff_id)) {
                 Ok(scratch) => {
                     state.present.remove(&diff_id);
+                    state.unsynced.remove(&diff_id);
                     scratch.discard();
                 }
                 Err(error) => {

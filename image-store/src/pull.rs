@@ -99,12 +99,14 @@ impl Shared {
         names: Names,
         fetched: HashMap<String, LayerRecord>,
     ) -> Result<(), ImageError> {
-        if !self.catalog.has_durable(&record.layers) {
+        let unsynced = self.layers.unsynced(&record.layers);
+        if !unsynced.is_empty() {
             // All layers on the disk before the first word of the image: one call for all their files.
             let root = &self.options.root;
             let directory = File::open(root).map_err(ImageError::io("open", root))?;
             rustix::fs::syncfs(&directory)
                 .map_err(|error| ImageError::io("write to disk", root)(error.into()))?;
+            self.layers.synced(&unsynced);
         }
         self.change(move |tables| {
             // A tag that has moved is no longer the old image's.

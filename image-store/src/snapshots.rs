@@ -31,6 +31,8 @@ struct Record {
 pub(crate) struct Snapshots {
     directory: PathBuf,
     ingest: PathBuf,
+    /// Held while one is made or released, so that readers of the records never wait for the disk.
+    making: Mutex<()>,
     records: Mutex<BTreeMap<String, Record>>,
     meter: Meter,
 }
@@ -54,7 +56,8 @@ impl Snapshots {
                 _ => tree::Scratch::of(&ingest, &entry.path())?.discard(),
             }
         }
-        Ok(Self { directory, ingest, records: Mutex::new(records), meter: Meter::default() })
+        let (making, records) = (Mutex::default(), Mutex::new(records));
+        Ok(Self { directory, ingest, making, records, meter: Meter::default() })
     }
 
     /// Names of all, sorted.
@@ -67,8 +70,8 @@ impl Snapshots {
         layers.extend(self.records().values().flat_map(|record| record.layers.iter().cloned()));
     }
 
-    /// Calls `work` while no snapshot can be made, with the diff ids that those there are stand on.
-    pub(crate) fn while_none_is_made(&self, work: impl FnOnce(HashSet<String>)) {
+    /// Calls `work` while no snapshot can be begun, with the diff ids that those there are stand on.
+    pub(crate) fn while_none_begins(&self, work: impl FnOnce(HashSet<String>)) {
         let records = self.records();
         work(records.values().flat_map(|record| record.layers.iter().cloned()).collect());
     }
@@ -87,20 +90,12 @@ impl Snapshots {
         if key.is_empty() || key.len() > KEY_MAX || key.starts_with('.') || !key.bytes().all(is_name) {
             return Err(ImageError::SnapshotKey { key: key.chars().take(KEY_MAX).collect() });
         }
-        let mut records = self.records();
-        let record = match records.get(key) {
-            Some(record) if record.image == image && record.read_only == read_only => record.clone(),
-            // Somebody's files are in it.
-            Some(_) => return Err(ImageError::SnapshotTaken { key: key.to_owned() }),
-            None => {
-                let layers = layers().ok_or_else(|| ImageError::NotFound(image.to_owned()))?;
-                let record = Record { image: image.to_owned(), layers, read_only };
-                self.make(key, &record, store)?;
-                records.insert(key.to_owned(), record.clone());
-                record
-            }
-        };
-        drop(records);
+        let _making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let (record, is_new) = self.record(key, image, read_only, layers)?;
+        if is_new && let Err(error) = self.make(key, &record, store) {
+            self.records().remove(key);
+            return Err(error);
+        }
         let home = self.directory.join(key);
         Ok(Rootfs {
             key: key.to_owned(),
@@ -108,6 +103,30 @@ impl Snapshots {
             upper: (!read_only).then(|| home.join("fs")),
             work: (!read_only).then(|| home.join("work")),
         })
+    }
+
+    /// The record of a snapshot, and whether it was not there before. From now on its layers are in use.
+    fn record(
+        &self,
+        key: &str,
+        image: &str,
+        read_only: bool,
+        layers: impl FnOnce() -> Option<Vec<String>>,
+    ) -> Result<(Record, bool), ImageError> {
+        let mut records = self.records();
+        match records.get(key) {
+            Some(record) if record.image == image && record.read_only == read_only => {
+                Ok((record.clone(), false))
+            }
+            // Somebody's files are in it.
+            Some(_) => Err(ImageError::SnapshotTaken { key: key.to_owned() }),
+            None => {
+                let layers = layers().ok_or_else(|| ImageError::NotFound(image.to_owned()))?;
+                let record = Record { image: image.to_owned(), layers, read_only };
+                records.insert(key.to_owned(), record.clone());
+                Ok((record, true))
+            }
+        }
     }
 
     /// Everything or nothing: it is put together elsewhere and gets its name last.
@@ -139,16 +158,15 @@ impl Snapshots {
 
     /// Drops a snapshot; its files go in the background. Idempotent. Blocking.
     pub(crate) fn release(&self, key: &str) -> Result<(), ImageError> {
-        let mut records = self.records();
-        if records.contains_key(key) {
+        let _making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.records().contains_key(key) {
             match tree::Scratch::of(&self.ingest, &self.directory.join(key)) {
                 Ok(scratch) => scratch.discard(),
                 Err(ImageError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
             }
-            records.remove(key);
+            self.records().remove(key);
         }
-        drop(records);
         self.meter.forget(key);
         Ok(())
     }

@@ -195,7 +195,7 @@ impl Shared {
     /// Takes away layers that nobody needs. Blocking, but only for some renames.
     pub(crate) fn collect(&self) {
         // In this order of locks no snapshot is made of an image between the look at who needs what and the taking away.
-        self.snapshots.while_none_is_made(|used| {
+        self.snapshots.while_none_begins(|used| {
             self.layers.collect(|needed| {
                 needed.extend(used);
                 self.catalog.published().needed(needed);
