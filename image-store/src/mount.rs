@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::ffi::CString;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::CWD;
@@ -30,11 +31,19 @@ const SHORT_MIN: usize = 8;
 pub(crate) fn mount(rootfs: &Rootfs, target: &Path, links: &Path, empty: &Path) -> Result<(), ImageError> {
     let lower = lower(rootfs, empty);
     match modern(rootfs, &lower, target) {
+        Ok(()) => Ok(()),
         // Kernels before 6.5 do not know `lowerdir+`.
-        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => classic(rootfs, &lower, target, links),
-        done => done.map_err(Into::into),
+        Err((Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP, said)) => {
+            classic(rootfs, &lower, target, links).map_err(|error| explained(error, &said))
+        }
+        Err((errno, said)) => Err(explained(errno.into(), &said)),
     }
     .map_err(|source| ImageError::Mount { path: target.to_owned(), source })
+}
+
+/// The error with what the kernel had to say about it.
+fn explained(error: io::Error, said: &str) -> io::Error {
+    if said.is_empty() { error } else { io::Error::new(error.kind(), format!("{error} ({said})")) }
 }
 
 /// The layers as overlayfs takes them: each once, at least one, and two where there is no upper one.
@@ -49,17 +58,23 @@ fn lower(rootfs: &Rootfs, empty: &Path) -> Vec<PathBuf> {
 }
 
 /// The mount API of 5.2 with overlayfs' parameters of 6.5: a layer per call, no limit on their number but the kernel's 500.
-fn modern(rootfs: &Rootfs, lower: &[PathBuf], target: &Path) -> Result<(), Errno> {
-    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+fn modern(rootfs: &Rootfs, lower: &[PathBuf], target: &Path) -> Result<(), (Errno, String)> {
+    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| (errno, String::new()))?;
+    configure(&context, rootfs, lower)
+        .and_then(|()| fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()))
+        .and_then(|mount| move_mount(&mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH))
+        .map_err(|errno| (errno, said(&context)))
+}
+
+fn configure(context: &OwnedFd, rootfs: &Rootfs, lower: &[PathBuf]) -> Result<(), Errno> {
     let set = |key: &str, value: &Path| {
         // Longer ones answer EINVAL too; the string of mount(2) has room for them, if they are few.
         if value.as_os_str().len() > STRING_MAX {
-            Err(Errno::INVAL)
-        } else {
-            fsconfig_set_string(&context, key, value)
+            return Err(Errno::INVAL);
         }
+        fsconfig_set_string(context, key, value)
     };
-    fsconfig_set_string(&context, "source", "overlay")?;
+    fsconfig_set_string(context, "source", "overlay")?;
     for layer in lower {
         set("lowerdir+", layer)?;
     }
@@ -68,11 +83,20 @@ fn modern(rootfs: &Rootfs, lower: &[PathBuf], target: &Path) -> Result<(), Errno
         set("workdir", work)?;
     }
     for (key, value) in OPTIONS {
-        fsconfig_set_string(&context, key, value)?;
+        fsconfig_set_string(context, key, value)?;
     }
-    fsconfig_create(&context)?;
-    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
-    move_mount(&mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+    fsconfig_create(context)
+}
+
+/// The messages that the kernel keeps for a mount in the making (fsopen(2)): one a read, each like `e overlay: …`.
+fn said(context: &OwnedFd) -> String {
+    let mut messages = Vec::new();
+    let mut buffer = [0; 1024];
+    while let Ok(length @ 1..) = rustix::io::read(context, &mut buffer) {
+        let message = String::from_utf8_lossy(&buffer[..length]);
+        messages.push(message.trim_start_matches(['e', 'w', 'i', ' ']).trim_end().to_owned());
+    }
+    messages.join("; ")
 }
 
 /// One option string, at most a page long: long names are replaced by short links.

@@ -165,5 +165,14 @@ fn odd_paths() {
         assert!(
             matches!(refused, Err(ImageError::Mount { source, .. }) if source.kind() == io::ErrorKind::NotFound)
         );
+        let inside = odd.join("fs/inside");
+        fs::create_dir(&inside).unwrap();
+        let overlapping = Rootfs { work: Some(inside), ..place.rootfs.clone() };
+        let refused = mount(&overlapping, &place.path("target"), &place.path("l"), &place.path("empty"));
+        let Err(ImageError::Mount { source, .. }) = refused else { panic!("{refused:?}") };
+        assert!(
+            source.to_string().contains("separate subtrees"),
+            "the kernel's own words are missing: {source}"
+        );
     });
 }
