@@ -87,7 +87,7 @@ impl Limits {
 /// becomes a 0/0 character device, `.wh..wh..opq` the xattr `trusted.overlay.opaque=y`.
 ///
 /// Needs root's capabilities (owners, device nodes, `trusted.` attributes). After an error, or if a digest is not the
-/// expected one, what is below `target` is partial or wrong: remove it. Nothing is synced.
+/// expected one, what is below `target` is partial or wrong: remove it. Nothing is synced. To cancel, let `source` fail.
 pub fn unpack(
     source: impl Read,
     compression: Compression,

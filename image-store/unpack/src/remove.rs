@@ -41,8 +41,8 @@ struct Level {
 }
 
 /// Removes `name`, one component, in `parent`, whatever it is, with everything below it. Missing is success. Links are
-/// removed, not followed; a mount point below makes it fail with `EXDEV` or `EBUSY` and is left alone. One
-/// descriptor is open at a time, whatever the depth.
+/// removed, not followed; a mount point below makes it fail with `EXDEV` or `EBUSY` and is left alone. No
+/// more than four descriptors are open at a time, whatever the depth.
 pub fn remove_tree(parent: BorrowedFd<'_>, name: &OsStr) -> Result<(), RemoveError> {
     let fail = |action: &'static str, name: &[u8]| {
         let name = OsStr::from_bytes(name).to_owned();

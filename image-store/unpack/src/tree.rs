@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, XattrFlags};
 use rustix::io::Errno;
@@ -24,7 +25,7 @@ const DIRECTORY: OFlags =
 pub(crate) struct Tree<'a> {
     root: BorrowedFd<'a>,
     /// The parent of the latest entry: most entries follow a sibling.
-    latest: Option<(Vec<u8>, OwnedFd)>,
+    latest: Option<(Vec<u8>, Rc<OwnedFd>)>,
     inodes: u64,
     inode_limit: u64,
 }
@@ -40,7 +41,7 @@ impl<'a> Tree<'a> {
     }
 
     /// Counts an inode that is about to be made; directories that are only implied count too.
-    pub(crate) fn count_inode(&mut self) -> Result<()> {
+    fn count_inode(&mut self) -> Result<()> {
         self.inodes += 1;
         if self.inodes > self.inode_limit {
             return Err(Fault::TooLarge { what: "the number of inodes", limit: self.inode_limit }.into());
@@ -49,13 +50,11 @@ impl<'a> Tree<'a> {
     }
 
     /// The directory that `path` (as in [`Place::parent`]) names; what is missing is made, root's, 0755.
-    pub(crate) fn parent(&mut self, path: &[u8]) -> Result<OwnedFd> {
+    fn parent(&mut self, path: &[u8]) -> Result<Rc<OwnedFd>> {
         if let Some((latest, directory)) = &self.latest
             && latest == path
         {
-            return directory
-                .try_clone()
-                .map_err(|error| Failure::System("open", Errno::from_io_error(&error).unwrap_or(Errno::IO)));
+            return Ok(Rc::clone(directory));
         }
         let directory = match self.open(path, OFlags::PATH | OFlags::DIRECTORY) {
             Ok(directory) => directory,
@@ -63,10 +62,8 @@ impl<'a> Tree<'a> {
             Err(Errno::NOENT | Errno::NOTDIR) => self.make_parents(path)?,
             Err(error) => return Err(Failure::call("find the directory of")(error)),
         };
-        let copy = directory
-            .try_clone()
-            .map_err(|error| Failure::System("open", Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
-        self.latest = Some((path.to_vec(), copy));
+        let directory = Rc::new(directory);
+        self.latest = Some((path.to_vec(), Rc::clone(&directory)));
         Ok(directory)
     }
 
@@ -174,7 +171,7 @@ impl<'a> Tree<'a> {
         place: &Place,
         action: &'static str,
         mut make: impl FnMut(BorrowedFd<'_>, &[u8]) -> rustix::io::Result<T>,
-    ) -> Result<(OwnedFd, T)> {
+    ) -> Result<(Rc<OwnedFd>, T)> {
         self.count_inode()?;
         let parent = self.parent(&place.parent)?;
         let made = match make(parent.as_fd(), &place.name) {

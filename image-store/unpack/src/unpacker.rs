@@ -236,7 +236,8 @@ fn set_xattr(file: &OwnedFd, name: &[u8], value: &[u8]) -> Result<()> {
     match rustix::fs::fsetxattr(file, name, value, XattrFlags::empty()) {
         // A file system without this kind of attribute: only a capability is worth failing for.
         Err(Errno::NOTSUP) if name != b"security.capability" => Ok(()),
-        Err(Errno::INVAL | Errno::RANGE | Errno::TOOBIG) => Err(Fault::Xattr.into()),
+        // EACCES: a default ACL on something that is no directory.
+        Err(Errno::INVAL | Errno::RANGE | Errno::TOOBIG | Errno::ACCESS) => Err(Fault::Xattr.into()),
         // ext4 says ENOSPC also if the attributes are larger than what one inode may have.
         Err(Errno::NOSPC) if has_room(file.as_fd()) => Err(Fault::Xattr.into()),
         result => result.map_err(Failure::call("set an extended attribute of")),

@@ -17,6 +17,10 @@ fn refused() {
     let many_links: Vec<Item> =
         (0..50).map(|index| symlink(format!("l{index}"), format!("l{}", index + 1))).collect();
     let acl = pax(&[("SCHILY.xattr.system.posix_acl_access", b"\x02\0\0\0nonsense")]);
+    let default_acl = pax(&[(
+        "SCHILY.xattr.system.posix_acl_default",
+        b"\x02\0\0\0\x01\0\x07\0\xff\xff\xff\xff\x04\0\x07\0\xff\xff\xff\xff\x20\0\0\0\xff\xff\xff\xff",
+    )]);
     let capability = pax(&[("SCHILY.xattr.security.capability", b"nonsense")]);
     let pair = |offset, length| [number(offset, 12), number(length, 12)].concat();
     let old_sparse = |map: Vec<u8>, real_size| {
@@ -110,6 +114,7 @@ fn refused() {
         ("malformed pax", vec![item(b'x', "p").content("999 path=x\n"), file("f", "")]),
         ("malformed global pax", vec![item(b'g', "p").content("3 x"), file("f", "")]),
         ("bad ACL", vec![acl, file("f", "")]),
+        ("default ACL on a file", vec![default_acl, file("f", "")]),
         ("bad capability", vec![capability, file("f", "")]),
         (
             "attribute with a huge value",
