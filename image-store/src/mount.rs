@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::ffi::CString;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::CWD;
@@ -68,8 +69,10 @@ fn modern(rootfs: &Rootfs, lower: &[PathBuf], target: &Path) -> Result<(), (Errn
 
 fn configure(context: &OwnedFd, rootfs: &Rootfs, lower: &[PathBuf]) -> Result<(), Errno> {
     let set = |key: &str, value: &Path| {
-        // Longer ones answer EINVAL too; the string of mount(2) has room for them, if they are few.
-        if value.as_os_str().len() > STRING_MAX {
+        // Longer ones answer EINVAL too, and which of them take backslashes as they are differs between kernels; the
+        // string of mount(2) has room for them, if they are few.
+        let text = value.as_os_str().as_bytes();
+        if text.len() > STRING_MAX || text.contains(&b'\\') {
             return Err(Errno::INVAL);
         }
         fsconfig_set_string(context, key, value)

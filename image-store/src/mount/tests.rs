@@ -165,13 +165,15 @@ fn odd_paths() {
         assert!(
             matches!(refused, Err(ImageError::Mount { source, .. }) if source.kind() == io::ErrorKind::NotFound)
         );
-        let inside = odd.join("fs/inside");
-        fs::create_dir(&inside).unwrap();
-        let overlapping = Rootfs { work: Some(inside), ..place.rootfs.clone() };
-        let refused = mount(&overlapping, &place.path("target"), &place.path("l"), &place.path("empty"));
+        mount(&place.rootfs, &place.path("target"), &place.path("l"), &place.path("empty")).unwrap();
+        assert!(place.target("new").exists());
+        unmount(place.path("target"), UnmountFlags::empty()).unwrap();
+        fs::write(place.path("file"), "").unwrap();
+        let no_directory = Rootfs { upper: Some(place.path("file")), ..place.rootfs.clone() };
+        let refused = mount(&no_directory, &place.path("target"), &place.path("l"), &place.path("empty"));
         let Err(ImageError::Mount { source, .. }) = refused else { panic!("{refused:?}") };
         assert!(
-            source.to_string().contains("separate subtrees"),
+            source.to_string().contains("is not a directory)"),
             "the kernel's own words are missing: {source}"
         );
     });
