@@ -11,12 +11,17 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::ask::CGROUPS;
 
+/// The daemon's default for the monitors' cgroup.
+const SLICE: &str = "podvisor.slice";
+
 const PINS: [&str; 4] = ["/run/netns", "/run/ipcns", "/run/utsns", "/run/userns"];
 
 /// What is there at one moment.
 #[derive(Debug, Default)]
 pub struct World {
     things: BTreeSet<String>,
+    /// Cgroups of monitors; some wait for pods as long as a daemon runs.
+    of_monitors: BTreeSet<String>,
     processes: BTreeSet<(u32, String)>,
 }
 
@@ -25,9 +30,9 @@ impl World {
     pub fn now() -> Self {
         let mut things = BTreeSet::new();
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        things.extend(
-            table.lines().filter_map(|line| line.split(' ').nth(4)).map(|point| format!("mount {point}")),
-        );
+        let points = table.lines().filter_map(|line| line.split(' ').nth(4));
+        // The directories of pins are mounts of their own, made once per machine.
+        things.extend(points.filter(|point| !PINS.contains(point)).map(|point| format!("mount {point}")));
         for directory in PINS {
             let entries = fs::read_dir(directory).into_iter().flatten().flatten();
             things.extend(entries.map(|pin| format!("namespace {}", pin.path().display())));
@@ -35,6 +40,9 @@ impl World {
         for pod in kubepods().iter().flat_map(|parent| directories(parent)) {
             things.extend(directories(&pod).iter().map(|path| format!("cgroup {}", path.display())));
         }
+        let slices = hierarchies().into_iter().map(|root| root.join(SLICE));
+        let of_monitors =
+            slices.flat_map(|slice| directories(&slice)).map(|leaf| format!("cgroup {}", leaf.display()));
         for interface in fs::read_dir("/sys/class/net").into_iter().flatten().flatten() {
             let name = interface.file_name().display().to_string();
             // The built-in network's bridge stays while its node does.
@@ -42,7 +50,7 @@ impl World {
                 things.insert(format!("interface {name}"));
             }
         }
-        Self { things, processes: processes() }
+        Self { things, of_monitors: of_monitors.collect(), processes: processes() }
     }
 
     /// Fails with what is here now and was not `before`, processes aside.
@@ -52,13 +60,14 @@ impl World {
         Ok(())
     }
 
-    /// Fails with the processes that are here now and were not `before`.
+    /// Fails with the processes that are here now and were not `before`, and with the monitors' cgroups.
     pub fn processes_since(&self, before: &Self) -> Result<()> {
-        let left: Vec<String> = self
+        let processes = self
             .processes
             .difference(&before.processes)
-            .map(|(pid, command)| format!("{pid} {command}"))
-            .collect();
+            .map(|(pid, command)| format!("process {pid} {command}"));
+        let left: Vec<String> =
+            processes.chain(self.of_monitors.difference(&before.of_monitors).cloned()).collect();
         ensure!(left.is_empty(), "left: {}", left.join(", "));
         Ok(())
     }
@@ -99,17 +108,21 @@ fn processes() -> BTreeSet<(u32, String)> {
     found
 }
 
-/// Removes what kubelet would remove (the pods' own cgroups and their parent) and the monitors' empty slice. What is
-/// not empty stays, and the sandbox reports it.
-pub fn remove_empty_cgroups() {
-    for parent in kubepods() {
-        for pod in directories(&parent) {
-            let _ = fs::remove_dir(pod);
-        }
-        let _ = fs::remove_dir(parent);
+/// Removes what stays on a node when its last pod is gone, and what kubelet would remove: the pods' own cgroups, the
+/// monitors' slice, the directories of pins. What is not empty stays, and the sandbox reports it.
+pub fn remove_what_stays() {
+    for pod in kubepods().iter().flat_map(|parent| directories(parent)) {
+        let _ = fs::remove_dir(pod);
     }
     for root in hierarchies() {
-        let _ = fs::remove_dir(root.join("podvisor.slice"));
+        let _ = fs::remove_dir(root.join(CGROUPS.trim_start_matches('/')));
+        let _ = fs::remove_dir(root.join(SLICE));
+    }
+    for directory in PINS {
+        if fs::read_dir(directory).is_ok_and(|mut pins| pins.next().is_none()) {
+            let _ = unmount(directory, UnmountFlags::DETACH);
+            let _ = fs::remove_dir(directory);
+        }
     }
 }
 

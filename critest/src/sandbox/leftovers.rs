@@ -50,12 +50,27 @@ pub(super) fn wait_for_none(before: &Snapshot) -> Result<Vec<String>> {
         // PID 1 inherits orphans, and they count as processes until they are reaped.
         while let Ok(Some(_)) = rustix::process::wait(rustix::process::WaitOptions::NOHANG) {}
         let now = Snapshot::take()?;
-        let left: Vec<String> = now.seen.difference(&before.seen).cloned().collect();
+        let left = without_contents(now.seen.difference(&before.seen).map(String::as_str));
         if left.is_empty() || Instant::now() > deadline {
             return Ok(left);
         }
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Leaves out what lies in a directory that is listed itself.
+fn without_contents<'a>(sorted: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut kept: Vec<String> = Vec::new();
+    for line in sorted {
+        // In sorted order a directory comes before what is in it, but not always directly before.
+        if !kept
+            .iter()
+            .any(|above| line.strip_prefix(above.as_str()).is_some_and(|rest| rest.starts_with('/')))
+        {
+            kept.push(line.to_owned());
+        }
+    }
+    kept
 }
 
 fn processes(seen: &mut BTreeSet<String>) -> Result<()> {
@@ -107,5 +122,20 @@ fn files(seen: &mut BTreeSet<String>, mounted: &[String], path: &Path) {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             files(seen, mounted, &path);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_stands_for_what_is_in_it() {
+        let lines =
+            ["cgroup /a", "cgroup /a/b", "file /a", "file /a.b", "file /a/b", "file /ab", "mount /a/b"];
+        assert_eq!(
+            without_contents(lines.into_iter()),
+            ["cgroup /a", "file /a", "file /a.b", "file /ab", "mount /a/b"]
+        );
     }
 }

@@ -43,7 +43,8 @@ impl Tests {
     {
         let images = Arc::clone(&self.images);
         self.trials.push(Trial::test(name, move || {
-            run(&images, options, test).map_err(|error| Failed::from(format!("{error:?}")))
+            // Not `{:?}`, which would add a backtrace of the test's own tasks.
+            run(&images, options, test).map_err(|error| Failed::from(format!("{error:#}")))
         }));
     }
 }

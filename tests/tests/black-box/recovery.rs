@@ -49,7 +49,7 @@ async fn finds_everything_after_a_kill(f: &mut Fixture) -> Result<()> {
         f.kill()?;
         f.start()?;
         let after = all(f).await?;
-        ensure!(after == before, "before:\n{before:#?}\nafter:\n{after:#?}");
+        ensure!(after == before, "{}", difference(&before, &after));
     }
     // And everything still works.
     ensure!(f.cri.output(&running, &["echo", "here"]).await? == "here\n");
@@ -61,6 +61,16 @@ async fn finds_everything_after_a_kill(f: &mut Fixture) -> Result<()> {
     let next = pod.start(&ask::waiting("next")).await?;
     ensure!(f.cri.status(&next).await?.state() == ContainerState::ContainerRunning);
     Ok(())
+}
+
+/// The lines in which two values differ.
+fn difference(before: &impl std::fmt::Debug, after: &impl std::fmt::Debug) -> String {
+    let (before, after) = (format!("{before:#?}"), format!("{after:#?}"));
+    let pairs = before.lines().zip(after.lines()).filter(|(before, after)| before != after);
+    pairs
+        .map(|(before, after)| format!("{} is now {}\n", before.trim(), after.trim()))
+        .collect::<Vec<_>>()
+        .concat()
 }
 
 async fn loses_no_log_line(f: &mut Fixture) -> Result<()> {
