@@ -4,14 +4,14 @@
 //! Lock order: `tables` or the snapshots' `making`, then the snapshots' `records`, then the layers' `state`, then `published`.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use oci_spec::image::ImageConfiguration;
 use podvisor_registry::Reference;
 
 use crate::Image;
 use crate::database::{Database, ImageRecord, Tables};
-use crate::error::ImageError;
+use crate::error::{ErrorKind, ImageError};
 
 /// Digits of a shortened id that are worth looking for.
 const SHORTEST_ID: usize = 3;
@@ -30,12 +30,19 @@ struct Listed {
     layers: Vec<String>,
 }
 
+/// What is true, and what the database says: less may be true, when there was no room to write that something is gone.
+#[derive(Debug, Default)]
+struct State {
+    now: Tables,
+    written: Tables,
+}
+
 /// The images of a store.
 #[derive(Debug)]
 pub(crate) struct Catalog {
     database: Database,
-    /// What the database says; held while it is changed.
-    tables: Mutex<Tables>,
+    /// Held while the database is changed.
+    tables: Mutex<State>,
     published: RwLock<Arc<Published>>,
     pinned: RwLock<HashSet<String>>,
 }
@@ -50,7 +57,7 @@ impl Catalog {
             pinned: RwLock::default(),
         };
         catalog.publish(&tables);
-        *catalog.tables.lock().unwrap_or_else(PoisonError::into_inner) = tables;
+        *catalog.tables() = State { written: tables.clone(), now: tables };
         catalog
     }
 
@@ -59,33 +66,66 @@ impl Catalog {
         self.published.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// One change, whole or not at all. `kept` are layers whose rows stay although no image has them. Blocking.
+    /// One change, whole or not at all. `kept` adds layers whose rows stay although no image has them. Blocking.
     pub(crate) fn change(
         &self,
         kept: impl FnOnce(&mut HashSet<String>),
         edit: impl FnOnce(&mut Tables),
     ) -> Result<(), ImageError> {
-        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut next = tables.clone();
-        edit(&mut next);
-        let mut needed = next.images.values().flat_map(|record| record.layers.iter().cloned()).collect();
-        kept(&mut needed);
-        next.layers.retain(|diff_id, _| needed.contains(diff_id));
-        let named: HashSet<&String> = next.images.values().flat_map(ImageRecord::names).collect();
-        next.short_names.retain(|_, meant| named.contains(meant));
-        if next != *tables {
-            self.database.replace(&tables, &next)?;
-            *tables = next;
-            self.publish(&tables);
+        let mut state = self.tables();
+        let next = edited(&state.now, kept, edit);
+        if next != state.now || state.now != state.written {
+            self.database.replace(&state.written, &next)?;
+            state.now = next.clone();
+            state.written = next;
+            self.publish(&state.now);
         }
+        Ok(())
+    }
+
+    /// Takes an image out. A full disk does not prevent that, as it is how room is made: `false` says that it is not
+    /// written yet, and that [`Catalog::persist`] should be called as soon as there is room. A start without it finds the
+    /// image without its layers, and drops it. Blocking.
+    pub(crate) fn remove(
+        &self,
+        kept: impl FnOnce(&mut HashSet<String>),
+        id: &str,
+    ) -> Result<bool, ImageError> {
+        let mut state = self.tables();
+        let next = edited(&state.now, kept, |tables| drop(tables.images.remove(id)));
+        let written = match self.database.replace(&state.written, &next) {
+            Ok(()) => {
+                state.written = next.clone();
+                true
+            }
+            Err(error) if error.kind() == ErrorKind::Full => {
+                tracing::warn!(image = id, "the disk is too full to write down that an image is gone");
+                false
+            }
+            Err(error) => return Err(error),
+        };
+        state.now = next;
+        self.publish(&state.now);
+        Ok(written)
+    }
+
+    /// Writes what could not be written before. Blocking.
+    pub(crate) fn persist(&self) -> Result<(), ImageError> {
+        let mut state = self.tables();
+        self.database.replace(&state.written, &state.now)?;
+        state.written = state.now.clone();
         Ok(())
     }
 
     /// Pins the images that have one of these names, and no others.
     pub(crate) fn pin(&self, names: HashSet<String>) {
-        let tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = self.tables();
         *self.pinned.write().unwrap_or_else(PoisonError::into_inner) = names;
-        self.publish(&tables);
+        self.publish(&state.now);
+    }
+
+    fn tables(&self) -> MutexGuard<'_, State> {
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn publish(&self, tables: &Tables) {
@@ -172,6 +212,18 @@ impl Published {
         let (_, listed) = found.next()?;
         found.next().is_none().then_some(&listed.image)
     }
+}
+
+/// What the tables become by a change: rows that mean nothing any more go with it.
+fn edited(now: &Tables, kept: impl FnOnce(&mut HashSet<String>), edit: impl FnOnce(&mut Tables)) -> Tables {
+    let mut next = now.clone();
+    edit(&mut next);
+    let mut needed = next.images.values().flat_map(|record| record.layers.iter().cloned()).collect();
+    kept(&mut needed);
+    next.layers.retain(|diff_id, _| needed.contains(diff_id));
+    let named: HashSet<&String> = next.images.values().flat_map(ImageRecord::names).collect();
+    next.short_names.retain(|_, meant| named.contains(meant));
+    next
 }
 
 /// Reads an image configuration.

@@ -158,10 +158,7 @@ impl Layers {
             let (leading, hold) = (leads.clone(), hold.clone());
             let fetched = self.flights.join(key.clone(), move || {
                 leading.store(true, Ordering::Relaxed);
-                async move {
-                    let _hold = hold;
-                    layers.bring(&registry, &source, &layer).await.map_err(Arc::new)
-                }
+                async move { layers.bring(&registry, &source, &layer, hold).await.map_err(Arc::new) }
             });
             match fetched.await {
                 Some(Ok(record)) => return Ok(record),
@@ -178,6 +175,7 @@ impl Layers {
         registry: &Registry,
         source: &Arc<Source>,
         layer: &LayerDescriptor,
+        hold: impl Send + Clone + 'static,
     ) -> Result<LayerRecord, ImageError> {
         if !layer.digest.as_str().starts_with("sha256:") || !layer.diff_id.as_str().starts_with("sha256:") {
             return Err(ImageError::UnsupportedDigest { digest: layer.digest.to_string() });
@@ -188,8 +186,13 @@ impl Layers {
             let (sender, receiver) = mpsc::channel(QUEUE);
             let (layers, expected) = (self.clone(), layer.clone());
             // The thread owns the ingest directory: it removes it whenever it does not come to a good end, also when this future is
-            // dropped, which it notices by the broken channel.
-            let unpacking = tokio::task::spawn_blocking(move || layers.unpack(receiver, &expected));
+            // dropped, which it notices by the broken channel. If it is past that, the layer comes in all the same: hence the hold.
+            let kept = hold.clone();
+            let unpacking = tokio::task::spawn_blocking(move || {
+                let unpacked = layers.unpack(receiver, &expected);
+                drop(kept);
+                unpacked
+            });
             let downloaded = async {
                 while let Some(bytes) = blob.next().await? {
                     if sender.send(Piece::Data(bytes)).await.is_err() {
@@ -271,25 +274,27 @@ impl Layers {
     }
 
     /// Takes away every layer that is neither leased nor among what `needed` adds, which is asked under the lock: who
-    /// publishes an image gives his lease back afterwards, so no layer is missing from both. Directories go in the
-    /// background.
-    pub(crate) fn collect(&self, needed: impl FnOnce(&mut HashSet<String>)) {
+    /// publishes an image gives his lease back afterwards, so no layer is missing from both. What is returned is to be
+    /// removed: it has lost its name already.
+    pub(crate) fn collect(&self, needed: impl FnOnce(&mut HashSet<String>)) -> Vec<tree::Scratch> {
         let mut state = self.state();
         let mut kept: HashSet<String> = state.leased.keys().cloned().collect();
         needed(&mut kept);
         let idle: Vec<_> = state.present.keys().filter(|diff_id| !kept.contains(*diff_id)).cloned().collect();
+        let mut taken = Vec::new();
         for diff_id in idle {
             match tree::Scratch::of(&self.ingest, &self.path(&diff_id)) {
                 Ok(scratch) => {
                     state.present.remove(&diff_id);
                     state.unsynced.remove(&diff_id);
-                    scratch.discard();
+                    taken.push(scratch);
                 }
                 Err(error) => {
                     tracing::warn!(diff_id, error = %error, "cannot take a layer away that nobody needs");
                 }
             }
         }
+        taken
     }
 }
 

@@ -71,9 +71,9 @@ impl Snapshots {
     }
 
     /// Calls `work` while no snapshot can be begun, with the diff ids that those there are stand on.
-    pub(crate) fn while_none_begins(&self, work: impl FnOnce(HashSet<String>)) {
+    pub(crate) fn while_none_begins<T>(&self, work: impl FnOnce(HashSet<String>) -> T) -> T {
         let records = self.records();
-        work(records.values().flat_map(|record| record.layers.iter().cloned()).collect());
+        work(records.values().flat_map(|record| record.layers.iter().cloned()).collect())
     }
 
     /// Makes the snapshot, or finds it made. `layers` says which layers `image` has, if it is there; it is asked while

@@ -102,8 +102,15 @@ impl ImageStore {
         let Some(id) = self.get(name).map(|image| image.id) else { return Ok(()) };
         let shared = self.shared.clone();
         blocking(move || {
-            shared.change(|tables| drop(tables.images.remove(&id)))?;
-            shared.collect();
+            if shared.catalog.remove(|kept| shared.snapshots.needed(kept), &id)? {
+                shared.collect();
+                return Ok(());
+            }
+            // First the room, on this thread, then the word.
+            drop(shared.take_idle());
+            if let Err(error) = shared.catalog.persist() {
+                tracing::warn!(image = id, %error, "the database still has an image that is gone");
+            }
             Ok(())
         })
         .await
@@ -192,15 +199,19 @@ impl Shared {
         self.catalog.change(|kept| self.snapshots.needed(kept), edit)
     }
 
-    /// Takes away layers that nobody needs. Blocking, but only for some renames.
+    /// Takes away layers that nobody needs; their files go in the background. Blocking, but only for some renames.
     pub(crate) fn collect(&self) {
+        self.take_idle().into_iter().for_each(tree::Scratch::discard);
+    }
+
+    fn take_idle(&self) -> Vec<tree::Scratch> {
         // In this order of locks no snapshot is made of an image between the look at who needs what and the taking away.
         self.snapshots.while_none_begins(|used| {
             self.layers.collect(|needed| {
                 needed.extend(used);
                 self.catalog.published().needed(needed);
-            });
-        });
+            })
+        })
     }
 }
 
