@@ -29,6 +29,10 @@ pub(super) const ASIDE: &str = "/run/sandbox";
 pub(super) const VOLATILE: [&str; 4] =
     ["/var/lib/podvisor", "/var/lib/kubelet", "/var/log/pods", "/var/log/containers"];
 
+/// Directories that other tools make in passing and that therefore are no leftovers: `crun --version` its default state
+/// directory, libmount its own.
+const OF_OTHER_TOOLS: [&str; 2] = ["/run/crun", "/run/mount"];
+
 /// Arranges the file systems. To be called by PID 1 of the new namespaces.
 pub(super) fn prepare(subtree: &Subtree) -> Result<()> {
     // Nothing that happens here may reach the machine's mount table.
@@ -37,6 +41,9 @@ pub(super) fn prepare(subtree: &Subtree) -> Result<()> {
     let kept = kept_directories();
     for path in EMPTY {
         mount_fs("tmpfs", "tmpfs", path, if path == "/run" { "mode=755" } else { "mode=1777" })?;
+    }
+    for path in OF_OTHER_TOOLS {
+        fs::create_dir(path).with_context(|| format!("making {path}"))?;
     }
     for path in COVERED {
         cover(path)?;

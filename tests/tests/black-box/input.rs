@@ -93,9 +93,7 @@ async fn of_containers_is_checked(f: &mut Fixture) -> Result<()> {
     };
     let mounts =
         [mount("", "/tmp"), mount("/tmp", ""), mount("/tmp", "relative"), mount("/a/../../etc", "/tmp")];
-    for (field, mount) in
-        ["container_path", "host_path", "host_path", "container_path"].into_iter().zip(mounts)
-    {
+    for (field, mount) in ["container_path", "host_path", "host_path"].into_iter().zip(mounts) {
         let mut config = ask::waiting("bad");
         let what = format!("{mount:?}");
         config.mounts = vec![mount];
@@ -214,9 +212,9 @@ async fn empty_ids_are_named(f: &mut Fixture) -> Result<()> {
     refused(f.cri.status("").await, "container_id")?;
     refused(f.cri.start("").await, "container_id")?;
     refused(f.cri.exec("", &["true"], 1).await, "container_id")?;
-    refused(f.cri.stop_pod("").await, "pod_sandbox_id")?;
-    refused(f.cri.remove_pod("").await, "pod_sandbox_id")?;
-    refused(f.cri.pod_status("").await, "pod_sandbox_id")?;
+    refused(f.cri.stop_pod("").await, "sandbox_id")?;
+    refused(f.cri.remove_pod("").await, "sandbox_id")?;
+    refused(f.cri.pod_status("").await, "sandbox_id")?;
     let (_, id) = f.running("commands", &ask::waiting("c")).await?;
     refused(f.cri.exec(&id, &[], 1).await, "cmd")?;
     refused(f.cri.exec(&id, &["true"], -1).await, "timeout")?;
