@@ -191,3 +191,93 @@ fn change<R: Serialize + PartialEq>(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write;
+
+    use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+    use super::*;
+    use crate::error::ErrorKind;
+    use crate::mount::tests::privately;
+
+    fn tables(images: usize) -> Tables {
+        let record = |number: usize| ImageRecord {
+            config: "x".repeat(5000),
+            size: number as u64,
+            layers: vec![format!("sha256:{number}")],
+            repo_tags: vec![format!("registry/app:{number}")],
+            repo_digests: Vec::new(),
+            pulled_at: 1,
+        };
+        Tables {
+            images: (0..images).map(|number| (format!("sha256:{number:064}"), record(number))).collect(),
+            ..Tables::default()
+        }
+    }
+
+    #[test]
+    fn says_again_what_it_was_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metadata.redb");
+        let (mut before, wanted) = (Tables::default(), tables(20));
+        let database = Database::open(&path).unwrap();
+        database.replace(&before, &wanted).unwrap();
+        before = wanted;
+        let mut fewer = before.clone();
+        fewer.images.retain(|_, record| record.size % 2 == 0);
+        fewer.short_names.insert("app".into(), "registry/app:2".into());
+        database.replace(&before, &fewer).unwrap();
+        drop(database);
+        assert_eq!(Database::open(&path).unwrap().read().unwrap(), fewer);
+    }
+
+    #[test]
+    fn one_of_a_later_version_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metadata.redb");
+        let database = Database::open(&path).unwrap();
+        database
+            .attempt(|redb| {
+                let transaction = redb.begin_write()?;
+                transaction.open_table(META)?.insert("version", VERSION + 1)?;
+                Ok(transaction.commit()?)
+            })
+            .unwrap();
+        drop(database);
+        assert!(matches!(Database::open(&path), Err(ImageError::Newer { version: 2, .. })));
+    }
+
+    /// What a daemon leaves that is killed, opened where nothing can be written any more, and then again with room.
+    #[test]
+    fn an_unclean_one_on_a_full_disk() {
+        privately(|| {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("metadata.redb");
+            let database = Database::open(&path).unwrap();
+            database.replace(&Tables::default(), &tables(50)).unwrap();
+            let unclean = fs::read(&path).unwrap();
+            drop(database);
+
+            let small = directory.path().join("small");
+            fs::create_dir(&small).unwrap();
+            mount("tmpfs", &small, "tmpfs", MountFlags::empty(), c"size=4m").unwrap();
+            let path = small.join("metadata.redb");
+            fs::write(&path, unclean).unwrap();
+            let mut ballast = fs::File::create(small.join("ballast")).unwrap();
+            while ballast.write_all(&[0; 4096]).is_ok() {}
+            let database = Database::open(&path).expect("a full disk must not keep the daemon from starting");
+            assert_eq!(database.read().unwrap(), tables(50));
+            let refused = database.replace(&tables(50), &tables(500)).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::Full);
+            drop(ballast);
+            fs::remove_file(small.join("ballast")).unwrap();
+            database.replace(&tables(50), &tables(100)).unwrap();
+            drop(database);
+            assert_eq!(Database::open(&path).unwrap().read().unwrap(), tables(100));
+            unmount(&small, UnmountFlags::empty()).unwrap();
+        });
+    }
+}

@@ -152,4 +152,4 @@ fn escaped(path: &Path) -> io::Result<String> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -11,7 +11,7 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 use super::*;
 
 /// Runs `test` in a thread with mounts of its own; they go with the thread.
-fn privately(test: impl FnOnce() + Send + 'static) {
+pub(crate) fn privately(test: impl FnOnce() + Send + 'static) {
     std::thread::spawn(|| {
         // SAFETY: only UnshareFlags::FILES has a condition, and it is not among the flags.
         unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.expect("these tests need root");
