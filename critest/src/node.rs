@@ -8,11 +8,12 @@ use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -23,6 +24,14 @@ const START: Duration = Duration::from_secs(60);
 
 /// How long a daemon may take to end after SIGTERM.
 const STOP: Duration = Duration::from_secs(60);
+
+/// Where namespaces are pinned; each is a mount of its own, made once per machine.
+pub const PINS: [&str; 4] = ["/run/netns", "/run/ipcns", "/run/utsns", "/run/userns"];
+
+/// The daemon's default for the monitors' cgroup.
+pub const SLICE: &str = "podvisor.slice";
+
+const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// The daemon as `make build` leaves it.
 pub fn daemon_program() -> PathBuf {
@@ -201,9 +210,20 @@ impl Node {
 }
 
 impl Drop for Node {
+    /// What outlives a daemon because pods do ends with the node: the bridge and its packet filter, the directories
+    /// of pinned namespaces, the monitors' cgroup. What is not empty stays, and the sandbox reports it.
     fn drop(&mut self) {
-        // The bridge and its packet filter outlive a daemon, because pods do; a node ends with its pods.
         self.remove_network();
+        for directory in PINS {
+            if fs::read_dir(directory).is_ok_and(|mut pins| pins.next().is_none()) {
+                let _ = unmount(directory, UnmountFlags::DETACH);
+                let _ = fs::remove_dir(directory);
+            }
+        }
+        let _ = fs::remove_dir(Path::new(CGROUPS).join(SLICE));
+        for hierarchy in fs::read_dir(CGROUPS).into_iter().flatten().flatten() {
+            let _ = fs::remove_dir(hierarchy.path().join(SLICE));
+        }
     }
 }
 

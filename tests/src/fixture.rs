@@ -142,7 +142,7 @@ impl Fixture {
         .await?;
         self.stop()?;
         eventually("the processes go", || async { World::now().processes_since(&self.before) }).await?;
-        world::remove_what_stays();
+        world::remove_pod_cgroups();
         Ok(())
     }
 }
@@ -153,7 +153,7 @@ impl Drop for Fixture {
         // Only a failed test has some; the next one is not to meet them.
         World::now().end_processes_since(&self.before);
         let _ = World::now().unmount_since(&self.before);
-        world::remove_what_stays();
+        world::remove_pod_cgroups();
     }
 }
 

@@ -6,15 +6,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use podvisor_critest::node::{PINS, SLICE};
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::ask::CGROUPS;
-
-/// The daemon's default for the monitors' cgroup.
-const SLICE: &str = "podvisor.slice";
-
-const PINS: [&str; 4] = ["/run/netns", "/run/ipcns", "/run/utsns", "/run/userns"];
 
 /// What is there at one moment.
 #[derive(Debug, Default)]
@@ -108,21 +104,14 @@ fn processes() -> BTreeSet<(u32, String)> {
     found
 }
 
-/// Removes what stays on a node when its last pod is gone, and what kubelet would remove: the pods' own cgroups, the
-/// monitors' slice, the directories of pins. What is not empty stays, and the sandbox reports it.
-pub fn remove_what_stays() {
-    for pod in kubepods().iter().flat_map(|parent| directories(parent)) {
-        let _ = fs::remove_dir(pod);
-    }
-    for root in hierarchies() {
-        let _ = fs::remove_dir(root.join(CGROUPS.trim_start_matches('/')));
-        let _ = fs::remove_dir(root.join(SLICE));
-    }
-    for directory in PINS {
-        if fs::read_dir(directory).is_ok_and(|mut pins| pins.next().is_none()) {
-            let _ = unmount(directory, UnmountFlags::DETACH);
-            let _ = fs::remove_dir(directory);
+/// Removes what kubelet would remove: the pods' own cgroups and their parent. What is not empty stays, and the
+/// sandbox reports it.
+pub fn remove_pod_cgroups() {
+    for parent in kubepods() {
+        for pod in directories(&parent) {
+            let _ = fs::remove_dir(pod);
         }
+        let _ = fs::remove_dir(parent);
     }
 }
 
