@@ -1,8 +1,10 @@
 //! What can go wrong with a request, and the one place where that becomes a gRPC code.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use podvisor_network::namespace::NamespaceError;
 use tonic::{Code, Status};
 
 use crate::monitor::MonitorError;
@@ -92,14 +94,24 @@ impl PodError {
             },
             PodError::Monitor(error) => error.code(),
             PodError::WillNotDie { .. } => Code::DeadlineExceeded,
+            PodError::Namespaces(error) => match error {
+                NamespaceError::HostNameTooLong { .. } | NamespaceError::SysctlRefused { .. } => {
+                    Code::InvalidArgument
+                }
+                NamespaceError::Sysctl { source, .. }
+                    if matches!(source.kind(), ErrorKind::InvalidInput | ErrorKind::NotFound) =>
+                {
+                    Code::InvalidArgument
+                }
+                _ => Code::Internal,
+            },
             PodError::Network(_)
-            | PodError::Namespaces(_)
             | PodError::Record(_)
             | PodError::Release(_)
             | PodError::Cgroup(_)
             | PodError::TaskGone => Code::Internal,
             PodError::File { source, .. } => match source.kind() {
-                std::io::ErrorKind::StorageFull => Code::ResourceExhausted,
+                ErrorKind::StorageFull => Code::ResourceExhausted,
                 _ => Code::Internal,
             },
         }

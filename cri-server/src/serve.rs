@@ -35,7 +35,6 @@ pub(crate) fn serve(file: Option<PathBuf>, config: Config) -> anyhow::Result<()>
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_keep_alive(Duration::from_secs(5))
-        .thread_stack_size(512 << 10)
         .enable_all()
         .build()
         .context("cannot start the runtime of asynchronous tasks")?;

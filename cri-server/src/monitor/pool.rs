@@ -44,6 +44,7 @@ pub(crate) struct Template {
 impl Pool {
     /// Keeps `size` (at least one) monitors ready from now on.
     pub(crate) fn start(template: Template, size: u32) -> Self {
+        sweep(&template.parent);
         // The channel holds all but the one that its feeder holds in its hands.
         let (sender, ready) = mpsc::channel(size.max(1) as usize);
         let parent = template.parent.clone();
@@ -73,6 +74,17 @@ impl Pool {
                 continue;
             }
             return next;
+        }
+    }
+}
+
+/// Takes away the leaves of monitors that have gone. A cgroup that still has a process cannot be removed, which is what protects the
+/// others; none of this daemon's own has been started yet.
+fn sweep(parent: &Cgroup) {
+    for directory in parent.directories() {
+        let Ok(entries) = std::fs::read_dir(directory) else { continue };
+        for entry in entries.flatten().filter(|entry| entry.path().is_dir()) {
+            let _ = std::fs::remove_dir(entry.path());
         }
     }
 }

@@ -465,10 +465,10 @@ fn copy_inside(rootfs: &Path, wanted: &Path, to: &Path) -> std::io::Result<()> {
 /// The signal that stops the container: of the request, else of the image, else SIGTERM.
 fn stop_signal(config: &cri::ContainerConfig, image: &ImageConfiguration) -> Result<i32, PodError> {
     // Values of the CRI's enumeration are not the kernel's numbers; its names are.
-    if let Ok(signal) = cri::Signal::try_from(config.stop_signal)
-        && signal != cri::Signal::RuntimeDefault
-    {
-        return signal_number(signal.as_str_name())
+    let asked = cri::Signal::try_from(config.stop_signal)
+        .map_err(|_| PodError::invalid("config.stop_signal", format!("{} is no signal", config.stop_signal)))?;
+    if asked != cri::Signal::RuntimeDefault {
+        return signal_number(asked.as_str_name())
             .ok_or_else(|| PodError::invalid("config.stop_signal", "no such signal on Linux"));
     }
     let named = image.config().as_ref().and_then(|config| config.stop_signal().clone());

@@ -39,6 +39,9 @@ use crate::id::{ContainerId, PodId};
 use crate::monitor::{Connection, MonitorError, process};
 use crate::node::{Node, now};
 
+/// Why nothing of a pod runs any more when the boot id is another one.
+const REBOOTED: &str = "the machine was restarted";
+
 /// How long a monitor may take to answer at a start.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -68,7 +71,6 @@ impl Found {
 
 /// Reads all records and starts a task for each pod.
 pub(crate) async fn recover(node: &Arc<Node>, index: &Index) -> std::io::Result<()> {
-    sweep_monitor_cgroups(node);
     let ids = node.records.pods()?;
     let mut sandboxes = Vec::new();
     let mut snapshots = Vec::new();
@@ -104,17 +106,6 @@ pub(crate) async fn recover(node: &Arc<Node>, index: &Index) -> std::io::Result<
     Ok(())
 }
 
-/// Leaves of monitors that have gone. Removing a cgroup that still has a process fails, which is what protects the others.
-fn sweep_monitor_cgroups(node: &Node) {
-    let parent = node.cgroups.cgroup(&node.config().runtime.monitor_cgroup);
-    for directory in parent.directories() {
-        let Ok(entries) = std::fs::read_dir(directory) else { continue };
-        for entry in entries.flatten().filter(|entry| entry.path().is_dir()) {
-            let _ = std::fs::remove_dir(entry.path());
-        }
-    }
-}
-
 /// Directories of pods and containers without a record: only damage can leave them.
 fn sweep(directory: &Path, known: &[String]) {
     let Ok(entries) = std::fs::read_dir(directory) else { return };
@@ -140,11 +131,14 @@ fn sweep(directory: &Path, known: &[String]) {
 }
 
 fn read(node: &Node, id: &PodId) -> Found {
-    let record = node.records.read_pod(id).unwrap_or_else(|error| {
+    let mut record = node.records.read_pod(id).unwrap_or_else(|error| {
         let why = crate::error::chain(&error);
         tracing::error!(pod = %id, why, "a sandbox's record cannot be read: it can only be stopped and removed");
         unreadable(node, id, why)
     });
+    if record.boot_id != node.boot_id && record.phase == Phase::Ready {
+        record.phase = Phase::Failed { why: REBOOTED.into() };
+    }
     let mut containers = Vec::new();
     for container in node.records.containers(id) {
         match node.records.read_container(id, &container) {
@@ -162,12 +156,14 @@ fn read(node: &Node, id: &PodId) -> Found {
     Found { record, containers }
 }
 
-/// What the record alone says of a container.
+/// What the record alone says of a container. After a restart of the machine nothing runs, whatever was recorded.
 fn recorded_state(node: &Node, pod: &PodRecord, record: &ContainerRecord) -> State {
+    let rebooted = pod.boot_id != node.boot_id;
     let ended =
         |otherwise| node.records.read_exit(&pod.id, record.id.as_str()).map_or(otherwise, State::Exited);
     match &record.phase {
         ContainerPhase::Creating => State::Creating,
+        ContainerPhase::Created | ContainerPhase::Started if rebooted => ended(State::Exited(lost(REBOOTED))),
         ContainerPhase::Created => ended(State::Created),
         ContainerPhase::Started => ended(State::Running),
         ContainerPhase::Exited(exit) => State::Exited(exit.clone()),
@@ -402,17 +398,20 @@ async fn abandon(task: &mut Task, why: &str) {
 
 /// Another boot: no process of the pod exists, its network's addresses must be given back at once, kubelet makes a new one.
 async fn after_reboot(task: &mut Task) {
-    let why = "the machine was restarted";
     // No identity of a process means anything any more.
     task.record.monitor = None;
     task.record.init = None;
     for slot in task.containers.values_mut() {
         slot.record.process = None;
     }
-    abandon(task, why).await;
+    abandon(task, REBOOTED).await;
+    task.persist_containers().await;
     let mut acquired = std::mem::take(&mut task.record.acquired);
     match release_all(&task.node, &mut acquired).await {
-        Ok(()) => task.record.phase = Phase::Stopped,
+        Ok(()) => {
+            task.record.addresses.clear();
+            task.record.phase = Phase::Stopped;
+        }
         Err(error) => {
             tracing::warn!(pod = %task.record.id, error = crate::error::chain(&error), "something of a sandbox from before the restart stays until it is removed");
         }

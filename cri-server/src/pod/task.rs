@@ -122,6 +122,8 @@ pub(crate) struct Task {
     removing: Vec<Reply<()>>,
     /// A release runs right now.
     pub(super) releasing: bool,
+    /// A removal that an earlier daemon had begun goes on without anybody asking.
+    resume_removal: bool,
 }
 
 /// Starts the task of a pod. Its first view is there when this returns.
@@ -150,6 +152,7 @@ pub(crate) fn spawn(node: Arc<Node>, index: Index, beginning: Beginning) -> Pod 
         stopping: Vec::new(),
         removing: Vec::new(),
         releasing: false,
+        resume_removal: false,
     };
     tokio::spawn(task.run(inbox, matches!(beginning, Beginning::Recover(_))));
     Pod { id, commands, view }
@@ -161,6 +164,7 @@ impl Task {
             recovery::observe(&mut self).await;
             self.publish();
             if matches!(self.record.phase, Phase::Removing) {
+                self.resume_removal = true;
                 self.try_remove().await;
             }
         } else {
@@ -247,6 +251,22 @@ impl Task {
             && let Err(error) = self.write(slot.record.clone()).await
         {
             tracing::error!(%container, error = crate::error::chain(error.as_ref()), "cannot record a container's state");
+        }
+    }
+
+    /// Brings every record up to its container's state.
+    pub(super) async fn persist_containers(&mut self) {
+        let mut changed = Vec::new();
+        for (id, slot) in &mut self.containers {
+            if let Some(phase) = slot.phase()
+                && phase != slot.record.phase
+            {
+                slot.record.phase = phase;
+                changed.push(id.clone());
+            }
+        }
+        for id in changed {
+            self.persist_container(&id).await;
         }
     }
 
@@ -384,6 +404,8 @@ impl Task {
                 self.monitor = None;
                 self.record.monitor = None;
                 self.record.init = None;
+                // Given back: another pod may have them by now.
+                self.record.addresses.clear();
                 self.record.phase = Phase::Stopped;
                 self.persist().await
             }
@@ -406,8 +428,7 @@ impl Task {
     /// Removes a stopped sandbox once its containers have gone.
     pub(super) async fn try_remove(&mut self) {
         let stopped = matches!(self.record.phase, Phase::Stopped | Phase::Removing);
-        let recovering = matches!(self.record.phase, Phase::Removing);
-        if !stopped || (self.removing.is_empty() && !recovering) {
+        if !stopped || (self.removing.is_empty() && !self.resume_removal) {
             return;
         }
         if self.record.phase != Phase::Removing {
@@ -460,7 +481,10 @@ impl Task {
             .values_mut()
             .find(|slot| slot.record.config.0.metadata == config.metadata && slot.state != State::Removed);
         if let Some(slot) = same {
-            if slot.record.config.0 == config && slot.state == State::Creating {
+            if matches!(slot.state, State::Removing { .. }) {
+                // Its name is free in a moment.
+                slot.queued.push_back(Command::Create { config: Box::new(config), reply });
+            } else if slot.record.config.0 == config && slot.state == State::Creating {
                 slot.creating.push(reply);
             } else if slot.record.config.0 == config && slot.state == State::Created {
                 let _ = reply.send(Ok(slot.record.id.clone()));
@@ -561,12 +585,10 @@ impl Task {
         };
         let before = std::mem::replace(&mut slot.state, next);
         let changed = before != slot.state;
-        match (&slot.state, &event) {
-            (State::Running, Event::StartDone) => slot.record.started_at = now(),
-            // It ended before the runtime's start had answered: it did run.
-            (State::Exited(exit), Event::Exited(_)) if before == State::Starting => {
-                slot.record.started_at = exit.at;
-            }
+        match &event {
+            // With the intent, so that it is durable with it and stays what it was after a recovery.
+            Event::Start => slot.record.started_at = now(),
+            Event::StartFailed(_) => slot.record.started_at = 0,
             _ => {}
         }
         let durable = slot.phase().filter(|phase| *phase != slot.record.phase);
@@ -624,10 +646,10 @@ impl Task {
                     waiting.1 = std::mem::take(&mut slot.starting);
                 }
                 waiting.2 = std::mem::take(&mut slot.stopping);
-                if !matches!(before, State::Removing { .. }) {
-                    kind = Some(cri::ContainerEventType::ContainerStoppedEvent);
-                } else {
+                if matches!(before, State::Removing { .. }) {
                     waiting.3 = std::mem::take(&mut slot.removing);
+                } else {
+                    kind = Some(cri::ContainerEventType::ContainerStoppedEvent);
                 }
             }
             State::Removing { .. } => {
@@ -669,6 +691,11 @@ impl Task {
         answer(&mut waiting.3, &outcome);
         if let Some(kind) = kind {
             self.announce(Some(container), kind);
+        }
+        if let (Event::RemoveFailed { .. }, Err(failure)) = (event, &outcome) {
+            // Nobody is left to try it for, until somebody asks again.
+            self.resume_removal = false;
+            answer(&mut self.removing, &Err(failure.clone()));
         }
         for command in queued {
             Box::pin(self.handle(command)).await;

@@ -14,8 +14,9 @@ pub(super) async fn stop_container(
 ) -> Result<cri::StopContainerResponse, Status> {
     match pods.find_container(&request.container_id) {
         Ok((pod, container)) => {
-            // A negative grace period means what 0 means.
-            let grace = Duration::from_secs(u64::try_from(request.timeout).unwrap_or_default());
+            let seconds = u64::try_from(request.timeout)
+                .map_err(|_| PodError::invalid("timeout", "must not be negative (0 means at once)"))?;
+            let grace = Duration::from_secs(seconds);
             // Longer than a year is a mistake of units, and more than a timer can hold.
             let grace = grace.min(Duration::from_secs(365 * 24 * 3600));
             pod.stop_container(container.record.id.clone(), grace)
