@@ -31,9 +31,10 @@ lint: packages
 test: deps build images
 	tests/scripts/test
 
-# The conformance suite alone; ARGUMENTS go to it, e.g. ARGUMENTS="--focus Streaming --parallel 4".
+# The conformance suite alone with HANDLER=runc or crun; ARGUMENTS go to it: ARGUMENTS="--focus Streaming --parallel 4".
+HANDLER := runc
 critest: deps images
-	$(CRITEST) sandbox -- $(CRITEST) run --expected critest/expected/runc.txt $(ARGUMENTS)
+	$(CRITEST) sandbox -- $(CRITEST) run --handler $(HANDLER) --expected critest/expected/$(HANDLER).txt $(ARGUMENTS)
 
 # Pulls an image through a mirror and runs a pod with it, showing every step.
 demo: build
