@@ -58,7 +58,7 @@ async fn of_pods_is_checked(f: &mut Fixture) -> Result<()> {
                 ..Default::default()
             });
         }),
-        ("sysctls", |c| {
+        ("sysctl", |c| {
             c.linux.get_or_insert_default().sysctls =
                 [("../../etc/passwd".to_owned(), "1".to_owned())].into();
         }),
