@@ -4,7 +4,6 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use podvisor_network::namespace::NamespaceError;
 use tonic::{Code, Status};
 
 use crate::monitor::MonitorError;
@@ -94,18 +93,8 @@ impl PodError {
             },
             PodError::Monitor(error) => error.code(),
             PodError::WillNotDie { .. } => Code::DeadlineExceeded,
-            PodError::Namespaces(error) => match error {
-                NamespaceError::HostNameTooLong { .. } | NamespaceError::SysctlRefused { .. } => {
-                    Code::InvalidArgument
-                }
-                NamespaceError::Sysctl { source, .. }
-                    if matches!(source.kind(), ErrorKind::InvalidInput | ErrorKind::NotFound) =>
-                {
-                    Code::InvalidArgument
-                }
-                _ => Code::Internal,
-            },
             PodError::Network(_)
+            | PodError::Namespaces(_)
             | PodError::Record(_)
             | PodError::Release(_)
             | PodError::Cgroup(_)

@@ -102,7 +102,10 @@ impl Pool {
             // Waits for the process to be gone.
             let removed = tokio::task::spawn_blocking(move || leaf.remove()).await;
             if let Ok(Err(error)) = removed {
-                tracing::debug!(error = crate::error::chain(&error), "a monitor's cgroup stays until the next start");
+                tracing::debug!(
+                    error = crate::error::chain(&error),
+                    "a monitor's cgroup stays until the next start"
+                );
             }
         }
         for directory in self.parent.directories() {

@@ -76,8 +76,11 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
     let id = ContainerId::random();
     let parent = cgroup_parent(&pod.config.0);
     let bundle = node.bundle(&id);
+    let cgroup = node.driver.container_cgroup(&parent, id.as_str());
     let acquired = vec![
         Acquisition::Directory(bundle.clone()),
+        // The runtime's to make and remove, but it may be killed in between.
+        Acquisition::Cgroup(cgroup.clone()),
         Acquisition::Directory(volumes(node, pod, &id)),
         Acquisition::Snapshot(id.to_string()),
         Acquisition::Mount(bundle.join("rootfs")),
@@ -86,7 +89,7 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
     let image_ref = image.repo_digests.first().cloned().unwrap_or_else(|| image.id.clone());
     let record = ContainerRecord {
         version: VERSION,
-        cgroup: node.driver.container_cgroup(&parent, id.as_str()),
+        cgroup,
         id,
         config: Wire(config),
         phase: ContainerPhase::Creating,
@@ -465,8 +468,9 @@ fn copy_inside(rootfs: &Path, wanted: &Path, to: &Path) -> std::io::Result<()> {
 /// The signal that stops the container: of the request, else of the image, else SIGTERM.
 fn stop_signal(config: &cri::ContainerConfig, image: &ImageConfiguration) -> Result<i32, PodError> {
     // Values of the CRI's enumeration are not the kernel's numbers; its names are.
-    let asked = cri::Signal::try_from(config.stop_signal)
-        .map_err(|_| PodError::invalid("config.stop_signal", format!("{} is no signal", config.stop_signal)))?;
+    let asked = cri::Signal::try_from(config.stop_signal).map_err(|_| {
+        PodError::invalid("config.stop_signal", format!("{} is no signal", config.stop_signal))
+    })?;
     if asked != cri::Signal::RuntimeDefault {
         return signal_number(asked.as_str_name())
             .ok_or_else(|| PodError::invalid("config.stop_signal", "no such signal on Linux"));

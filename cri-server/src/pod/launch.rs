@@ -289,7 +289,7 @@ async fn connect(
         tokio::task::spawn_blocking(move || namespace::create(&request))
             .await
             .map_err(|_| PodError::TaskGone)?
-            .map_err(PodError::Namespaces)?;
+            .map_err(refused)?;
     }
     for acquisition in &record.acquired {
         if let Acquisition::Network { sandbox, .. } = acquisition {
@@ -297,6 +297,17 @@ async fn connect(
         }
     }
     Ok(None)
+}
+
+/// A request for namespaces that cannot be fulfilled is told by the field it came from.
+fn refused(error: namespace::NamespaceError) -> PodError {
+    use namespace::NamespaceError as E;
+    let field = match &error {
+        E::SysctlRefused { .. } | E::Sysctl { .. } => "config.linux.sysctls",
+        E::HostNameTooLong { .. } | E::HostName { .. } => "config.hostname",
+        _ => return PodError::Namespaces(error),
+    };
+    PodError::invalid(field, crate::error::chain(&error))
 }
 
 /// Takes a monitor from the pool and lets it start the pod's init where the pid namespace is shared.

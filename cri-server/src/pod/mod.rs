@@ -73,21 +73,25 @@ impl Pods {
         requested_handler: String,
     ) -> Result<PodId, Failure> {
         launch::validate(&config)?;
-        let (pod, ours) = self.reserve(config, requested_handler)?;
-        let mut view = pod.view.clone();
-        let outcome = view.wait_for(|view| !matches!(view.status, Status::Creating)).await;
-        let status = match outcome {
-            Ok(view) => view.status.clone(),
-            Err(_) => return Err(Arc::new(PodError::TaskGone)),
-        };
-        match status {
-            Status::Failed(failure) => Err(failure),
-            Status::Ready => Ok(pod.id),
-            _ if ours => Err(Arc::new(PodError::NotReady {
-                id: pod.id.to_string(),
-                why: "it stopped while it was being created".into(),
-            })),
-            _ => Err(Arc::new(taken(&pod))),
+        loop {
+            let (pod, ours) = self.reserve(config.clone(), requested_handler.clone())?;
+            let mut view = pod.view.clone();
+            let outcome = view.wait_for(|view| !matches!(view.status, Status::Creating)).await;
+            let status = match outcome {
+                Ok(view) => view.status.clone(),
+                Err(_) => return Err(Arc::new(PodError::TaskGone)),
+            };
+            return match status {
+                Status::Failed(failure) => Err(failure),
+                Status::Ready => Ok(pod.id),
+                // One that an earlier daemon had begun, rolled back meanwhile: its name is free.
+                Status::Removed if !ours => continue,
+                _ if ours => Err(Arc::new(PodError::NotReady {
+                    id: pod.id.to_string(),
+                    why: "it stopped while it was being created".into(),
+                })),
+                _ => Err(Arc::new(taken(&pod))),
+            };
         }
     }
 
@@ -192,6 +196,15 @@ fn unique<T>(
 impl Pod {
     pub(crate) fn view(&self) -> Arc<PodView> {
         self.view.borrow().clone()
+    }
+
+    /// The view once the pod has been compared with what there is: at once, but for the first moments after a start. Waits within a
+    /// bound; what the monitor is asked then fails by itself.
+    pub(crate) async fn observed(&self) -> Arc<PodView> {
+        const BOUND: Duration = Duration::from_secs(15);
+        let mut view = self.view.clone();
+        let _ = tokio::time::timeout(BOUND, view.wait_for(|view| view.observed)).await;
+        self.view()
     }
 
     async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, Failure> {

@@ -138,6 +138,7 @@ fn read(node: &Node, id: &PodId) -> Found {
     });
     if record.boot_id != node.boot_id && record.phase == Phase::Ready {
         record.phase = Phase::Failed { why: REBOOTED.into() };
+        record.addresses.clear();
     }
     let mut containers = Vec::new();
     for container in node.records.containers(id) {
@@ -431,7 +432,9 @@ async fn after_reboot(task: &mut Task) {
 
 /// The connection to the monitor broke while the daemon lives.
 pub(super) async fn monitor_lost(task: &mut Task) {
-    if task.monitor.is_none()
+    // A monitor that was told to end does so.
+    if task.releasing
+        || task.monitor.is_none()
         || matches!(task.record.phase, Phase::Stopped | Phase::Removing | Phase::Creating)
     {
         return;

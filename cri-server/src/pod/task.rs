@@ -124,6 +124,7 @@ pub(crate) struct Task {
     pub(super) releasing: bool,
     /// A removal that an earlier daemon had begun goes on without anybody asking.
     resume_removal: bool,
+    observed: bool,
 }
 
 /// Starts the task of a pod. Its first view is there when this returns.
@@ -138,6 +139,7 @@ pub(crate) fn spawn(node: Arc<Node>, index: Index, beginning: Beginning) -> Pod 
         status: status.clone(),
         containers: slots.iter().map(|(id, slot)| (id.clone(), slot.view())).collect(),
         monitor: None,
+        observed: matches!(beginning, Beginning::Launch(_)),
     }));
     let id = record.id.clone();
     let task = Task {
@@ -153,6 +155,7 @@ pub(crate) fn spawn(node: Arc<Node>, index: Index, beginning: Beginning) -> Pod 
         removing: Vec::new(),
         releasing: false,
         resume_removal: false,
+        observed: matches!(beginning, Beginning::Launch(_)),
     };
     tokio::spawn(task.run(inbox, matches!(beginning, Beginning::Recover(_))));
     Pod { id, commands, view }
@@ -162,6 +165,7 @@ impl Task {
     async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Command>, recovered: bool) {
         if recovered {
             recovery::observe(&mut self).await;
+            self.observed = true;
             self.publish();
             if matches!(self.record.phase, Phase::Removing) {
                 self.resume_removal = true;
@@ -226,6 +230,7 @@ impl Task {
             status: self.status.clone(),
             containers: self.containers.iter().map(|(id, slot)| (id.clone(), slot.view())).collect(),
             monitor: self.monitor.clone(),
+            observed: self.observed,
         }));
     }
 

@@ -32,6 +32,8 @@ pub(crate) struct PodView {
     pub(crate) containers: BTreeMap<ContainerId, Arc<ContainerView>>,
     /// To the pod's monitor, while there is one.
     pub(crate) monitor: Option<Connection>,
+    /// False only for a pod that an earlier daemon left, until it has been compared with what there is.
+    pub(crate) observed: bool,
 }
 
 /// A container at one moment.

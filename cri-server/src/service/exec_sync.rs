@@ -21,7 +21,7 @@ pub(super) async fn exec_sync(
     node: &Node,
     request: &cri::ExecSyncRequest,
 ) -> Result<cri::ExecSyncResponse, Status> {
-    let (container, monitor) = running(pods, &request.container_id)?;
+    let (container, monitor) = running(pods, &request.container_id).await?;
     let seconds = u64::try_from(request.timeout)
         .map_err(|_| PodError::invalid("timeout", "must not be negative (0 means none)"))?;
     let process = process(node, &container, &request.cmd, false).await?;

@@ -46,14 +46,17 @@ pub(crate) struct Cri {
 }
 
 /// A running container with the way to its monitor.
-fn running(pods: &Pods, id: &str) -> Result<(Arc<ContainerView>, Connection), PodError> {
+async fn running(pods: &Pods, id: &str) -> Result<(Arc<ContainerView>, Connection), PodError> {
     let (pod, container) = pods.find_container(id)?;
+    let view = pod.observed().await;
+    let gone = || PodError::NoSuchContainer(id.to_owned());
+    let container = view.containers.get(&container.record.id).ok_or_else(gone)?;
     if container.cri_state() != cri::ContainerState::ContainerRunning {
         let id = container.record.id.to_string();
         return Err(PodError::NotRunning { id, state: container.state.name() });
     }
-    let monitor = pod.view().monitor.clone().ok_or(MonitorError::Gone)?;
-    Ok((container, monitor))
+    let monitor = view.monitor.clone().ok_or(MonitorError::Gone)?;
+    Ok((container.clone(), monitor))
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -210,11 +213,11 @@ impl RuntimeService for Cri {
     }
 
     async fn exec(&self, request: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
-        streams::exec(&self.pods, &self.streaming, request.into_inner()).map(Response::new)
+        streams::exec(&self.pods, &self.streaming, request.into_inner()).await.map(Response::new)
     }
 
     async fn attach(&self, request: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {
-        streams::attach(&self.pods, &self.streaming, request.get_ref()).map(Response::new)
+        streams::attach(&self.pods, &self.streaming, request.get_ref()).await.map(Response::new)
     }
 
     async fn port_forward(

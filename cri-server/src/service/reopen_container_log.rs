@@ -13,7 +13,7 @@ pub(super) async fn reopen_container_log(
     pods: &Pods,
     request: &cri::ReopenContainerLogRequest,
 ) -> Result<cri::ReopenContainerLogResponse, Status> {
-    let (container, monitor) = running(pods, &request.container_id)?;
+    let (container, monitor) = running(pods, &request.container_id).await?;
     let verb = Verb::ReopenLog(ReopenLog { container_id: container.record.id.to_string() });
     monitor.command(verb).await.map_err(PodError::from)?;
     Ok(cri::ReopenContainerLogResponse {})

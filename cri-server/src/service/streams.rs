@@ -9,12 +9,12 @@ use super::running;
 use crate::error::PodError;
 use crate::pod::Pods;
 
-pub(super) fn exec(
+pub(super) async fn exec(
     pods: &Pods,
     server: &Server,
     request: cri::ExecRequest,
 ) -> Result<cri::ExecResponse, Status> {
-    let (container, _) = running(pods, &request.container_id)?;
+    let (container, _) = running(pods, &request.container_id).await?;
     if request.cmd.is_empty() || request.cmd[0].is_empty() {
         return Err(PodError::invalid("cmd", "must not be empty").into());
     }
@@ -30,12 +30,12 @@ pub(super) fn exec(
     Ok(cri::ExecResponse { url })
 }
 
-pub(super) fn attach(
+pub(super) async fn attach(
     pods: &Pods,
     server: &Server,
     request: &cri::AttachRequest,
 ) -> Result<cri::AttachResponse, Status> {
-    let (container, _) = running(pods, &request.container_id)?;
+    let (container, _) = running(pods, &request.container_id).await?;
     some_stream(request.stdin, request.stdout, request.stderr, request.tty)?;
     let url = server.offer(Session::Attach {
         container: container.record.id.to_string(),
