@@ -201,7 +201,7 @@ fn input_key() -> Result<String> {
         let mut bytes = Vec::new();
         fs::File::open(&input)
             .and_then(|mut file| file.read_to_end(&mut bytes))
-            .with_context(|| format!("reading {} (`make deps` makes it)", input.display()))?;
+            .with_context(|| format!("reading {} (`make images` makes it)", input.display()))?;
         hash.update(Sha256::digest(&bytes));
     }
     Ok(hex::encode(hash.finalize()))

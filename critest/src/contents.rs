@@ -44,7 +44,7 @@ fn contents_dir() -> PathBuf {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).with_context(|| format!("reading {} (`make deps` makes it)", path.display()))
+    fs::read(path).with_context(|| format!("reading {} (`make images` makes it)", path.display()))
 }
 
 /// The whole of a small Linux root around one busybox with every applet as a hard link.
@@ -170,7 +170,7 @@ fn with_program(files: Files, source: &str, target: &str, by_name: &[&str]) -> R
         .args(["--library-path", &search, "--list"])
         .arg(&program)
         .output()
-        .with_context(|| format!("running {} (`make deps` makes it)", loader.display()))?;
+        .with_context(|| format!("running {} (`make images` makes it)", loader.display()))?;
     if !output.status.success() {
         bail!(
             "{} lacks libraries: {}",

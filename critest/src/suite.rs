@@ -47,7 +47,7 @@ impl Options {
 pub fn run(socket: &Path, options: &Options) -> Result<Outcomes> {
     let program = tools_dir().join("critest");
     if !program.exists() {
-        bail!("{} is missing (`make deps` builds it)", program.display());
+        bail!("{} is missing (`make images` builds it)", program.display());
     }
     // The suite and ginkgo leave files behind in the directory for temporary files.
     let directory = tempfile::Builder::new().prefix("critest.").tempdir().context("making a directory")?;
