@@ -96,22 +96,29 @@ impl Subtree {
         Ok(())
     }
 
-    /// With cgroup v2 alone: moves PID 1 out of the way and hands every controller to the children of what is now the
-    /// root. To be called where the hierarchies are mounted anew.
-    pub(super) fn delegate(&self) -> Result<()> {
+    /// With cgroup v2 alone: moves this process, which has made the subtree its namespace's root, into a leaf, because
+    /// a cgroup that holds processes cannot hand controllers to its children.
+    pub(super) fn step_aside(&self) -> Result<()> {
         if !self.hierarchies.iter().all(Hierarchy::is_v2) {
             return Ok(());
         }
-        let root = Path::new(MOUNT_POINT);
-        let own = root.join("sandbox");
-        fs::create_dir(&own).context("making a cgroup for the sandbox's own processes")?;
-        let processes =
-            fs::read_to_string(root.join("cgroup.procs")).context("reading the sandbox's processes")?;
-        for pid in processes.lines() {
-            fs::write(own.join("cgroup.procs"), pid)
-                .with_context(|| format!("moving process {pid} into a cgroup of its own"))?;
+        for hierarchy in &self.hierarchies {
+            let leaf = hierarchy.directory.join("sandbox");
+            fs::create_dir(&leaf).with_context(|| format!("making the cgroup {}", leaf.display()))?;
+            fs::write(leaf.join("cgroup.procs"), "0")
+                .with_context(|| format!("joining the cgroup {}", leaf.display()))?;
         }
-        delegate_all(root)
+        Ok(())
+    }
+
+    /// With cgroup v2 alone: hands every controller to the children of what is now the root. To be called where the
+    /// hierarchies are mounted anew.
+    pub(super) fn delegate(&self) -> Result<()> {
+        if self.hierarchies.iter().all(Hierarchy::is_v2) {
+            delegate_all(Path::new(MOUNT_POINT))
+        } else {
+            Ok(())
+        }
     }
 
     /// Removes the directories, deepest first, waiting for processes that are still going away.

@@ -132,8 +132,10 @@ fn end_with_the_front(inside: &Child) -> Result<()> {
 
 fn enter(program_arguments: &[&str], command: &[OsString]) -> Result<i32> {
     set_parent_process_death_signal(Some(Signal::KILL)).context("tying the sandbox to its keeper")?;
-    Subtree::from_variable()?.join()?;
+    let subtree = Subtree::from_variable()?;
+    subtree.join()?;
     namespaces::unshare_all()?;
+    subtree.step_aside()?;
     let status =
         next(program_arguments, Stage::Init, command)?.status().context("starting the sandbox's PID 1")?;
     Ok(code(status))
