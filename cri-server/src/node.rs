@@ -218,7 +218,6 @@ fn handler_features(program: &Path) -> cri::RuntimeHandlerFeatures {
         recursive_read_only_mounts: options.iter().any(|option| option == "rro"),
         // Not before pods can have a user namespace at all.
         user_namespaces: false,
-        ..Default::default()
     }
 }
 

@@ -214,9 +214,8 @@ pub(crate) async fn build(
         stdin_once: config.stdin_once,
         log_path: record.log_path.clone(),
     });
-    let started = match monitor.call(verb).await? {
-        Answer::Started(started) => started,
-        _ => return Err(MonitorError::Confused { verb: "create container" }.into()),
+    let Answer::Started(started) = monitor.call(verb).await? else {
+        return Err(MonitorError::Confused { verb: "create container" }.into());
     };
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
     Ok(Built {
@@ -600,7 +599,7 @@ impl Dismantling {
                     tracing::warn!(container = %self.id, %error, "the runtime cannot be called");
                 }
                 Err(_) => {
-                    tracing::warn!(container = %self.id, "the runtime hangs while deleting a container")
+                    tracing::warn!(container = %self.id, "the runtime hangs while deleting a container");
                 }
             }
         }

@@ -468,7 +468,6 @@ fn namespace_request(id: &PodId, config: &cri::PodSandboxConfig) -> namespace::R
         ipc: own(options.ipc),
         uts: own(options.network).then(|| hostname(config)),
         sysctls: sysctls.into_iter().collect::<BTreeMap<_, _>>(),
-        ..Default::default()
     }
 }
 
@@ -570,7 +569,8 @@ mod tests {
 
     #[test]
     fn a_bad_field_is_named() {
-        let broken: [(&str, fn(&mut cri::PodSandboxConfig)); 7] = [
+        type Break = fn(&mut cri::PodSandboxConfig);
+        let broken: [(&str, Break); 7] = [
             ("config.metadata", |c| c.metadata = None),
             ("config.metadata.name", |c| c.metadata.as_mut().unwrap().name.clear()),
             ("config.hostname", |c| c.hostname = "x".repeat(65)),

@@ -14,6 +14,8 @@
 //! | `record.rs` | what survives |
 //! | `acquired.rs` | what is held on the host, as data, and how it is given back |
 //! | `task.rs` | one task per pod does everything in order |
+//! | `steps.rs` | how containers move from state to state |
+//! | `slot.rs` | a container as the task holds it |
 //! | `launch.rs` | how a sandbox is made |
 //! | `build.rs` | how a container is made |
 //! | `recovery.rs` | records × what is observed → what to do |
@@ -30,6 +32,7 @@ pub(crate) mod record;
 pub(crate) mod recovery;
 pub(crate) mod slot;
 pub(crate) mod state;
+mod steps;
 pub(crate) mod task;
 pub(crate) mod view;
 
@@ -117,7 +120,8 @@ impl Pods {
             return Err(Arc::new(taken(pod)));
         }
         let record = launch::plan(&self.node, config, requested_handler, handler)?;
-        let pod = task::spawn(self.node.clone(), self.index.clone(), task::Beginning::Launch(record));
+        let pod =
+            task::spawn(self.node.clone(), self.index.clone(), task::Beginning::Launch(Box::new(record)));
         index.insert(pod.id.clone(), pod.clone());
         Ok((pod, true))
     }

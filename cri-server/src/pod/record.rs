@@ -351,7 +351,7 @@ mod tests {
         let record = container();
         records.write_container(&pod, &record).unwrap();
         assert_eq!(records.read_container(&pod, &record.id).unwrap(), record);
-        assert_eq!(records.containers(&pod), [record.id.clone()]);
+        assert_eq!(records.containers(&pod), std::slice::from_ref(&record.id));
         records.remove_container(&pod, &record.id).unwrap();
         records.remove_container(&pod, &record.id).unwrap();
         assert!(records.containers(&pod).is_empty());

@@ -329,39 +329,27 @@ async fn compare(task: &mut Task, processes: &[wire::Process]) {
         if !slot.state.may_run() || slot.state == State::Creating {
             continue;
         }
-        match by_id.get(id.as_str()) {
-            Some(found) => {
-                slot.record.process = Some(ProcessIdentity { pid: found.pid, start_time: found.start_time });
-                match found.state() {
-                    ProcessState::Running => {
-                        if slot.record.started_at == 0 {
-                            slot.record.started_at = now();
-                        }
-                        slot.state = State::Running;
-                    }
-                    // A start that was recorded but did not happen: kubelet asks again.
-                    ProcessState::Created => slot.state = State::Created,
-                    ProcessState::Exited => {
-                        let exit = found.exit.unwrap_or_default();
-                        let exit = exit_of(exit.code, exit.finished_at, exit.oom_killed);
-                        if slot.record.started_at == 0 && slot.state == State::Running {
-                            slot.record.started_at = exit.at;
-                        }
-                        task.advance(&id, Event::Exited(exit), None).await;
-                    }
-                    ProcessState::Creating | ProcessState::Unspecified => {
-                        slot.state =
-                            State::Unknown { why: "the OCI runtime has not finished with it".into() };
-                    }
-                }
-            }
-            None => {
-                let exit = task
-                    .node
-                    .records
-                    .read_exit(&task.record.id, id.as_str())
-                    .unwrap_or_else(|| lost("the pod's monitor does not know it any more"));
+        let Some(found) = by_id.get(id.as_str()) else {
+            let exit = task
+                .node
+                .records
+                .read_exit(&task.record.id, id.as_str())
+                .unwrap_or_else(|| lost("the pod's monitor does not know it any more"));
+            task.advance(&id, Event::Exited(exit), None).await;
+            continue;
+        };
+        slot.record.process = Some(ProcessIdentity { pid: found.pid, start_time: found.start_time });
+        match found.state() {
+            ProcessState::Running => slot.state = State::Running,
+            // A start that was recorded but did not happen: kubelet asks again.
+            ProcessState::Created => slot.state = State::Created,
+            ProcessState::Exited => {
+                let exit = found.exit.unwrap_or_default();
+                let exit = exit_of(exit.code, exit.finished_at, exit.oom_killed);
                 task.advance(&id, Event::Exited(exit), None).await;
+            }
+            ProcessState::Creating | ProcessState::Unspecified => {
+                slot.state = State::Unknown { why: "the OCI runtime has not finished with it".into() };
             }
         }
     }

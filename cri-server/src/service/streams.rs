@@ -18,7 +18,8 @@ pub(super) async fn exec(
     if request.cmd.is_empty() || request.cmd[0].is_empty() {
         return Err(PodError::invalid("cmd", "must not be empty").into());
     }
-    some_stream(request.stdin, request.stdout, request.stderr, request.tty)?;
+    some_stream(request.stdin, request.stdout, request.stderr)?;
+    one_output(request.tty, request.stderr)?;
     let url = server.offer(Session::Exec {
         container: container.record.id.to_string(),
         command: request.cmd,
@@ -36,7 +37,8 @@ pub(super) async fn attach(
     request: &cri::AttachRequest,
 ) -> Result<cri::AttachResponse, Status> {
     let (container, _) = running(pods, &request.container_id).await?;
-    some_stream(request.stdin, request.stdout, request.stderr, request.tty)?;
+    some_stream(request.stdin, request.stdout, request.stderr)?;
+    one_output(request.tty, request.stderr)?;
     let url = server.offer(Session::Attach {
         container: container.record.id.to_string(),
         tty: request.tty,
@@ -48,15 +50,19 @@ pub(super) async fn attach(
 }
 
 /// As the comments of the CRI's requests demand.
-fn some_stream(stdin: bool, stdout: bool, stderr: bool, tty: bool) -> Result<(), PodError> {
-    if tty && stderr {
-        return Err(PodError::invalid("stderr", "cannot be given with tty: a terminal has one output"));
-    }
+fn some_stream(stdin: bool, stdout: bool, stderr: bool) -> Result<(), PodError> {
     if stdin || stdout || stderr {
         Ok(())
     } else {
         Err(PodError::invalid("stdin, stdout, stderr", "one of them must be given"))
     }
+}
+
+fn one_output(tty: bool, stderr: bool) -> Result<(), PodError> {
+    if tty && stderr {
+        return Err(PodError::invalid("stderr", "cannot be given with tty: a terminal has one output"));
+    }
+    Ok(())
 }
 
 pub(super) fn port_forward(

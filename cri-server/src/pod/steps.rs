@@ -1,0 +1,396 @@
+//! How the containers of a pod move: requests and news become steps of the state machine, steps become records, effects and answers.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use podvisor_proto::cri;
+use podvisor_proto::monitor as wire;
+use podvisor_proto::monitor::request::Verb;
+use tokio::sync::oneshot;
+
+use super::build::{self, Built};
+use super::record::{ContainerPhase, Phase};
+use super::slot::{Slot, answer};
+use super::state::{Denied, Effect, Event, Exit, State, step};
+use super::task::{Command, Reply, Task};
+use super::view::Status;
+use crate::error::{Failure, PodError};
+use crate::id::ContainerId;
+use crate::monitor::Connection;
+use crate::node::now;
+
+/// After SIGKILL a process is gone at once, unless it hangs in the kernel.
+const UNKILLABLE: Duration = Duration::from_secs(15);
+
+impl Task {
+    pub(super) async fn create(&mut self, config: cri::ContainerConfig, reply: Reply<ContainerId>) {
+        if !matches!(self.status, Status::Ready) || !self.stopping.is_empty() || !self.removing.is_empty() {
+            let why = match &self.record.phase {
+                Phase::Failed { why } => why.clone(),
+                _ => "it is stopped or being stopped".into(),
+            };
+            let _ = reply.send(Err(Arc::new(PodError::NotReady { id: self.record.id.to_string(), why })));
+            return;
+        }
+        let same = self
+            .containers
+            .values_mut()
+            .find(|slot| slot.record.config.0.metadata == config.metadata && slot.state != State::Removed);
+        if let Some(slot) = same {
+            if matches!(slot.state, State::Removing { .. }) {
+                // Its name is free in a moment.
+                slot.queued.push_back(Command::Create { config: Box::new(config), reply });
+            } else if slot.record.config.0 == config && slot.state == State::Creating {
+                slot.creating.push(reply);
+            } else if slot.record.config.0 == config && slot.state == State::Created {
+                let _ = reply.send(Ok(slot.record.id.clone()));
+            } else {
+                let _ = reply.send(Err(Arc::new(PodError::NameTaken {
+                    what: "container",
+                    name: config.metadata.unwrap_or_default().name,
+                    id: slot.record.id.to_string(),
+                })));
+            }
+            return;
+        }
+        let mut plan = match build::plan(&self.node, &self.record, config) {
+            Ok(plan) => plan,
+            Err(error) => {
+                let _ = reply.send(Err(Arc::new(error)));
+                return;
+            }
+        };
+        plan.target = build::target_process(&plan.record.config.0, &self.containers);
+        if let Err(failure) = self.write(plan.record.clone()).await {
+            let _ = reply.send(Err(failure));
+            return;
+        }
+        let container = plan.record.id.clone();
+        let mut slot = Slot::new(plan.record.clone(), State::Creating);
+        slot.creating.push(reply);
+        self.containers.insert(container.clone(), slot);
+        self.publish();
+        let (node, mailbox, pod, monitor) =
+            (self.node.clone(), self.mailbox.clone(), self.record.clone(), self.monitor.clone());
+        tokio::spawn(async move {
+            let built = build::build(&node, &pod, plan, monitor).await.map(Box::new).map_err(Arc::new);
+            let _ = mailbox.send(Command::Built { container, built });
+        });
+    }
+
+    pub(super) async fn built(&mut self, container: ContainerId, built: Result<Box<Built>, Failure>) {
+        let Some(slot) = self.containers.get_mut(&container) else { return };
+        match built {
+            Ok(built) => {
+                built.apply(&mut slot.record);
+                self.advance(&container, Event::CreateDone, None).await;
+            }
+            Err(failure) => self.advance(&container, Event::CreateFailed, Some(failure)).await,
+        }
+    }
+
+    /// A request from outside: done now, kept for later, or refused.
+    pub(super) async fn request(&mut self, container: ContainerId, event: Event, reply: Reply<()>) {
+        let Some(slot) = self.containers.get_mut(&container) else {
+            // Stop and remove of what is not there any more is success, start is not.
+            let gone = match event {
+                Event::Start => Err(Arc::new(PodError::NoSuchContainer(container.to_string()))),
+                _ => Ok(()),
+            };
+            let _ = reply.send(gone);
+            return;
+        };
+        match step(&slot.state, event.clone()) {
+            Err(Denied::Later) => {
+                if matches!((&slot.state, &event), (State::Removing { .. }, Event::Remove)) {
+                    slot.removing.push(reply);
+                } else if slot.state == State::Starting && event == Event::Start {
+                    slot.starting.push(reply);
+                } else {
+                    slot.queued.push_back(match event {
+                        Event::Start => Command::Start { container, reply },
+                        Event::Stop { grace } => Command::Stop { container, grace, reply },
+                        _ => Command::Remove { container, reply },
+                    });
+                }
+            }
+            Err(denied) => {
+                let id = container.to_string();
+                let _ = reply.send(Err(Arc::new(PodError::Denied { id, source: denied })));
+            }
+            Ok(_) => {
+                match &event {
+                    Event::Start => slot.starting.push(reply),
+                    Event::Stop { .. } => slot.stopping.push(reply),
+                    _ => slot.removing.push(reply),
+                }
+                self.advance(&container, event, None).await;
+            }
+        }
+    }
+
+    /// Moves a container one step: state, record, effects, answers.
+    pub(super) async fn advance(&mut self, container: &ContainerId, event: Event, failure: Option<Failure>) {
+        let Some(slot) = self.containers.get_mut(container) else { return };
+        let (next, effects) = match step(&slot.state, event.clone()) {
+            Ok(done) => done,
+            Err(denied) => {
+                tracing::debug!(%container, state = slot.state.name(), ?denied, "an event came to nothing");
+                return;
+            }
+        };
+        let before = std::mem::replace(&mut slot.state, next);
+        let changed = before != slot.state;
+        match &event {
+            // With the intent, so that it is durable with it and stays what it was after a recovery.
+            Event::Start => slot.record.started_at = now(),
+            Event::StartFailed(_) => slot.record.started_at = 0,
+            _ => {}
+        }
+        let durable = slot.phase().filter(|phase| *phase != slot.record.phase);
+        if let Some(phase) = durable {
+            slot.record.phase = phase;
+            let record = slot.record.clone();
+            if let Err(error) = self.write(record).await {
+                if event == Event::Start {
+                    let exit = failed_start(&error);
+                    return Box::pin(self.advance(container, Event::StartFailed(exit), Some(error))).await;
+                }
+                tracing::error!(%container, error = crate::error::chain(error.as_ref()), "cannot record a container's state");
+            }
+        }
+        for effect in effects {
+            self.perform(container, effect);
+        }
+        if changed {
+            self.settle(container, &before, &event, failure).await;
+        } else if let Some(slot) = self.containers.get_mut(container)
+            && matches!(slot.state, State::Exited(_))
+        {
+            answer(&mut slot.stopping, &Ok(()));
+            answer(&mut slot.starting, &Ok(()));
+        }
+    }
+
+    /// After a change of state: publish, answer, announce, and what was waiting for it.
+    async fn settle(
+        &mut self,
+        container: &ContainerId,
+        before: &State,
+        event: &Event,
+        failure: Option<Failure>,
+    ) {
+        let Some(slot) = self.containers.get_mut(container) else { return };
+        let mut kind = None;
+        let mut waiting = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut outcome = Ok(());
+        match &slot.state {
+            State::Created => {
+                waiting.0 = std::mem::take(&mut slot.creating);
+                kind = Some(cri::ContainerEventType::ContainerCreatedEvent);
+            }
+            State::Running => {
+                waiting.1 = std::mem::take(&mut slot.starting);
+                kind = Some(cri::ContainerEventType::ContainerStartedEvent);
+            }
+            State::Exited(_) => {
+                if let Some(failure) = failure.clone() {
+                    outcome = Err(failure);
+                }
+                // The exit of a container whose start is still in flight: its answer comes with the start's.
+                if matches!(event, Event::StartFailed(_)) || !matches!(before, State::Starting) {
+                    waiting.1 = std::mem::take(&mut slot.starting);
+                }
+                waiting.2 = std::mem::take(&mut slot.stopping);
+                if matches!(before, State::Removing { .. }) {
+                    waiting.3 = std::mem::take(&mut slot.removing);
+                } else {
+                    kind = Some(cri::ContainerEventType::ContainerStoppedEvent);
+                }
+            }
+            State::Removing { .. } => {
+                // An unfinished creation is told about only when it has been undone.
+                waiting.2 = std::mem::take(&mut slot.stopping);
+                if let Some(failure) = failure {
+                    for reply in slot.creating.drain(..) {
+                        let failure = failure.clone();
+                        slot.removing.push(after_undo(reply, failure));
+                    }
+                }
+            }
+            State::Removed => {
+                waiting.3 = std::mem::take(&mut slot.removing);
+                if slot.record.phase != ContainerPhase::Creating {
+                    kind = Some(cri::ContainerEventType::ContainerDeletedEvent);
+                }
+            }
+            State::Unknown { .. } => {
+                if let Some(failure) = failure {
+                    outcome = Err(failure);
+                }
+                waiting.3 = std::mem::take(&mut slot.removing);
+            }
+            State::Creating | State::Starting | State::Stopping { .. } => {}
+        }
+        let queued = match &slot.state {
+            State::Creating | State::Starting | State::Removing { .. } => VecDeque::new(),
+            _ => std::mem::take(&mut slot.queued),
+        };
+        let removed = slot.state == State::Removed;
+        if removed {
+            self.containers.remove(container);
+        }
+        self.publish();
+        answer(&mut waiting.0, &Ok(container.clone()));
+        answer(&mut waiting.1, &outcome);
+        answer(&mut waiting.2, &Ok(()));
+        answer(&mut waiting.3, &outcome);
+        if let Some(kind) = kind {
+            self.announce(Some(container), kind);
+        }
+        if let (Event::RemoveFailed { .. }, Err(failure)) = (event, &outcome) {
+            // Nobody is left to try it for, until somebody asks again.
+            self.resume_removal = false;
+            answer(&mut self.removing, &Err(failure.clone()));
+        }
+        for command in queued {
+            Box::pin(self.handle(command)).await;
+        }
+        Box::pin(self.try_release()).await;
+    }
+
+    /// Starts an effect; its outcome comes back as a command.
+    fn perform(&mut self, container: &ContainerId, effect: Effect) {
+        let Some(slot) = self.containers.get_mut(container) else { return };
+        let (mailbox, monitor, container) = (self.mailbox.clone(), self.monitor.clone(), container.clone());
+        let id = container.to_string();
+        match effect {
+            Effect::Start => {
+                tokio::spawn(async move {
+                    let started = match monitor {
+                        Some(monitor) => {
+                            let verb = Verb::StartContainer(wire::StartContainer { container_id: id });
+                            monitor.command(verb).await.map_err(PodError::from)
+                        }
+                        None => Err(PodError::from(crate::monitor::MonitorError::Gone)),
+                    };
+                    let (event, failure) = match started.map_err(Arc::new) {
+                        Ok(()) => (Event::StartDone, None),
+                        Err(failure) => (Event::StartFailed(failed_start(&failure)), Some(failure)),
+                    };
+                    let _ = mailbox.send(Command::Step { container, event, failure });
+                });
+            }
+            Effect::Signal => {
+                let signal = slot.record.stop_signal;
+                tokio::spawn(async move { send_signal(monitor, id, signal, false).await });
+            }
+            Effect::Arm(grace) => {
+                slot.deadline += 1;
+                let number = slot.deadline;
+                tokio::spawn(async move {
+                    tokio::time::sleep(grace).await;
+                    let _ = mailbox.send(Command::Deadline { container, number });
+                });
+            }
+            Effect::Kill => {
+                slot.deadline += 1;
+                tokio::spawn(async move {
+                    send_signal(monitor, id, 9, true).await;
+                    tokio::time::sleep(UNKILLABLE).await;
+                    let _ = mailbox.send(Command::Unkillable { container });
+                });
+            }
+            Effect::Delete => {
+                let dismantling = build::Dismantling::of(&self.record, &slot.record);
+                let node = self.node.clone();
+                tokio::spawn(async move {
+                    let (event, failure) = match dismantling.run(&node, monitor).await {
+                        Ok(()) => (Event::Removed, None),
+                        Err(failure) => {
+                            let why = crate::error::chain(&failure);
+                            (Event::RemoveFailed { why }, Some(Arc::new(failure)))
+                        }
+                    };
+                    let _ = mailbox.send(Command::Step { container, event, failure });
+                });
+            }
+        }
+    }
+
+    pub(super) fn unkillable(&mut self, container: &ContainerId) {
+        let Some(slot) = self.containers.get_mut(container) else { return };
+        if !matches!(slot.state, State::Stopping { killed: true }) {
+            return;
+        }
+        let failure: Failure =
+            Arc::new(PodError::WillNotDie { id: container.to_string(), seconds: UNKILLABLE.as_secs() });
+        answer(&mut slot.stopping, &Err(failure.clone()));
+        answer(&mut self.stopping, &Err(failure.clone()));
+        answer(&mut self.removing, &Err(failure));
+    }
+
+    pub(super) fn update(
+        &mut self,
+        container: ContainerId,
+        resources: cri::LinuxContainerResources,
+        reply: Reply<()>,
+    ) {
+        let Some(slot) = self.containers.get(&container) else {
+            let _ = reply.send(Err(Arc::new(PodError::NoSuchContainer(container.to_string()))));
+            return;
+        };
+        let merged = match build::merge_resources(&self.node, &slot.record, &resources) {
+            Ok(merged) => merged,
+            Err(error) => {
+                let _ = reply.send(Err(Arc::new(error)));
+                return;
+            }
+        };
+        let applies = matches!(slot.state, State::Created | State::Running | State::Stopping { .. });
+        let (monitor, mailbox) = (self.monitor.clone(), self.mailbox.clone());
+        tokio::spawn(async move {
+            let outcome = match monitor {
+                Some(monitor) if applies => {
+                    let verb = Verb::UpdateContainer(wire::UpdateContainer {
+                        container_id: container.to_string(),
+                        resources: merged.to_string().into_bytes(),
+                    });
+                    monitor.command(verb).await.map_err(|error| Arc::new(PodError::from(error)))
+                }
+                // Nothing runs any more that could be limited.
+                _ => Ok(()),
+            };
+            if outcome.is_ok() {
+                let _ = mailbox.send(Command::Updated { container, resources: merged });
+            }
+            let _ = reply.send(outcome);
+        });
+    }
+}
+
+/// How a container that could not be started ended: containerd's code and reason, which kubelet shows as they are.
+fn failed_start(failure: &Failure) -> Exit {
+    Exit { code: 128, at: now(), reason: "StartError".into(), message: crate::error::chain(failure.as_ref()) }
+}
+
+async fn send_signal(monitor: Option<Connection>, id: String, signal: i32, all: bool) {
+    let Some(monitor) = monitor else { return };
+    let verb = Verb::KillContainer(wire::KillContainer { container_id: id.clone(), signal, all });
+    if let Err(error) = monitor.command(verb).await
+        && !error.is_not_found()
+    {
+        tracing::warn!(container = id, signal, error = crate::error::chain(&error), "cannot send a signal");
+    }
+}
+
+/// Turns the reply of a creation into one that is sent when its undoing is over, with the creation's failure.
+fn after_undo(reply: Reply<ContainerId>, failure: Failure) -> Reply<()> {
+    let (sender, undone) = oneshot::channel();
+    tokio::spawn(async move {
+        let _ = undone.await;
+        let _ = reply.send(Err(failure));
+    });
+    sender
+}
