@@ -100,6 +100,10 @@ pub(crate) fn validate(config: &cri::PodSandboxConfig) -> Result<(), PodError> {
             ));
         }
     }
+    let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    if security.is_some_and(|security| security.run_as_group.is_some() && security.run_as_user.is_none()) {
+        return Err(PodError::invalid("config.linux.security_context.run_as_group", "needs run_as_user"));
+    }
     if let Some(user) = &options.userns_options {
         if user.mode == NamespaceMode::Pod as i32 {
             return Err(PodError::Unsupported(
@@ -285,7 +289,7 @@ async fn connect(
     record: &PodRecord,
 ) -> Result<Option<podvisor_network::Attachment>, PodError> {
     let request = namespace_request(&record.id, &record.config.0);
-    if request.net || request.ipc || request.uts.is_some() {
+    if request.net || request.ipc || request.uts.is_some() || !request.sysctls.is_empty() {
         tokio::task::spawn_blocking(move || namespace::create(&request))
             .await
             .map_err(|_| PodError::TaskGone)?

@@ -342,7 +342,11 @@ async fn compare(task: &mut Task, processes: &[wire::Process]) {
         match found.state() {
             ProcessState::Running => slot.state = State::Running,
             // A start that was recorded but did not happen: kubelet asks again.
-            ProcessState::Created => slot.state = State::Created,
+            ProcessState::Created => {
+                slot.state = State::Created;
+                slot.record.phase = ContainerPhase::Created;
+                slot.record.started_at = 0;
+            }
             ProcessState::Exited => {
                 let exit = found.exit.unwrap_or_default();
                 let exit = exit_of(exit.code, exit.finished_at, exit.oom_killed);
