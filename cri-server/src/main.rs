@@ -8,6 +8,7 @@ mod events;
 mod id;
 mod monitor;
 mod node;
+mod pause_image;
 mod pod;
 mod serve;
 mod service;

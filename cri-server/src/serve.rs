@@ -81,6 +81,7 @@ async fn run(file: Option<PathBuf>, config: Config, level: LogLevel) -> anyhow::
     let mut serving = tokio::spawn(server);
     tracing::info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "podvisor serves");
     notify(&[sd_notify::NotifyState::Ready]);
+    crate::pause_image::keep(node.clone());
     tokio::spawn(reload_on_hangup(file, node.clone(), level));
     tokio::spawn(watchdog());
 
@@ -129,12 +130,6 @@ async fn open(config: Config) -> anyhow::Result<Arc<Node>> {
     })
     .await
     .context("cannot open the image store")?;
-    if !config.image.pause_image.is_empty() {
-        images
-            .pin(std::slice::from_ref(&config.image.pause_image))
-            .await
-            .context("cannot pin the pause image")?;
-    }
     let network = Network::open(podvisor_network::Options {
         mode: match config.network.mode {
             NetworkMode::Cni => Kind::Cni,
@@ -231,6 +226,7 @@ async fn reload_on_hangup(file: Option<PathBuf>, node: Arc<Node>, level: LogLeve
                 let reloading = node.clone();
                 let left = tokio::task::spawn_blocking(move || reloading.reload(config)).await;
                 let left = left.unwrap_or_default();
+                crate::pause_image::keep(node.clone());
                 tracing::info!("took over the changed configuration");
                 if !left.is_empty() {
                     tracing::warn!(keys = left.join(", "), "these changes need a restart");

@@ -105,6 +105,8 @@ impl Pods {
         requested_handler: String,
     ) -> Result<(Pod, bool), Failure> {
         let handler = launch::select_handler(&self.node, &config, &requested_handler)?;
+        // Before the lock that lists need: it looks at files.
+        let record = launch::plan(&self.node, config.clone(), requested_handler.clone(), handler)?;
         let mut index = self.index.write().expect("no panic under this lock");
         let same = index.values().find(|pod| {
             let view = pod.view.borrow();
@@ -119,7 +121,6 @@ impl Pods {
             }
             return Err(Arc::new(taken(pod)));
         }
-        let record = launch::plan(&self.node, config, requested_handler, handler)?;
         let pod =
             task::spawn(self.node.clone(), self.index.clone(), task::Beginning::Launch(Box::new(record)));
         index.insert(pod.id.clone(), pod.clone());

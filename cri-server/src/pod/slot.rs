@@ -3,6 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use tokio::task::AbortHandle;
+
 use super::record::{ContainerPhase, ContainerRecord};
 use super::state::State;
 use super::task::{Command, Reply};
@@ -23,6 +25,8 @@ pub(super) struct Slot {
     pub(super) removing: Vec<Reply<()>>,
     /// Counts deadlines: one that was armed before the last is void.
     pub(super) deadline: u64,
+    /// The running clock of a stop: the grace period, or the patience after SIGKILL.
+    pub(super) timer: Option<AbortHandle>,
 }
 
 impl Slot {
@@ -36,6 +40,14 @@ impl Slot {
             stopping: Vec::new(),
             removing: Vec::new(),
             deadline: 0,
+            timer: None,
+        }
+    }
+
+    /// Replaces the running clock.
+    pub(super) fn set_timer(&mut self, timer: Option<AbortHandle>) {
+        if let Some(before) = std::mem::replace(&mut self.timer, timer) {
+            before.abort();
         }
     }
 

@@ -136,6 +136,10 @@ impl Task {
         let (next, effects) = match step(&slot.state, event.clone()) {
             Ok(done) => done,
             Err(denied) => {
+                if let (Event::StartFailed(_), Some(failure)) = (&event, failure) {
+                    // It ended otherwise meanwhile, e.g. with its monitor; whoever started it still waits.
+                    answer(&mut slot.starting, &Err(failure));
+                }
                 tracing::debug!(%container, state = slot.state.name(), ?denied, "an event came to nothing");
                 return;
             }
@@ -195,6 +199,7 @@ impl Task {
                 kind = Some(cri::ContainerEventType::ContainerStartedEvent);
             }
             State::Exited(_) => {
+                slot.set_timer(None);
                 if let Some(failure) = failure.clone() {
                     outcome = Err(failure);
                 }
@@ -289,18 +294,20 @@ impl Task {
             Effect::Arm(grace) => {
                 slot.deadline += 1;
                 let number = slot.deadline;
-                tokio::spawn(async move {
+                let clock = tokio::spawn(async move {
                     tokio::time::sleep(grace).await;
                     let _ = mailbox.send(Command::Deadline { container, number });
                 });
+                slot.set_timer(Some(clock.abort_handle()));
             }
             Effect::Kill => {
                 slot.deadline += 1;
-                tokio::spawn(async move {
-                    send_signal(monitor, id, 9, true).await;
+                tokio::spawn(send_signal(monitor, id, 9, true));
+                let clock = tokio::spawn(async move {
                     tokio::time::sleep(UNKILLABLE).await;
                     let _ = mailbox.send(Command::Unkillable { container });
                 });
+                slot.set_timer(Some(clock.abort_handle()));
             }
             Effect::Delete => {
                 let dismantling = build::Dismantling::of(&self.record, &slot.record);
