@@ -47,7 +47,8 @@ async fn victim() {
 }
 
 fn start(world: &World, server: &Server) -> Child {
-    Command::new(std::env::current_exe().unwrap())
+    // The file itself may have been built anew meanwhile.
+    Command::new("/proc/self/exe")
         .args(["--exact", "crash::victim", "--ignored", "--nocapture"])
         .env(PLACE, world.path(""))
         .env(REGISTRY, server.address.to_string())

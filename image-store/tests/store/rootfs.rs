@@ -221,7 +221,8 @@ async fn prepared_while_the_image_comes_and_goes() {
             let (store, id) = (store.clone(), pushed.id.clone());
             tokio::spawn(async move {
                 let mut stood = 0;
-                for _ in 0..20 {
+                // The last change pulls the image, so that everybody stands on it in the end.
+                for round in 0.. {
                     let key = format!("container-{number}");
                     match store.prepare(&key, &id, false).await {
                         Ok(rootfs) => {
@@ -233,17 +234,17 @@ async fn prepared_while_the_image_comes_and_goes() {
                         Err(error) => assert_eq!(error.kind(), ErrorKind::NotFound, "{}", chain(&error)),
                     }
                     store.release(&key).await.unwrap();
+                    if round >= 20 && stood > 0 {
+                        break;
+                    }
                 }
-                stood
             })
         })
         .collect();
-    let mut stood = 0;
     for container in containers {
-        stood += container.await.unwrap();
+        container.await.unwrap();
     }
     churn.await.unwrap();
-    assert!(stood > 0);
     assert!(store.snapshots().is_empty());
     world.holds(&layers.map(|layer| layer.diff_id())).await;
 }
