@@ -81,17 +81,23 @@ async fn at_any_moment() {
     let mut cut = 0;
     for round in 0..40 {
         let start = server.sent();
-        let pull = tokio::spawn({
+        let mut pull = tokio::spawn({
             let (store, name) = (store.clone(), server.name("app"));
             async move { store.pull(&name, None).await }
         });
-        // Bytes of documents and layers together.
-        server.has_sent(start + round % 8 * 20_000).await;
-        for _ in 0..round * 5 {
-            tokio::task::yield_now().await;
+        // Bytes of documents and layers together. Where the last pull got all bytes of a layer before it was cancelled,
+        // this one may find it in passing, and need fewer.
+        let ended = tokio::select! {
+            ended = &mut pull => Some(ended),
+            () = server.has_sent(start + round % 8 * 20_000) => None,
+        };
+        if ended.is_none() {
+            for _ in 0..round * 5 {
+                tokio::task::yield_now().await;
+            }
+            pull.abort();
+            cut += u32::from(pull.await.is_err());
         }
-        pull.abort();
-        cut += u32::from(pull.await.is_err());
         server.idle().await;
         // A change that has begun is made, so the image may still appear.
         eventually(|| {
@@ -102,8 +108,7 @@ async fn at_any_moment() {
         })
         .await;
         store.remove(&pushed.id).await.unwrap();
-        world.holds(if ids(&store).is_empty() { &[] } else { &diff_ids }).await;
-        store.remove(&pushed.id).await.unwrap();
+        world.holds(&[]).await;
     }
     assert!(cut > 0, "no pull was cancelled");
     store.pull(&server.name("app"), None).await.unwrap();
