@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use podvisor_registry::{Compression, LayerDescriptor, Registry, Source};
 use podvisor_unpack::{Limits, Unpacked};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::database::LayerRecord;
 use crate::error::ImageError;
@@ -25,8 +25,8 @@ use crate::tree;
 /// What a layer may unpack to. Far above every real image, far below what would be a surprise on a node's disk.
 const LIMITS: Limits = Limits { bytes: 256 << 30, entries: 20_000_000 };
 
-/// Pieces of a download that wait for the unpacking thread; with hyper's buffers below 4 MiB a layer.
-const QUEUE: usize = 32;
+/// What may wait between a download and the thread that unpacks it, bytes. hyper's pieces have up to 400 KiB.
+const QUEUE: usize = 1 << 20;
 
 /// Endpoints that may send a wrong layer before the pull fails.
 const ENDPOINTS_MAX: usize = 4;
@@ -183,7 +183,8 @@ impl Layers {
         let named = || ImageError::registry(layer.digest.to_string());
         for attempt in 1.. {
             let mut blob = registry.blob(source, layer).await.map_err(named())?;
-            let (sender, receiver) = mpsc::channel(QUEUE);
+            let (sender, receiver) = mpsc::unbounded_channel();
+            let room = Arc::new(Semaphore::new(QUEUE));
             let (layers, expected) = (self.clone(), layer.clone());
             // The thread owns the ingest directory: it removes it whenever it does not come to a good end, also when this future is
             // dropped, which it notices by the broken channel. If it is past that, the layer comes in all the same: hence the hold.
@@ -195,12 +196,16 @@ impl Layers {
             });
             let downloaded = async {
                 while let Some(bytes) = blob.next().await? {
-                    if sender.send(Piece::Data(bytes)).await.is_err() {
+                    let length = u32::try_from(bytes.len().min(QUEUE)).unwrap_or(u32::MAX);
+                    // Never closed, so there is always a permit in the end: what the thread has read, or given up, is
+                    // dropped.
+                    let taken = room.clone().acquire_many_owned(length).await.ok();
+                    if sender.send(Piece::Data(bytes, taken)).is_err() {
                         // Unpacking has failed; its error says more.
                         break;
                     }
                 }
-                let _ = sender.send(Piece::End).await;
+                let _ = sender.send(Piece::End);
                 Ok(())
             }
             .await;
@@ -224,7 +229,7 @@ impl Layers {
     /// Unpacks, verifies, and gives the layer its name. Blocking.
     fn unpack(
         &self,
-        receiver: mpsc::Receiver<Piece>,
+        receiver: mpsc::UnboundedReceiver<Piece>,
         layer: &LayerDescriptor,
     ) -> Result<LayerRecord, ImageError> {
         let scratch = tree::Scratch::new(&self.ingest)?;
@@ -235,7 +240,7 @@ impl Layers {
             Compression::Zstd => podvisor_unpack::Compression::Zstd,
         };
         let digest = || layer.digest.to_string();
-        let pieces = Pieces { receiver, current: Bytes::new(), ended: false };
+        let pieces = Pieces { receiver, current: Bytes::new(), taken: None, ended: false };
         let unpacked = podvisor_unpack::unpack(pieces, compression, target.as_fd(), LIMITS)
             .map_err(|source| ImageError::Unpack { digest: digest(), source })?;
         if unpacked.digest != layer.digest.as_str() {
@@ -300,22 +305,26 @@ impl Layers {
 
 /// What goes from the download to the unpacking thread.
 enum Piece {
-    Data(Bytes),
+    /// With the room that it takes in the queue.
+    Data(Bytes, Option<OwnedSemaphorePermit>),
     /// The download is complete; a channel that closes without it is a broken one.
     End,
 }
 
 struct Pieces {
-    receiver: mpsc::Receiver<Piece>,
+    receiver: mpsc::UnboundedReceiver<Piece>,
     current: Bytes,
+    taken: Option<OwnedSemaphorePermit>,
     ended: bool,
 }
 
 impl Read for Pieces {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         while self.current.is_empty() && !self.ended {
+            // Its room first: the next piece may need it.
+            self.taken = None;
             match self.receiver.blocking_recv() {
-                Some(Piece::Data(bytes)) => self.current = bytes,
+                Some(Piece::Data(bytes, taken)) => (self.current, self.taken) = (bytes, taken),
                 Some(Piece::End) => self.ended = true,
                 None => return Err(std::io::Error::other("the download was broken off")),
             }
