@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, Dir, FileType, IFlags, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
 /// Why a tree, or the rest of it, is still there.
@@ -53,7 +53,7 @@ pub fn remove_tree(parent: BorrowedFd<'_>, name: &OsStr) -> Result<(), RemoveErr
         return Err(fail("accept the name", bytes)(Errno::INVAL));
     }
     let name = CString::new(bytes).map_err(|_| fail("accept the name", bytes)(Errno::INVAL))?;
-    match rustix::fs::unlinkat(parent, &name, AtFlags::empty()) {
+    match unlink(parent, &name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
         Err(Errno::ISDIR) => {}
         Err(error) => return Err(fail("unlink", bytes)(error)),
@@ -66,7 +66,7 @@ pub fn remove_tree(parent: BorrowedFd<'_>, name: &OsStr) -> Result<(), RemoveErr
     let mut levels = vec![Level { name, identity, directories, rereads: 0 }];
     while let Some(level) = levels.last_mut() {
         if let Some(name) = level.directories.pop() {
-            match rustix::fs::unlinkat(&current, &name, AtFlags::REMOVEDIR) {
+            match unlink(&current, &name, AtFlags::REMOVEDIR) {
                 Ok(()) | Err(Errno::NOENT) => continue,
                 Err(Errno::NOTEMPTY | Errno::EXIST) => {}
                 Err(error) => return Err(fail("remove directory", name.as_bytes())(error)),
@@ -92,7 +92,7 @@ pub fn remove_tree(parent: BorrowedFd<'_>, name: &OsStr) -> Result<(), RemoveErr
         };
         let Some(mut level) = levels.pop() else { break };
         let holder = above.as_ref().map_or(parent, std::os::fd::AsFd::as_fd);
-        match rustix::fs::unlinkat(holder, &level.name, AtFlags::REMOVEDIR) {
+        match unlink(holder, &level.name, AtFlags::REMOVEDIR) {
             Ok(()) | Err(Errno::NOENT) => {}
             // A file system may leave names out of a listing while names are being removed.
             Err(Errno::NOTEMPTY | Errno::EXIST) if level.rereads < 16 => {
@@ -109,6 +109,35 @@ pub fn remove_tree(parent: BorrowedFd<'_>, name: &OsStr) -> Result<(), RemoveErr
         }
     }
     Ok(())
+}
+
+/// unlinkat(2), once more where `chattr +i` or `+a` forbade it: what a privileged container may have set must not keep its
+/// files for ever.
+fn unlink(parent: impl std::os::fd::AsFd, name: &std::ffi::CStr, flags: AtFlags) -> rustix::io::Result<()> {
+    match rustix::fs::unlinkat(&parent, name, flags) {
+        Err(Errno::PERM) if clear_flags(&parent, name) => rustix::fs::unlinkat(&parent, name, flags),
+        result => result,
+    }
+}
+
+/// Takes away what forbids to remove an entry, from it and from its directory. Says whether there was anything.
+fn clear_flags(parent: impl std::os::fd::AsFd, name: &std::ffi::CStr) -> bool {
+    let entry = rustix::fs::statat(&parent, name, AtFlags::SYMLINK_NOFOLLOW).ok().and_then(|stat| {
+        // Only these have flags, and opening anything else may have effects.
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        matches!(kind, FileType::RegularFile | FileType::Directory)
+            .then(|| rustix::fs::openat(&parent, name, flags, Mode::empty()).ok())
+            .flatten()
+    });
+    let directory = open_directory(&parent, c".").ok();
+    let mut changed = false;
+    for file in entry.iter().chain(&directory) {
+        let Ok(flags) = rustix::fs::ioctl_getflags(file) else { continue };
+        let allowed = flags - IFlags::IMMUTABLE - IFlags::APPEND;
+        changed |= allowed != flags && rustix::fs::ioctl_setflags(file, allowed).is_ok();
+    }
+    changed
 }
 
 fn open_directory(parent: impl std::os::fd::AsFd, name: &std::ffi::CStr) -> rustix::io::Result<OwnedFd> {
@@ -144,7 +173,7 @@ fn empty_of_files(directory: &OwnedFd) -> rustix::io::Result<Vec<CString>> {
             continue;
         }
         if entry.file_type() != FileType::Directory {
-            match rustix::fs::unlinkat(directory, name, AtFlags::empty()) {
+            match unlink(directory, name, AtFlags::empty()) {
                 Ok(()) | Err(Errno::NOENT) => continue,
                 Err(Errno::ISDIR) => {}
                 Err(error) => return Err(error),

@@ -150,11 +150,11 @@ impl<'a> Tree<'a> {
         if over_whiteout { set_opaque(&directory) } else { Ok(()) }
     }
 
-    /// Makes sure that `place` is a directory, replacing anything else.
-    pub(crate) fn directory(&mut self, place: &Place) -> Result<()> {
+    /// Makes sure that `place` is a directory, replacing anything else. Returns its inode number.
+    pub(crate) fn directory(&mut self, place: &Place) -> Result<u64> {
         let parent = self.parent(&place.parent)?;
         let over_whiteout = match FileKind::of(&parent, &place.name)? {
-            FileKind::Directory => return Ok(()),
+            FileKind::Directory => return inode(&parent, &place.name),
             FileKind::Missing => false,
             FileKind::Whiteout => true,
             FileKind::Symlink | FileKind::Other => {
@@ -162,7 +162,8 @@ impl<'a> Tree<'a> {
                 false
             }
         };
-        self.make_directory(parent.as_fd(), &place.name, over_whiteout)
+        self.make_directory(parent.as_fd(), &place.name, over_whiteout)?;
+        inode(&parent, &place.name)
     }
 
     /// Makes something that must not exist yet with `make`; what stands in its place is removed first.
@@ -266,6 +267,12 @@ impl FileKind {
             _ => Self::Other,
         })
     }
+}
+
+fn inode(parent: impl AsFd, name: &[u8]) -> Result<u64> {
+    let stat =
+        rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).map_err(Failure::call("look up"))?;
+    Ok(stat.st_ino)
 }
 
 fn open_directory(parent: BorrowedFd<'_>, name: &[u8]) -> Result<OwnedFd> {

@@ -25,8 +25,9 @@ pub(crate) struct Unpacker<'a> {
     promised: u64,
     written: u64,
     /// Directories get their metadata last: entries made in them would change their times, and a default ACL would be
-    /// inherited by them.
-    directories: HashMap<Vec<u8>, Metadata>,
+    /// inherited by them. By inode number (0: the target), as links give a directory several names, of which the last
+    /// entry counts; with the name that it was given last.
+    directories: HashMap<u64, (Vec<u8>, Metadata)>,
     deferred: usize,
 }
 
@@ -71,7 +72,7 @@ impl<'a> Unpacker<'a> {
             Wish::Nothing => Ok(()),
             Wish::Opaque(path) => self.tree.opaque(&path),
             Wish::Whiteout(place) => self.tree.whiteout(&place),
-            Wish::Root if matches!(entry.kind, Kind::Directory) => self.defer(Vec::new(), entry.metadata),
+            Wish::Root if matches!(entry.kind, Kind::Directory) => self.defer(0, Vec::new(), entry.metadata),
             Wish::Root => Err(Fault::Misplaced("the root is not a directory").into()),
             Wish::Make(place) => self.make(&place, entry.kind, entry.metadata, archive),
         }
@@ -86,8 +87,8 @@ impl<'a> Unpacker<'a> {
     ) -> Result<()> {
         match kind {
             Kind::Directory => {
-                self.tree.directory(place)?;
-                self.defer(place.path(), metadata)
+                let inode = self.tree.directory(place)?;
+                self.defer(inode, place.path(), metadata)
             }
             Kind::File { size, extents } => {
                 let flags =
@@ -163,20 +164,20 @@ impl<'a> Unpacker<'a> {
         Ok(())
     }
 
-    fn defer(&mut self, path: Vec<u8>, metadata: Metadata) -> Result<()> {
+    fn defer(&mut self, inode: u64, path: Vec<u8>, metadata: Metadata) -> Result<()> {
         let xattrs = metadata.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>();
         self.deferred += path.len() + xattrs + size_of::<Metadata>();
         if self.deferred > MAX_DEFERRED {
             let limit = MAX_DEFERRED as u64;
             return Err(Fault::TooLarge { what: "the names of all directories", limit }.into());
         }
-        self.directories.insert(path, metadata);
+        self.directories.insert(inode, (path, metadata));
         Ok(())
     }
 
     /// Gives the directories their metadata; the name of the one that fails comes with the failure.
     pub(crate) fn finish(&mut self) -> std::result::Result<(), (Vec<u8>, Failure)> {
-        for (path, metadata) in std::mem::take(&mut self.directories) {
+        for (inode, (path, metadata)) in std::mem::take(&mut self.directories) {
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW;
             let directory = match self.tree.open(&path, flags) {
                 Ok(directory) => directory,
@@ -184,6 +185,11 @@ impl<'a> Unpacker<'a> {
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => continue,
                 Err(error) => return Err((path, Failure::call("open directory")(error))),
             };
+            // Or the place of a link on the way to it.
+            let is_same = |stat: rustix::fs::Stat| inode == 0 || stat.st_ino == inode;
+            if !rustix::fs::fstat(&directory).is_ok_and(is_same) {
+                continue;
+            }
             apply(&directory, &metadata).map_err(|failure| (path, failure))?;
         }
         Ok(())

@@ -470,3 +470,48 @@ fn limits_hold() {
         assert_eq!(error.kind(), UnpackErrorKind::Corrupt);
     }
 }
+
+/// On merged-usr systems a directory is named through `/lib` and `/usr/lib`: the last entry counts, on every machine.
+#[test]
+fn two_names_of_one_directory() {
+    for _ in 0..8 {
+        let scratch = Scratch::new();
+        scratch
+            .unpack(&tar(&[
+                directory("usr/lib/"),
+                symlink("lib", "usr/lib"),
+                directory("lib/a/").mode(0o700).owner(1, 1).mtime(1),
+                directory("usr/lib/a/").mode(0o711).owner(2, 2).mtime(2),
+                directory("usr/lib/b/").mode(0o700).owner(3, 3).mtime(3),
+                directory("lib/b/").mode(0o711).owner(4, 4).mtime(4),
+            ]))
+            .expect("unpack");
+        for (name, owner) in [("usr/lib/a", 2), ("usr/lib/b", 4)] {
+            let stat = fs::metadata(scratch.path(name)).expect(name);
+            assert_eq!(
+                (stat.mode() & 0o7777, stat.uid(), stat.mtime()),
+                (0o711, owner, i64::from(owner)),
+                "{name}"
+            );
+        }
+    }
+}
+
+/// What an entry said about a directory does not go to another one that a link's replacement brings to its name.
+#[test]
+fn a_link_that_is_turned_round() {
+    for _ in 0..8 {
+        let scratch = Scratch::new();
+        scratch
+            .unpack(&tar(&[
+                directory("one/d/"),
+                directory("two/d/").mode(0o755).owner(2, 2),
+                symlink("link", "one"),
+                directory("link/d/").mode(0o777).owner(1, 1),
+                symlink("link", "two"),
+            ]))
+            .expect("unpack");
+        let stat = fs::metadata(scratch.path("two/d")).expect("stat");
+        assert_eq!((stat.mode() & 0o7777, stat.uid()), (0o755, 2));
+    }
+}

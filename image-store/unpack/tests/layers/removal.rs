@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 use podvisor_unpack::remove_tree;
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, IFlags, Mode, OFlags, ioctl_getflags, ioctl_setflags};
 use rustix::io::Errno;
 
 use crate::scratch::{Scratch, tmpfs};
@@ -54,4 +54,31 @@ fn depth_is_no_obstacle() {
     drop(current);
     remove_tree(root.as_fd(), OsStr::new("d")).expect("remove");
     assert_eq!(rustix::fs::statat(&root, "d", rustix::fs::AtFlags::empty()).err(), Some(Errno::NOENT));
+}
+
+#[test]
+fn what_a_privileged_container_made_immutable_goes_too() {
+    let scratch = Scratch::new();
+    fs::create_dir_all(scratch.path("tree/locked/below")).expect("make");
+    for name in ["tree/file", "tree/locked/log", "tree/locked/below/file"] {
+        fs::write(scratch.path(name), "x").expect("write");
+    }
+    let set = |name: &str, flag: IFlags| {
+        let file = File::open(scratch.path(name)).expect("open");
+        let flags =
+            ioctl_getflags(&file).expect("a file system with inode flags below the temporary directory");
+        ioctl_setflags(&file, flags | flag).expect("set flag");
+    };
+    for (name, flag) in [
+        ("tree/file", IFlags::IMMUTABLE),
+        ("tree/locked/log", IFlags::APPEND),
+        ("tree/locked/below", IFlags::IMMUTABLE),
+        ("tree/locked", IFlags::APPEND),
+        ("tree", IFlags::IMMUTABLE),
+    ] {
+        set(name, flag);
+    }
+    let parent = File::open(scratch.path("")).expect("open");
+    remove_tree(parent.as_fd(), OsStr::new("tree")).expect("remove");
+    assert!(!scratch.path("tree").exists());
 }
