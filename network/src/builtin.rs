@@ -266,7 +266,7 @@ impl Builtin {
 
     /// Deletes the interface of a disconnected sandbox: tens of milliseconds for which nobody has to wait.
     pub(crate) fn sweep(id: &str) -> Result<(), BuiltinError> {
-        Ok(link::delete(&link::host_end(id))?)
+        Ok(link::sweep(&link::host_end(id))?)
     }
 
     fn release_ports(&self, id: &str) -> Result<(), BuiltinError> {

@@ -502,6 +502,7 @@ pub(crate) fn signal_number(name: &str) -> Option<i32> {
         Some(base + sign * offset).filter(|number| (RTMIN..=RTMAX).contains(number))
     };
     match name {
+        "CLD" => Some(17),
         "POLL" => Some(29),
         "IOT" => Some(6),
         _ => NAMES

@@ -262,7 +262,8 @@ impl Task {
         for command in queued {
             Box::pin(self.handle(command)).await;
         }
-        Box::pin(self.try_release()).await;
+        // Whether the sandbox can go on is looked at when this step is over, not inside it: a pod may have many containers.
+        self.unsettled = true;
     }
 
     /// Starts an effect; its outcome comes back as a command.

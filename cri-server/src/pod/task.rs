@@ -120,6 +120,8 @@ pub(crate) struct Task {
     pub(super) releasing: bool,
     /// A removal that an earlier daemon had begun goes on without anybody asking.
     pub(super) resume_removal: bool,
+    /// A container has moved: a stop or removal of the sandbox may be able to go on.
+    pub(super) unsettled: bool,
     observed: bool,
 }
 
@@ -151,6 +153,7 @@ pub(crate) fn spawn(node: Arc<Node>, index: Index, beginning: Beginning) -> Pod 
         removing: Vec::new(),
         releasing: false,
         resume_removal: false,
+        unsettled: false,
         observed: matches!(beginning, Beginning::Launch(_)),
     };
     tokio::spawn(task.run(inbox, matches!(beginning, Beginning::Recover(_))));
@@ -163,6 +166,7 @@ impl Task {
             recovery::observe(&mut self).await;
             self.observed = true;
             self.publish();
+            self.settle_sandbox().await;
             if matches!(self.record.phase, Phase::Removing) {
                 self.resume_removal = true;
                 self.try_remove().await;
@@ -173,6 +177,7 @@ impl Task {
         while !matches!(self.status, Status::Removed | Status::Failed(_)) {
             let Some(command) = inbox.recv().await else { return };
             self.handle(command).await;
+            self.settle_sandbox().await;
         }
         self.index.write().expect("no panic under this lock").remove(&self.record.id);
         self.publish();
@@ -341,6 +346,13 @@ impl Task {
         let _ = self.persist().await;
     }
 
+    /// What the last steps of containers mean for a stop or removal of the sandbox.
+    async fn settle_sandbox(&mut self) {
+        while std::mem::take(&mut self.unsettled) {
+            self.try_release().await;
+        }
+    }
+
     /// Moves every container towards its end; when all are there the sandbox's own things go.
     async fn stop_all(&mut self) {
         let running: Vec<_> = self
@@ -359,7 +371,8 @@ impl Task {
 
     /// Gives the sandbox's things back once no container needs them. Called after every change while somebody waits for it.
     pub(super) async fn try_release(&mut self) {
-        if self.stopping.is_empty() && self.removing.is_empty() || self.releasing {
+        let wanted = !self.stopping.is_empty() || !self.removing.is_empty() || self.resume_removal;
+        if !wanted || self.releasing {
             return;
         }
         if matches!(self.record.phase, Phase::Stopped | Phase::Removing) {
@@ -374,7 +387,7 @@ impl Task {
             .map(|(id, _)| id.clone())
         {
             // It came through a transition while the sandbox was being stopped.
-            return Box::pin(self.advance(&id, Event::Stop { grace: Duration::ZERO }, None)).await;
+            return self.advance(&id, Event::Stop { grace: Duration::ZERO }, None).await;
         }
         if self.containers.values().any(|slot| slot.state.may_run()) {
             return;
@@ -445,7 +458,7 @@ impl Task {
             .map(|(id, _)| id.clone())
             .collect();
         for id in left {
-            Box::pin(self.advance(&id, Event::Remove, None)).await;
+            self.advance(&id, Event::Remove, None).await;
         }
         if !self.containers.is_empty() {
             return;

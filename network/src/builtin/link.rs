@@ -250,25 +250,37 @@ pub(crate) fn detach(name: &str) -> Result<(), Refusal> {
     }
 }
 
-/// Deletes a host end that [`detach`] has left, if it is still there.
+/// Deletes a host end that [`detach`] has left, if it is still there. By index: one of the same name that has been made meanwhile is
+/// another one.
 fn delete_detached(client: &Client, name: &str) -> Result<(), Refusal> {
     let request = RouteNetlinkMessage::GetLink(LinkUnspec::new_with_name(name).build());
-    let found = client.query(&format!("looking at link {name}"), request, false);
-    let detached = found.is_ok_and(|answers| {
-        let ours = |link: &LinkMessage| {
-            controller(link).is_none() && link.attributes.contains(&LinkAttribute::Group(GROUP))
-        };
-        answers.iter().any(|answer| matches!(answer, RouteNetlinkMessage::NewLink(link) if ours(link)))
+    let answers = client.query(&format!("looking at link {name}"), request, false).unwrap_or_default();
+    let detached = answers.iter().find_map(|answer| match answer {
+        RouteNetlinkMessage::NewLink(link)
+            if controller(link).is_none() && link.attributes.contains(&LinkAttribute::Group(GROUP)) =>
+        {
+            Some(link.header.index)
+        }
+        _ => None,
     });
-    if detached { delete(name) } else { Ok(()) }
+    let Some(index) = detached else { return Ok(()) };
+    delete_link(client, name, LinkUnspec::new_with_index(index).build())
+}
+
+/// [`delete_detached`] on a connection of its own.
+pub(crate) fn sweep(name: &str) -> Result<(), Refusal> {
+    delete_detached(&Client::route()?, name)
 }
 
 /// Removes a host end, and with it the pod's. `Ok` when there is none.
 pub(crate) fn delete(name: &str) -> Result<(), Refusal> {
+    delete_link(&Client::route()?, name, LinkUnspec::new_with_name(name).build())
+}
+
+fn delete_link(client: &Client, name: &str, message: LinkMessage) -> Result<(), Refusal> {
     let mut batch = Batch::default();
-    let message = LinkUnspec::new_with_name(name).build();
     batch.route(format!("deleting link {name}"), RouteNetlinkMessage::DelLink(message), 0);
-    match Client::route()?.run(&batch) {
+    match client.run(&batch) {
         Err(refusal) if refusal.is(Errno::NODEV) => Ok(()),
         outcome => outcome,
     }
