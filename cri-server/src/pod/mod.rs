@@ -16,8 +16,14 @@
 //! | `task.rs` | one task per pod does everything in order |
 //! | `steps.rs` | how containers move from state to state |
 //! | `slot.rs` | a container as the task holds it |
+//! | `request.rs` | what a sandbox's configuration asks for |
 //! | `launch.rs` | how a sandbox is made |
+//! | `files.rs` | files that a pod's containers share |
 //! | `build.rs` | how a container is made |
+//! | `specify.rs` | a container's OCI spec |
+//! | `volumes.rs` | sources of its mounts |
+//! | `signal.rs` | what stops it |
+//! | `dismantle.rs` | how it is unmade |
 //! | `recovery.rs` | records × what is observed → what to do |
 //! | `view.rs` | what readers see |
 //!
@@ -27,14 +33,20 @@
 pub(crate) mod acquired;
 pub(crate) mod build;
 pub(crate) mod devices;
+mod dismantle;
+mod files;
 pub(crate) mod launch;
 pub(crate) mod record;
 pub(crate) mod recovery;
+pub(crate) mod request;
+pub(crate) mod signal;
 pub(crate) mod slot;
+mod specify;
 pub(crate) mod state;
 mod steps;
 pub(crate) mod task;
 pub(crate) mod view;
+mod volumes;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, RwLock};
@@ -75,7 +87,7 @@ impl Pods {
         config: cri::PodSandboxConfig,
         requested_handler: String,
     ) -> Result<PodId, Failure> {
-        launch::validate(&config)?;
+        request::validate(&config)?;
         loop {
             let (pod, ours) = self.reserve(config.clone(), requested_handler.clone())?;
             let mut view = pod.view.clone();

@@ -27,7 +27,7 @@ use podvisor_proto::monitor::request::Verb;
 use podvisor_proto::monitor::{self as wire, ListProcesses, ProcessState, Shutdown, Subscribe};
 
 use super::acquired::{Acquisition, release_all};
-use super::build::kill_orphan;
+use super::dismantle::kill_orphan;
 use super::record::{
     ContainerPhase, ContainerRecord, Phase, PinnedRuntime, PodRecord, ProcessIdentity, VERSION, Wire, exit_of,
 };

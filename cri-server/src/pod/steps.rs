@@ -10,6 +10,7 @@ use podvisor_proto::monitor::request::Verb;
 use tokio::sync::oneshot;
 
 use super::build::{self, Built};
+use super::dismantle::Dismantling;
 use super::record::{ContainerPhase, Phase};
 use super::slot::{Slot, answer};
 use super::state::{Denied, Effect, Event, Exit, State, step};
@@ -311,7 +312,7 @@ impl Task {
                 slot.set_timer(Some(clock.abort_handle()));
             }
             Effect::Delete => {
-                let dismantling = build::Dismantling::of(&self.record, &slot.record);
+                let dismantling = Dismantling::of(&self.record, &slot.record);
                 let node = self.node.clone();
                 tokio::spawn(async move {
                     let (event, failure) = match dismantling.run(&node, monitor).await {

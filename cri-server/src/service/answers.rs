@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use podvisor_proto::cri;
 
-use crate::pod::launch;
+use crate::pod::request;
 use crate::pod::state::State;
 use crate::pod::view::{ContainerView, PodView};
 
@@ -57,7 +57,7 @@ pub(super) fn sandbox_info(view: &PodView) -> HashMap<String, String> {
         "runtime": view.record.runtime.path,
         "runtimeRoot": view.record.runtime.root,
         "why": view.why(),
-        "hostname": launch::hostname(view.config()),
+        "hostname": request::hostname(view.config()),
         "cniResult": view.record.cni_result,
     });
     HashMap::from([("info".to_owned(), info.to_string())])
@@ -137,7 +137,7 @@ pub(super) fn container_status(container: &ContainerView) -> cri::ContainerStatu
 fn stop_signal(number: i32) -> i32 {
     (1..80)
         .filter_map(|value| cri::Signal::try_from(value).ok())
-        .find(|signal| crate::pod::build::signal_number(signal.as_str_name()) == Some(number))
+        .find(|signal| crate::pod::signal::signal_number(signal.as_str_name()) == Some(number))
         .map_or(0, Into::into)
 }
 

@@ -11,7 +11,7 @@ use super::answers::{filesystem, selects};
 use crate::node::{Node, now};
 use crate::pod::Pods;
 use crate::pod::acquired::Acquisition;
-use crate::pod::launch::cgroup_parent;
+use crate::pod::request::cgroup_parent;
 use crate::pod::view::{ContainerView, PodView};
 
 pub(super) async fn container_stats(

@@ -1,0 +1,114 @@
+//! How a container is unmade, with its monitor or without.
+
+use std::sync::Arc;
+
+use podvisor_proto::monitor::DeleteContainer;
+use podvisor_proto::monitor::request::Verb;
+
+use super::acquired::{Acquisition, release_all};
+use super::record::{self, ContainerRecord, PinnedRuntime, PodRecord, ProcessIdentity};
+use crate::error::PodError;
+use crate::id::ContainerId;
+use crate::monitor::{Connection, MonitorError};
+use crate::node::Node;
+
+/// What it takes to unmake a container.
+#[derive(Debug)]
+pub(crate) struct Dismantling {
+    id: ContainerId,
+    runtime: PinnedRuntime,
+    cgroup: String,
+    process: Option<ProcessIdentity>,
+    acquired: Vec<Acquisition>,
+    pod: crate::id::PodId,
+}
+
+impl Dismantling {
+    pub(crate) fn of(pod: &PodRecord, container: &ContainerRecord) -> Self {
+        Self {
+            id: container.id.clone(),
+            runtime: pod.runtime.clone(),
+            cgroup: container.cgroup.clone(),
+            process: container.process,
+            acquired: container.acquired.clone(),
+            pod: pod.id.clone(),
+        }
+    }
+
+    /// Kills what runs, deletes it in the runtime, gives everything back, forgets the record. Idempotent.
+    pub(crate) async fn run(mut self, node: &Arc<Node>, monitor: Option<Connection>) -> Result<(), PodError> {
+        let asked = match &monitor {
+            Some(monitor) => {
+                let verb = Verb::DeleteContainer(DeleteContainer { container_id: self.id.to_string() });
+                monitor.command(verb).await
+            }
+            None => Err(MonitorError::Gone),
+        };
+        match asked {
+            Ok(()) => {}
+            Err(error) if error.is_not_found() => {}
+            Err(MonitorError::Gone | MonitorError::Connect { .. }) => self.without_monitor(node).await?,
+            Err(error) => return Err(error.into()),
+        }
+        release_all(node, &mut self.acquired).await?;
+        let records = node.records.clone();
+        tokio::task::spawn_blocking(move || records.remove_container(&self.pod, &self.id))
+            .await
+            .map_err(|_| PodError::TaskGone)??;
+        Ok(())
+    }
+
+    /// There is nobody left to ask: kill by cgroup and identity, and let the runtime forget its state.
+    async fn without_monitor(&self, node: &Arc<Node>) -> Result<(), PodError> {
+        if let Some(process) = self.process {
+            crate::monitor::process::kill(process);
+        }
+        let cgroup = node.cgroups.cgroup(&self.cgroup);
+        if cgroup.exists() {
+            tokio::task::spawn_blocking(move || cgroup.kill()).await.map_err(|_| PodError::TaskGone)??;
+        }
+        let state = self.runtime.root.join(self.id.as_str());
+        if state.exists() {
+            let mut command = tokio::process::Command::new(&self.runtime.path);
+            command.args(&self.runtime.arguments).arg("--root").arg(&self.runtime.root);
+            if self.runtime.systemd_cgroup {
+                command.arg("--systemd-cgroup");
+            }
+            command.args(["delete", "--force", self.id.as_str()]).stdin(std::process::Stdio::null());
+            command.kill_on_drop(true);
+            let limit = std::time::Duration::from_secs(30);
+            match tokio::time::timeout(limit, command.output()).await {
+                Ok(Ok(output)) if output.status.success() || !state.exists() => {}
+                Ok(Ok(output)) => {
+                    let text = String::from_utf8_lossy(&output.stderr);
+                    tracing::warn!(container = %self.id, error = %text.trim(), "the runtime could not delete a container");
+                }
+                Ok(Err(error)) => {
+                    tracing::warn!(container = %self.id, %error, "the runtime cannot be called");
+                }
+                Err(_) => {
+                    tracing::warn!(container = %self.id, "the runtime hangs while deleting a container");
+                }
+            }
+        }
+        // What the runtime could not remove.
+        let cgroup = node.cgroups.cgroup(&self.cgroup);
+        if cgroup.exists() {
+            tokio::task::spawn_blocking(move || cgroup.remove()).await.map_err(|_| PodError::TaskGone)??;
+        }
+        Ok(())
+    }
+}
+
+/// Kills whatever a container left running although its monitor is gone.
+pub(crate) fn kill_orphan(node: &Node, record: &record::ContainerRecord) {
+    if let Some(process) = record.process {
+        crate::monitor::process::kill(process);
+    }
+    let cgroup = node.cgroups.cgroup(&record.cgroup);
+    if cgroup.exists()
+        && let Err(error) = cgroup.kill()
+    {
+        tracing::warn!(container = %record.id, error = crate::error::chain(&error), "cannot kill an orphaned container");
+    }
+}

@@ -1,0 +1,150 @@
+//! A container's OCI spec: everything on the host that it refers to is looked up or made here, the rules are in `podvisor-spec`.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::Spec;
+use podvisor_image_store::Image;
+use podvisor_proto::cri::{self, NamespaceMode};
+use podvisor_spec::{Input, NamespacePaths, PodFiles};
+
+use super::acquired::Acquisition;
+use super::build::container_namespaces;
+use super::devices;
+use super::record::{ContainerRecord, PodRecord, ProcessIdentity};
+use super::request::cgroup_parent;
+use super::view::namespace_options;
+use super::volumes::{anonymous_volumes, resolve_mounts};
+use crate::error::PodError;
+use crate::node::Node;
+
+/// The OCI spec, with everything on the host that it refers to looked up or made. Blocking.
+pub(super) fn specify(
+    node: &Node,
+    pod: &PodRecord,
+    record: &ContainerRecord,
+    image: &Image,
+    rootfs: PathBuf,
+    target: Option<ProcessIdentity>,
+) -> Result<(Spec, podvisor_spec::User), PodError> {
+    let config = &record.config.0;
+    let sandbox = &pod.config.0;
+    let directory = node.pod_directory(&pod.id);
+    let passwd = read_inside(&rootfs, "etc/passwd");
+    let group = read_inside(&rootfs, "etc/group");
+
+    let mut config = config.clone();
+    anonymous_volumes(node, pod, record, image, &rootfs, &mut config)?;
+    let mounts = resolve_mounts(&config.mounts)?;
+    let devices = devices::resolve(&config.devices)?;
+
+    let held = |name: &str| pod.acquired.contains(&Acquisition::Mount(directory.join(name)));
+    let shm = if held("shm") { directory.join("shm") } else { PathBuf::from("/dev/shm") };
+    let parent = cgroup_parent(sandbox);
+    let handler_annotations = sandbox
+        .annotations
+        .iter()
+        .chain(&config.annotations)
+        .filter(|(name, _)| {
+            pod.runtime.annotations.iter().any(|pattern| match pattern.strip_suffix('*') {
+                Some(prefix) => name.starts_with(prefix),
+                None => *name == pattern,
+            })
+        })
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect();
+    let profile = podvisor_spec::seccomp_request(&config)?;
+    let capabilities = podvisor_spec::capabilities(&config, &node.host)?;
+    apparmor(&config)?;
+    let seccomp = node.seccomp(&profile, &capabilities)?;
+    let limit = node.config().limits.pids;
+    let input = Input {
+        container_id: record.id.as_str(),
+        sandbox_id: pod.id.as_str(),
+        config: &config,
+        sandbox,
+        image: &image.config,
+        image_name: config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default(),
+        rootfs,
+        namespaces: namespace_paths(pod, &config, target),
+        pod_files: PodFiles {
+            hostname: Some(directory.join("hostname")),
+            hosts: Some(directory.join("hosts")),
+            resolv_conf: Some(directory.join("resolv.conf")),
+            shm: Some(shm),
+        },
+        mounts,
+        devices,
+        passwd: &passwd,
+        group: &group,
+        host: &node.host,
+        cgroups_path: node.driver.container_path(&parent, record.id.as_str())?,
+        seccomp: seccomp.as_ref(),
+        annotations: handler_annotations,
+        default_pids: (limit > 0).then_some(limit),
+    };
+    let spec = podvisor_spec::container(&input)?;
+    let user = podvisor_spec::User::of(&spec).unwrap_or(podvisor_spec::User {
+        uid: 0,
+        gid: 0,
+        supplemental_groups: Vec::new(),
+    });
+    Ok((spec, user))
+}
+
+/// A profile that cannot be enforced is refused, never left out.
+fn apparmor(config: &cri::ContainerConfig) -> Result<(), PodError> {
+    if let podvisor_spec::SecurityProfile::Localhost(name) = podvisor_spec::apparmor_request(config)? {
+        let enabled = std::fs::read_to_string("/sys/module/apparmor/parameters/enabled");
+        if !enabled.is_ok_and(|text| text.starts_with('Y')) {
+            return Err(PodError::invalid(
+                "config.linux.security_context.apparmor",
+                format!("profile {name:?} cannot be enforced: this node's kernel has no AppArmor"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn namespace_paths(
+    pod: &PodRecord,
+    config: &cri::ContainerConfig,
+    target: Option<ProcessIdentity>,
+) -> NamespacePaths {
+    let pinned = pod.acquired.iter().find_map(|acquisition| match acquisition {
+        Acquisition::Namespaces(namespaces) => Some(namespaces.clone()),
+        _ => None,
+    });
+    let pinned = pinned.unwrap_or_default();
+    let of = |process: ProcessIdentity| PathBuf::from(format!("/proc/{}/ns/pid", process.pid));
+    let shared = namespace_options(&pod.config.0).pid == NamespaceMode::Pod as i32;
+    let mode = container_namespaces(config).pid;
+    let pid = if mode == NamespaceMode::Target as i32 {
+        target.map(of)
+    } else if mode == NamespaceMode::Pod as i32 && shared {
+        pod.init.map(of)
+    } else {
+        None
+    };
+    NamespacePaths { net: pinned.net, ipc: pinned.ipc, uts: pinned.uts, pid }
+}
+
+/// A small text file of the image, by a path that cannot leave it. Missing or too large: empty.
+fn read_inside(rootfs: &Path, path: &str) -> String {
+    use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat2};
+    use std::io::Read;
+    let Ok(root) = open(rootfs, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) else {
+        return String::new();
+    };
+    // Not blocking on a fifo that a hostile image has put there.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+    let opened: Result<OwnedFd, _> =
+        openat2(&root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS);
+    let Ok(file) = opened.map(std::fs::File::from) else { return String::new() };
+    if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        return String::new();
+    }
+    let mut bytes = Vec::new();
+    let _ = file.take(4 << 20).read_to_end(&mut bytes);
+    String::from_utf8_lossy(&bytes).into_owned()
+}
