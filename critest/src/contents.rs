@@ -79,9 +79,14 @@ pub fn busybox() -> Result<Files> {
     Ok(root_around(read(&directory.join("busybox"))?, &applets))
 }
 
+/// The program of Debian's busybox-static, for tests that need nothing but a static shell; `make images` fetches it.
+pub fn busybox_program() -> PathBuf {
+    contents_dir().join("busybox-static/files/bin/busybox")
+}
+
 /// Debian's busybox-static as it is: quicker to get, with fewer applets.
 pub fn busybox_static() -> Result<Files> {
-    let program = contents_dir().join("busybox-static/files/bin/busybox");
+    let program = busybox_program();
     let binary = read(&program)?;
     let listed = Command::new(&program)
         .arg("--list")

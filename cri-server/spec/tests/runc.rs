@@ -22,7 +22,7 @@ impl Bundle {
         let directory = tempfile::tempdir().unwrap();
         let bin = directory.path().join("rootfs/bin");
         fs::create_dir_all(&bin).unwrap();
-        fs::copy("/bin/busybox", bin.join("busybox")).unwrap();
+        fs::copy(podvisor_critest::contents::busybox_program(), bin.join("busybox")).unwrap();
         for name in ["sh", "id", "cat", "grep", "unshare", "touch", "sleep", "hostname", "pwd", "tr", "true"]
         {
             std::os::unix::fs::symlink("busybox", bin.join(name)).unwrap();
@@ -163,10 +163,6 @@ fn text(output: &Output) -> String {
 
 #[test]
 fn a_process_sees_what_was_asked_for() {
-    if Command::new("runc").arg("--version").output().is_err() || !Path::new("/bin/busybox").exists() {
-        println!("skipped: runc and a static busybox are needed");
-        return;
-    }
     let bundle = Bundle::new();
     let script = "
         id; pwd; hostname; cat /etc/hosts; cat /proc/self/oom_score_adj
@@ -212,10 +208,6 @@ fn a_process_sees_what_was_asked_for() {
 
 #[test]
 fn exec_in_a_running_container() {
-    if Command::new("runc").arg("--version").output().is_err() || !Path::new("/bin/busybox").exists() {
-        println!("skipped: runc and a static busybox are needed");
-        return;
-    }
     let mut bundle = Bundle::new();
     bundle.id.push_str("-exec");
     bundle.cgroup.push_str("-exec");

@@ -5,13 +5,12 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-const BUSYBOX: &str = "/bin/busybox";
-
 pub fn make_rootfs(rootfs: &Path) {
     for directory in ["bin", "proc", "dev", "sys", "tmp", "etc"] {
         fs::create_dir_all(rootfs.join(directory)).expect("make the root directory");
     }
-    fs::copy(BUSYBOX, rootfs.join("bin/busybox")).expect("busybox-static is installed");
+    let busybox = podvisor_critest::contents::busybox_program();
+    fs::copy(busybox, rootfs.join("bin/busybox")).expect("`make images` has fetched busybox");
     for name in [
         "sh", "cat", "sleep", "true", "false", "seq", "echo", "printf", "kill", "dd", "yes", "stty", "head",
         "ps", "nc",
