@@ -3,7 +3,7 @@
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 CRITEST := $(TARGET)/release/podvisor-critest
 
-.PHONY: all packages deps build images test lint critest demo bench clean
+.PHONY: all packages deps build images test lint critest lab critest-lab demo bench clean
 
 all: build
 
@@ -35,6 +35,16 @@ test: deps build images
 HANDLER := runc
 critest: deps images
 	$(CRITEST) sandbox -- $(CRITEST) run --handler $(HANDLER) --expected critest/expected/$(HANDLER).txt $(ARGUMENTS)
+
+# A virtual machine with cgroup v2, AppArmor and systemd; tests/README.md says more.
+lab:
+	tests/lab/setup
+
+# The conformance suite in it: with the cgroupfs driver, then with systemd as PID 1 and its driver.
+IN_LAB := tests/lab/run --lsm landlock,apparmor --memory 4G --time-limit 3600
+critest-lab: deps images lab
+	$(IN_LAB) -- $(CRITEST) sandbox -- $(CRITEST) run --expected critest/expected/lab-cgroupfs.txt $(ARGUMENTS)
+	$(IN_LAB) --systemd -- $(CRITEST) machine -- $(CRITEST) run --expected critest/expected/lab-systemd.txt $(ARGUMENTS)
 
 # Pulls an image through a mirror and runs a pod with it, showing every step.
 demo: build

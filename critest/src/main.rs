@@ -43,6 +43,12 @@ enum Command {
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
+    /// Runs a command on a machine that is there for it alone (the lab); fails when it leaves anything behind.
+    Machine {
+        /// The command with its arguments.
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
     /// One stage of a sandbox; started by `sandbox` itself.
     #[command(hide = true)]
     Stage {
@@ -103,6 +109,7 @@ fn run(arguments: Arguments) -> Result<i32> {
             Ok(judge(&outcomes, &expected, run.suite.partial()))
         }
         Command::Sandbox { command } => sandbox::run(&["stage"], &command),
+        Command::Machine { command } => sandbox::machine::run(&command),
         Command::Stage { stage, command } => sandbox::stage(stage, &["stage"], &command),
     }
 }

@@ -43,14 +43,15 @@ impl Snapshot {
     }
 }
 
-/// What is there now and was not there before, after a grace for what is going away.
-pub(super) fn wait_for_none(before: &Snapshot) -> Result<Vec<String>> {
+/// What is there now and was not there before, after a grace for what is going away; without lines that are `nobodys`.
+pub(super) fn wait_for_none(before: &Snapshot, nobodys: impl Fn(&str) -> bool) -> Result<Vec<String>> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         // PID 1 inherits orphans, and they count as processes until they are reaped.
         while let Ok(Some(_)) = rustix::process::wait(rustix::process::WaitOptions::NOHANG) {}
         let now = Snapshot::take()?;
-        let left = without_contents(now.seen.difference(&before.seen).map(String::as_str));
+        let fresh = now.seen.difference(&before.seen).map(String::as_str);
+        let left = without_contents(fresh.filter(|line| !nobodys(line)));
         if left.is_empty() || Instant::now() > deadline {
             return Ok(left);
         }
@@ -80,6 +81,10 @@ fn processes(seen: &mut BTreeSet<String>) -> Result<()> {
         else {
             continue;
         };
+        // The kernel's own threads come and go; outside of a sandbox they are seen too.
+        if is_kernel_thread(pid) {
+            continue;
+        }
         // One that is gone by now is no leftover.
         let Ok(command) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
         let command = String::from_utf8_lossy(&command).replace('\0', " ");
@@ -87,6 +92,15 @@ fn processes(seen: &mut BTreeSet<String>) -> Result<()> {
         seen.insert(format!("process {pid} ({}) {}", name.trim_end(), command.trim_end()));
     }
     Ok(())
+}
+
+/// By the flag that the kernel gives them.
+fn is_kernel_thread(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields = stat.rsplit_once(')').map(|(_, rest)| rest).unwrap_or_default();
+    // proc_pid_stat(5): field 9 is the kernel's flags of the process, 0x200000 is PF_KTHREAD.
+    fields.split_whitespace().nth(6).and_then(|flags| flags.parse::<u64>().ok()).unwrap_or(0) & 0x0020_0000
+        != 0
 }
 
 fn packet_filter(seen: &mut BTreeSet<String>) {

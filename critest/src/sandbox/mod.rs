@@ -16,6 +16,7 @@
 
 mod cgroups;
 mod leftovers;
+pub mod machine;
 mod mounts;
 mod namespaces;
 
@@ -160,7 +161,7 @@ fn init(command: &[OsString]) -> Result<i32> {
         .spawn()
         .with_context(|| format!("starting {}", program.display()))?;
     let status = reap_until(Pid::from_child(&child))?;
-    let left = leftovers::wait_for_none(&before)?;
+    let left = leftovers::wait_for_none(&before, |_| false)?;
     for line in &left {
         eprintln!("left behind: {line}");
     }

@@ -29,9 +29,12 @@ pub(super) const ASIDE: &str = "/run/sandbox";
 pub(super) const VOLATILE: [&str; 4] =
     ["/var/lib/podvisor", "/var/lib/kubelet", "/var/log/pods", "/var/log/containers"];
 
+/// Where apparmor_parser keeps what it has compiled, which is nobody's business.
+const COMPILED_PROFILES: &str = "/var/cache/apparmor";
+
 /// Directories that other tools make in passing and that therefore are no leftovers: `crun --version` its default state
 /// directory, libmount its own.
-const OF_OTHER_TOOLS: [&str; 2] = ["/run/crun", "/run/mount"];
+pub(super) const OF_OTHER_TOOLS: [&str; 2] = ["/run/crun", "/run/mount"];
 
 /// Arranges the file systems. To be called by PID 1 of the new namespaces.
 pub(super) fn prepare(subtree: &Subtree) -> Result<()> {
@@ -55,6 +58,8 @@ pub(super) fn prepare(subtree: &Subtree) -> Result<()> {
         fs::create_dir_all(path).with_context(|| format!("making {path}"))?;
         mount_fs("tmpfs", "tmpfs", path, "mode=755")?;
     }
+    fs::create_dir_all(COMPILED_PROFILES).with_context(|| format!("making {COMPILED_PROFILES}"))?;
+    mount_fs("tmpfs", "tmpfs", COMPILED_PROFILES, "mode=755")?;
     take_off("/proc")?;
     mount_fs("proc", "proc", "/proc", "")?;
     let security =
