@@ -5,6 +5,7 @@ use std::path::Path;
 use podvisor_cgroup::Layout;
 use podvisor_config::{Config, HandlerKind, NetworkMode};
 
+use crate::apparmor::AppArmor;
 use crate::node::{cgroup_driver, find_program, kernel_version};
 
 /// One finding.
@@ -22,6 +23,7 @@ pub(crate) fn check(config: &Config) -> bool {
     findings.extend(cgroups(config));
     findings.extend(handlers(config));
     findings.push(monitor(config));
+    findings.push(apparmor());
     findings.extend(network(config));
     findings.push(virtual_machines());
     findings.push(Finding::Note(
@@ -103,6 +105,20 @@ fn monitor(config: &Config) -> Finding {
             "monitor: {} is no executable file; install it or set runtime.monitor",
             program.display()
         )),
+    }
+}
+
+fn apparmor() -> Finding {
+    if !AppArmor::enabled() {
+        return Finding::Note("AppArmor is not in this kernel, or switched off".into());
+    }
+    match find_program(Path::new("apparmor_parser")) {
+        Some(_) => Finding::Good("AppArmor, with podvisor's default profile".into()),
+        None => Finding::Note(
+            "AppArmor is on, but apparmor_parser is not installed: containers without a profile of their own run without one, and \
+             those that ask for the runtime's default are refused; install apparmor"
+                .into(),
+        ),
     }
 }
 

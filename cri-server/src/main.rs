@@ -1,6 +1,7 @@
 //! podvisor: one daemon between kubelet and its pods. Serves the Kubernetes CRI, pulls images, and runs each pod with a trusted OCI
 //! runtime. See README.md beside this crate for the map.
 
+mod apparmor;
 mod check;
 mod cli;
 mod error;

@@ -14,6 +14,7 @@ use podvisor_network::Network;
 use podvisor_proto::cri;
 use podvisor_spec::{HostFacts, ResolvedDevice};
 
+use crate::apparmor::AppArmor;
 use crate::events::Events;
 use crate::id::{ContainerId, PodId};
 use crate::monitor::pool::Pool;
@@ -32,6 +33,7 @@ pub(crate) struct Node {
     pub(crate) cgroups: Layout,
     pub(crate) driver: Driver,
     pub(crate) host: HostFacts,
+    pub(crate) apparmor: AppArmor,
     /// Identity of this boot of the machine.
     pub(crate) boot_id: String,
     /// Volatile directory.
@@ -80,6 +82,7 @@ impl Node {
             cgroups: parts.cgroups,
             driver: parts.driver,
             host,
+            apparmor: AppArmor::open(&run),
             boot_id: boot_id()?,
             run,
             config: RwLock::new(Arc::new(parts.config)),

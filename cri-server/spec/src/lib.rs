@@ -92,6 +92,8 @@ pub struct Input<'a> {
     pub cgroups_path: String,
     /// Seccomp profile to use, already read; `None`: unconfined.
     pub seccomp: Option<&'a oci_spec::runtime::LinuxSeccomp>,
+    /// Name of the AppArmor profile to run under, which is loaded; `None`: unconfined.
+    pub apparmor: Option<String>,
     /// Annotations that the handler passes on.
     pub annotations: BTreeMap<String, String>,
     /// `pids.max` when the configuration has none; `None`: unlimited.

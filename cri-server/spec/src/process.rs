@@ -17,6 +17,8 @@ pub(crate) fn first(input: &Input<'_>, user: &User) -> Result<Process> {
     let config = input.config;
     let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
     let requested = config.linux.as_ref().and_then(|linux| linux.resources.as_ref());
+    // Which profile it comes to is for the node to say; a request that is none is refused in any case.
+    profile::apparmor_request(config)?;
 
     let mut account = oci_spec::runtime::User::default();
     account.set_uid(user.uid).set_gid(user.gid).set_additional_gids(Some(user.supplemental_groups.clone()));
@@ -29,7 +31,7 @@ pub(crate) fn first(input: &Input<'_>, user: &User) -> Result<Process> {
         .set_cwd(working_directory(input)?)
         .set_capabilities(Some(capabilities::granted(security, input.host)?.sets()))
         .set_no_new_privileges(Some(security.is_some_and(|security| security.no_new_privs)))
-        .set_apparmor_profile(profile::apparmor_name(config)?)
+        .set_apparmor_profile(input.apparmor.clone())
         // Always set: without it the container would have the protected score of its monitor.
         .set_oom_score_adj(Some(resources::oom_score_adj("config.linux.resources", requested, input.host)?));
     Ok(process)

@@ -36,21 +36,18 @@ pub fn seccomp_request(config: &cri::ContainerConfig) -> Result<SecurityProfile>
     Ok(if security.privileged { SecurityProfile::Unconfined } else { requested })
 }
 
-/// The AppArmor profile that a container asks for; privileged containers are unconfined, one that says nothing gets the default.
-/// Whether the node has AppArmor is for the caller to know.
-pub fn apparmor_request(config: &cri::ContainerConfig) -> Result<SecurityProfile> {
-    let Some(security) = context(config) else { return Ok(SecurityProfile::RuntimeDefault) };
-    #[allow(deprecated)]
+/// The AppArmor profile that a container asks for; privileged containers are unconfined. `None`: it says nothing, and gets what the node
+/// gives by itself. What the node has is for the caller to know.
+pub fn apparmor_request(config: &cri::ContainerConfig) -> Result<Option<SecurityProfile>> {
+    let Some(security) = context(config) else { return Ok(None) };
+    #[allow(deprecated)] // kubelet before 1.30 sets only this one
     let old = ("apparmor_profile", security.apparmor_profile.as_str());
+    let silent = security.apparmor.is_none() && old.1.is_empty();
     let requested = request("apparmor", security.apparmor.as_ref(), old, SecurityProfile::RuntimeDefault)?;
-    Ok(if security.privileged { SecurityProfile::Unconfined } else { requested })
-}
-
-/// What can be said in the spec without knowing the node: a profile by name.
-pub(crate) fn apparmor_name(config: &cri::ContainerConfig) -> Result<Option<String>> {
-    Ok(match apparmor_request(config)? {
-        SecurityProfile::Localhost(name) => Some(name),
-        SecurityProfile::RuntimeDefault | SecurityProfile::Unconfined => None,
+    Ok(if security.privileged {
+        Some(SecurityProfile::Unconfined)
+    } else {
+        Some(requested).filter(|_| !silent)
     })
 }
 

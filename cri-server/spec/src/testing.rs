@@ -17,6 +17,7 @@ pub(crate) struct Case {
     pub(crate) pod_files: PodFiles,
     pub(crate) devices: Vec<ResolvedDevice>,
     pub(crate) seccomp: Option<LinuxSeccomp>,
+    pub(crate) apparmor: Option<String>,
     pub(crate) annotations: BTreeMap<String, String>,
     pub(crate) default_pids: Option<i64>,
 }
@@ -93,6 +94,7 @@ impl Default for Case {
             },
             devices: Vec::new(),
             seccomp: None,
+            apparmor: None,
             annotations: BTreeMap::new(),
             default_pids: None,
         }
@@ -150,6 +152,7 @@ impl Case {
             host: &self.host,
             cgroups_path: "/kubepods/pod/id".to_owned(),
             seccomp: self.seccomp.as_ref(),
+            apparmor: self.apparmor.clone(),
             annotations: self.annotations.clone(),
             default_pids: self.default_pids,
         })

@@ -149,6 +149,7 @@ fn spec(bundle: &Bundle, command: &[&str]) -> Spec {
         host: &host,
         cgroups_path: format!("{}/container", bundle.cgroup),
         seccomp: Some(&podvisor_spec::default_seccomp(&capabilities)),
+        apparmor: None,
         annotations: BTreeMap::new(),
         default_pids: Some(100),
     })

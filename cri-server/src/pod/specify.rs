@@ -55,7 +55,7 @@ pub(super) fn specify(
         .collect();
     let profile = podvisor_spec::seccomp_request(&config)?;
     let capabilities = podvisor_spec::capabilities(&config, &node.host)?;
-    apparmor(&config)?;
+    let apparmor = node.apparmor.profile(&config)?;
     let seccomp = node.seccomp(&profile, &capabilities)?;
     let limit = node.config().limits.pids;
     let input = Input {
@@ -80,6 +80,7 @@ pub(super) fn specify(
         host: &node.host,
         cgroups_path: node.driver.container_path(&parent, record.id.as_str())?,
         seccomp: seccomp.as_ref(),
+        apparmor,
         annotations: handler_annotations,
         default_pids: (limit > 0).then_some(limit),
     };
@@ -90,20 +91,6 @@ pub(super) fn specify(
         supplemental_groups: Vec::new(),
     });
     Ok((spec, user))
-}
-
-/// A profile that cannot be enforced is refused, never left out.
-fn apparmor(config: &cri::ContainerConfig) -> Result<(), PodError> {
-    if let podvisor_spec::SecurityProfile::Localhost(name) = podvisor_spec::apparmor_request(config)? {
-        let enabled = std::fs::read_to_string("/sys/module/apparmor/parameters/enabled");
-        if !enabled.is_ok_and(|text| text.starts_with('Y')) {
-            return Err(PodError::invalid(
-                "config.linux.security_context.apparmor",
-                format!("profile {name:?} cannot be enforced: this node's kernel has no AppArmor"),
-            ));
-        }
-    }
-    Ok(())
 }
 
 fn namespace_paths(

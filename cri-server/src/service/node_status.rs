@@ -73,6 +73,9 @@ fn info(node: &Node) -> HashMap<String, String> {
         "untrustedHandler": config.runtime.untrusted_handler,
         "defaultWorkloadTrust": config.runtime.default_workload_trust.to_string(),
     });
+    if let Some(why) = node.apparmor.complaint() {
+        shown["appArmor"] = why.into();
+    }
     if !config.image.pause_image.is_empty() {
         shown["sandboxImage"] = config.image.pause_image.clone().into();
     }

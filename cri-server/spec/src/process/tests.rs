@@ -134,8 +134,7 @@ fn exec_keeps_confinement() {
     let spec = Case::with(|case| {
         case.security().no_new_privs = true;
         case.security().run_as_user = crate::testing::int(1000);
-        case.security().apparmor =
-            Some(cri::SecurityProfile { profile_type: 2, localhost_ref: "profile".to_owned() });
+        case.apparmor = Some("profile".to_owned());
         case.config.working_dir = "/srv".to_owned();
     })
     .spec();

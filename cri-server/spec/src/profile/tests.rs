@@ -41,20 +41,19 @@ fn new_field_wins_over_the_deprecated_one() {
 fn apparmor() {
     use SecurityProfile::{RuntimeDefault, Unconfined};
     for (field, old, expected) in [
-        (None, "", RuntimeDefault),
-        (None, "localhost/mine", local("mine")),
-        (new(1, ""), "localhost/mine", Unconfined),
-        (new(2, "mine"), "", local("mine")),
+        (None, "", None),
+        (None, "runtime/default", Some(RuntimeDefault)),
+        (None, "localhost/mine", Some(local("mine"))),
+        (new(1, ""), "localhost/mine", Some(Unconfined)),
+        (new(2, "mine"), "", Some(local("mine"))),
     ] {
         let case = Case::with(|case| {
             case.security().apparmor = field.clone();
             case.security().apparmor_profile = old.to_owned();
         });
         assert_eq!(apparmor_request(&case.config).unwrap(), expected);
-        let named = matches!(expected, SecurityProfile::Localhost(_));
-        assert_eq!(case.process().apparmor_profile().is_some(), named);
     }
-    assert_eq!(apparmor_request(&cri::ContainerConfig::default()).unwrap(), RuntimeDefault);
+    assert_eq!(apparmor_request(&cri::ContainerConfig::default()).unwrap(), None);
     assert_eq!(seccomp_request(&cri::ContainerConfig::default()).unwrap(), Unconfined);
 }
 
