@@ -57,6 +57,8 @@ pub(crate) enum PodError {
     Release(#[from] ReleaseError),
     #[error("cgroup operation failed")]
     Cgroup(#[from] podvisor_cgroup::CgroupError),
+    #[error("cannot make a scope for the pod's init")]
+    Systemd(#[from] podvisor_cgroup::systemd::SystemdError),
     #[error("cannot {operation} {path}")]
     File { operation: &'static str, path: PathBuf, source: std::io::Error },
     #[error("container {id} did not end within {seconds} s of SIGKILL")]
@@ -98,6 +100,7 @@ impl PodError {
             | PodError::Record(_)
             | PodError::Release(_)
             | PodError::Cgroup(_)
+            | PodError::Systemd(_)
             | PodError::TaskGone => Code::Internal,
             PodError::File { source, .. } => match source.kind() {
                 ErrorKind::StorageFull => Code::ResourceExhausted,

@@ -7,6 +7,7 @@ use std::sync::{Arc, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use oci_spec::runtime::LinuxSeccomp;
+use podvisor_cgroup::systemd::Systemd;
 use podvisor_cgroup::{Driver, Layout};
 use podvisor_config::{CgroupDriver, Config, Handler, HandlerKind};
 use podvisor_image_store::ImageStore;
@@ -32,6 +33,8 @@ pub(crate) struct Node {
     pub(crate) events: Events,
     pub(crate) cgroups: Layout,
     pub(crate) driver: Driver,
+    /// Asked by the systemd driver only.
+    pub(crate) systemd: Arc<Systemd>,
     pub(crate) host: HostFacts,
     pub(crate) apparmor: AppArmor,
     /// Identity of this boot of the machine.
@@ -49,6 +52,7 @@ pub(crate) struct Parts {
     pub(crate) monitors: Pool,
     pub(crate) cgroups: Layout,
     pub(crate) driver: Driver,
+    pub(crate) systemd: Arc<Systemd>,
 }
 
 /// Which handlers there are, and what each was found to be.
@@ -81,6 +85,7 @@ impl Node {
             events: Events::default(),
             cgroups: parts.cgroups,
             driver: parts.driver,
+            systemd: parts.systemd,
             host,
             apparmor: AppArmor::open(&run),
             boot_id: boot_id()?,

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use podvisor_cgroup::Layout;
+use podvisor_cgroup::systemd::Systemd;
+use podvisor_cgroup::{Driver, Layout};
 use podvisor_config::{Config, LogFormat, NetworkMode};
 use podvisor_image_store::ImageStore;
 use podvisor_network::{BuiltinOptions, CniOptions, Kind, Network};
@@ -19,7 +20,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::reload;
 
-use crate::monitor::pool::{Pool, Template};
+use crate::monitor::pool::{Place, Pool, Template};
 use crate::node::{Node, Parts, cgroup_driver, find_program};
 use crate::pod::Pods;
 use crate::service::Cri;
@@ -102,9 +103,11 @@ async fn run(file: Option<PathBuf>, config: Config, level: LogLevel) -> anyhow::
         tracing::warn!(seconds = drain.as_secs(), "requests were still in flight at the end");
     }
     node.monitors.close().await;
-    // The parent of containers whose pod names none, when there are none.
-    for directory in node.cgroups.cgroup(&node.driver.parent_cgroup("")).directories() {
-        let _ = std::fs::remove_dir(directory);
+    if node.driver == Driver::Cgroupfs {
+        // The parent of containers whose pod names none, when there are none.
+        for directory in node.cgroups.cgroup(&node.driver.parent_cgroup("")).directories() {
+            let _ = std::fs::remove_dir(directory);
+        }
     }
     Ok(())
 }
@@ -151,14 +154,35 @@ async fn open(config: Config) -> anyhow::Result<Arc<Node>> {
     .context("cannot prepare the pod network")?;
     let cgroups = Layout::detect().context("cannot find the cgroup hierarchies")?;
     let driver = cgroup_driver(config.runtime.cgroup_driver);
-    let template = Template {
-        program: monitor_program(&config)?,
-        parent: cgroups.cgroup(&driver.parent_cgroup(&config.runtime.monitor_cgroup)),
-    };
-    template.parent.create().context("cannot make the monitors' cgroup")?;
+    let systemd = Arc::new(Systemd::new());
+    let place = monitors_place(&config, &cgroups, driver, &systemd).await?;
+    let template = Template { program: monitor_program(&config)?, place };
     let monitors = Pool::start(template, config.runtime.monitor_pool);
-    Node::new(Parts { config, images, network, monitors, cgroups, driver })
+    Node::new(Parts { config, images, network, monitors, cgroups, driver, systemd })
         .context("cannot look at this machine")
+}
+
+/// The monitors' common cgroup, made.
+async fn monitors_place(
+    config: &Config,
+    cgroups: &Layout,
+    driver: Driver,
+    systemd: &Arc<Systemd>,
+) -> anyhow::Result<Place> {
+    let cgroup = cgroups.cgroup(&driver.parent_cgroup(&config.runtime.monitor_cgroup));
+    match driver {
+        Driver::Cgroupfs => {
+            cgroup.create().context("cannot make the monitors' cgroup")?;
+            Ok(Place::Below(cgroup))
+        }
+        Driver::Systemd => {
+            let name = driver.parent(&config.runtime.monitor_cgroup).context("runtime.monitor_cgroup")?;
+            systemd.ensure_slice(&name).await.context(
+                "the systemd cgroup driver cannot be used: start D-Bus, or set runtime.cgroup_driver to \"cgroupfs\" here and in kubelet",
+            )?;
+            Ok(Place::Slice { systemd: systemd.clone(), name, cgroup })
+        }
+    }
 }
 
 /// The monitor's program: as configured, else beside this one.

@@ -1,12 +1,15 @@
 //! Monitors that wait for a pod: started ahead of time, each in a cgroup leaf of its own, so that RunPodSandbox starts
 //! no process. One that is never adopted ends with the daemon, because its control connection does.
+//!
+//! With the systemd driver the leaf is a scope: systemd lets nobody else make cgroups in a slice, and takes away what it does not know.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::Arc;
 
-use podvisor_cgroup::Cgroup;
+use podvisor_cgroup::systemd::{Scope, Systemd};
+use podvisor_cgroup::{Cgroup, CgroupError};
 use tokio::net::UnixStream;
 use tokio::process::Command;
 use tokio::sync::mpsc;
@@ -30,39 +33,49 @@ pub(crate) struct Idle {
 #[derive(Debug)]
 pub(crate) struct Pool {
     ready: tokio::sync::Mutex<mpsc::Receiver<Result<Idle, MonitorError>>>,
-    parent: Cgroup,
+    place: Place,
 }
 
 /// How monitors are started.
 #[derive(Debug)]
 pub(crate) struct Template {
     pub(crate) program: PathBuf,
-    /// Their common cgroup, which they get leaves below.
-    pub(crate) parent: Cgroup,
+    pub(crate) place: Place,
+}
+
+/// Where they get their leaves.
+#[derive(Debug, Clone)]
+pub(crate) enum Place {
+    /// Directories below a cgroup of ours.
+    Below(Cgroup),
+    /// Scopes in a slice.
+    Slice { systemd: Arc<Systemd>, name: String, cgroup: Cgroup },
 }
 
 impl Pool {
     /// Keeps `size` (at least one) monitors ready from now on.
     pub(crate) fn start(template: Template, size: u32) -> Self {
-        sweep(&template.parent);
+        if let Place::Below(parent) = &template.place {
+            sweep(parent);
+        }
         // The channel holds all but the one that its feeder holds in its hands.
         let (sender, ready) = mpsc::channel(size.max(1) as usize);
-        let parent = template.parent.clone();
+        let place = template.place.clone();
         let template = Arc::new(template);
         tokio::spawn(async move {
             loop {
                 // A place first: a failing start is tried again only when somebody asks for a monitor.
                 let Ok(place) = sender.reserve().await else { return };
-                let template = template.clone();
-                let started = match tokio::task::spawn_blocking(move || template.start()).await {
-                    Ok(Ok(started)) => started.connect().await,
+                let starting = template.clone();
+                let started = match tokio::task::spawn_blocking(move || starting.start()).await {
+                    Ok(Ok(started)) => started.connect(&template.place).await,
                     Ok(Err(error)) => Err(error),
                     Err(_) => return,
                 };
                 place.send(started);
             }
         });
-        Self { ready: tokio::sync::Mutex::new(ready), parent }
+        Self { ready: tokio::sync::Mutex::new(ready), place }
     }
 
     /// The next monitor; starts none itself, at worst waits for one that is being started.
@@ -98,19 +111,28 @@ impl Pool {
             let Ok(Idle { connection, notices, process, cgroup }) = next else { continue };
             drop((connection, notices));
             super::process::kill(process);
-            let leaf = self.parent.child(cgroup.rsplit('/').next().unwrap_or_default());
-            // Waits for the process to be gone.
-            let removed = tokio::task::spawn_blocking(move || leaf.remove()).await;
-            if let Ok(Err(error)) = removed {
+            let name = cgroup.rsplit('/').next().unwrap_or_default();
+            // Both wait for the process to be gone.
+            let removed: Result<(), Box<dyn std::error::Error + Send + Sync>> = match &self.place {
+                Place::Slice { systemd, .. } => systemd.stop_unit(name).await.map_err(Into::into),
+                Place::Below(parent) => {
+                    let leaf = parent.child(name);
+                    let removing = tokio::task::spawn_blocking(move || leaf.remove());
+                    removing.await.map_or(Ok(()), |removed| removed.map_err(Into::into))
+                }
+            };
+            if let Err(error) = removed {
                 tracing::debug!(
-                    error = crate::error::chain(&error),
+                    error = crate::error::chain(error.as_ref()),
                     "a monitor's cgroup stays until the next start"
                 );
             }
         }
-        for directory in self.parent.directories() {
-            // Not empty: pods go on.
-            let _ = std::fs::remove_dir(directory);
+        if let Place::Below(parent) = &self.place {
+            for directory in parent.directories() {
+                // Not empty: pods go on.
+                let _ = std::fs::remove_dir(directory);
+            }
         }
     }
 }
@@ -118,7 +140,6 @@ impl Pool {
 struct Started {
     ours: std::os::unix::net::UnixStream,
     process: ProcessIdentity,
-    cgroup: String,
 }
 
 impl Template {
@@ -145,19 +166,45 @@ impl Template {
         // Reaped here for as long as this daemon lives; after that by init.
         tokio::spawn(async move { child.wait().await });
 
-        let leaf = self.parent.child(&random_hex(8));
-        if let Err(error) = leaf.create().and_then(|()| leaf.add(pid)) {
+        Ok(Started { ours, process })
+    }
+}
+
+impl Place {
+    /// Moves a process into a leaf of its own; returns the leaf's path, which it has not reached when that fails.
+    async fn put(&self, pid: i32) -> String {
+        let (path, outcome): (_, Result<(), Box<dyn std::error::Error + Send + Sync>>) = match self {
+            Self::Below(parent) => {
+                let leaf = parent.child(&random_hex(8));
+                let path = leaf.path();
+                let moving = tokio::task::spawn_blocking(move || leaf.create().and_then(|()| leaf.add(pid)));
+                let moved = moving.await.map_or(Ok(()), |moved: Result<(), CgroupError>| moved);
+                (path, moved.map_err(Into::into))
+            }
+            Self::Slice { systemd, name, cgroup } => {
+                let scope = Scope {
+                    name: format!("podvisor-monitor-{}.scope", random_hex(8)),
+                    slice: name.clone(),
+                    description: "podvisor's monitor of a pod".into(),
+                    pids: vec![pid.unsigned_abs()],
+                };
+                let moved = systemd.start_scope(&scope).await;
+                (cgroup.child(&scope.name).path(), moved.map_err(Into::into))
+            }
+        };
+        if let Err(error) = outcome {
             tracing::warn!(
-                error = crate::error::chain(&error),
+                error = crate::error::chain(error.as_ref()),
                 "a monitor stays in the daemon's cgroup: it will not survive a service manager that kills the group"
             );
         }
-        Ok(Started { ours, process, cgroup: leaf.path() })
+        path
     }
 }
 
 impl Started {
-    async fn connect(self) -> Result<Idle, MonitorError> {
+    async fn connect(self, place: &Place) -> Result<Idle, MonitorError> {
+        let cgroup = place.put(self.process.pid).await;
         let socket = UnixStream::from_std(self.ours)
             .map_err(|source| MonitorError::Connect { path: "its control connection".into(), source })?;
         let (sender, notices) = mpsc::unbounded_channel();
@@ -165,6 +212,6 @@ impl Started {
             let _ = sender.send(notice);
         });
         connection.hello().await?;
-        Ok(Idle { connection, notices, process: self.process, cgroup: self.cgroup })
+        Ok(Idle { connection, notices, process: self.process, cgroup })
     }
 }

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use podvisor_cgroup::Driver;
 use podvisor_network::namespace::Namespaces;
 use serde::{Deserialize, Serialize};
 
@@ -20,7 +21,7 @@ pub(crate) enum Acquisition {
     Namespaces(Namespaces),
     /// A connection to the pod network.
     Network { kind: podvisor_network::Kind, sandbox: Box<podvisor_network::Sandbox> },
-    /// A cgroup of ours, by its path below the mount point.
+    /// A cgroup of ours, by its path below the mount point; with the systemd driver a scope.
     Cgroup(String),
     /// A writable layer in the image store.
     Snapshot(String),
@@ -39,6 +40,8 @@ pub(crate) enum ReleaseError {
     Network(#[source] Box<podvisor_network::NetworkError>),
     #[error("cannot remove cgroup {path}")]
     Cgroup { path: String, source: podvisor_cgroup::CgroupError },
+    #[error("cannot end the unit of cgroup {path}")]
+    Unit { path: String, source: podvisor_cgroup::systemd::SystemdError },
     #[error("cannot release snapshot {key}")]
     Snapshot { key: String, source: Box<podvisor_image_store::ImageError> },
     #[error("releasing took longer than {0:?}")]
@@ -71,6 +74,13 @@ impl Acquisition {
                 .map_err(|source| ReleaseError::Network(Box::new(source))),
             Acquisition::Cgroup(path) => {
                 let cgroup = node.cgroups.cgroup(path);
+                // Through systemd, so that it does not go on believing in the unit. Gone by itself, or by the runtime, in most cases.
+                if let Some(unit) = unit(node.driver, path)
+                    && cgroup.exists()
+                {
+                    let stopped = node.systemd.stop_unit(unit).await;
+                    stopped.map_err(|source| ReleaseError::Unit { path: path.clone(), source })?;
+                }
                 let path = path.clone();
                 blocking(move || cgroup.remove().map_err(|source| ReleaseError::Cgroup { path, source }))
                     .await
@@ -104,6 +114,12 @@ pub(crate) async fn release_all(node: &Node, acquired: &mut Vec<Acquisition>) ->
         tracing::warn!(error = crate::error::chain(&further), "a further step of a release failed");
     }
     Err(first)
+}
+
+/// The unit that systemd has made a cgroup for.
+fn unit(driver: Driver, path: &str) -> Option<&str> {
+    let name = path.rsplit('/').next().unwrap_or(path);
+    (driver == Driver::Systemd && name.strip_suffix(".scope").is_some()).then_some(name)
 }
 
 async fn blocking<F>(work: F) -> Result<(), ReleaseError>

@@ -92,10 +92,7 @@ impl Dismantling {
             }
         }
         // What the runtime could not remove.
-        let cgroup = node.cgroups.cgroup(&self.cgroup);
-        if cgroup.exists() {
-            tokio::task::spawn_blocking(move || cgroup.remove()).await.map_err(|_| PodError::TaskGone)??;
-        }
+        Acquisition::Cgroup(self.cgroup.clone()).release(node).await?;
         Ok(())
     }
 }

@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use podvisor_cgroup::Driver;
+use podvisor_cgroup::systemd::Scope;
 use podvisor_config::trust;
 use podvisor_network::namespace::{self, Namespaces};
 use podvisor_proto::cri::{self, NamespaceMode};
@@ -259,7 +261,7 @@ async fn prepare(
         _ => None,
     });
     let init = match init_cgroup {
-        Some(path) => Some(start_init(node, &connection, path).await?),
+        Some(path) => Some(start_init(node, record, &connection, path).await?),
         None => None,
     };
     Ok((monitor, init))
@@ -267,19 +269,38 @@ async fn prepare(
 
 async fn start_init(
     node: &Arc<Node>,
+    record: &PodRecord,
     connection: &Connection,
     cgroup: &str,
 ) -> Result<ProcessIdentity, PodError> {
     let cgroup = node.cgroups.cgroup(cgroup);
-    cgroup.create()?;
+    let cgroup_procs = match node.driver {
+        Driver::Cgroupfs => {
+            cgroup.create()?;
+            cgroup.procs_files().iter().map(|path| path.display().to_string()).collect()
+        }
+        // A scope is made around a process that is there: until then it is where its monitor is, and dies with it.
+        Driver::Systemd => Vec::new(),
+    };
     let verb = Verb::StartInit(StartInit {
-        cgroup_procs: cgroup.procs_files().iter().map(|path| path.display().to_string()).collect(),
+        cgroup_procs,
         // As kubelet's own pause containers have it: the last to go of an ordinary pod.
         oom_score_adj: -998.max(node.host.oom_score_adj_floor.unwrap_or(-998)),
         join_namespaces: Vec::new(),
     });
     match connection.call(verb).await? {
-        Answer::Started(started) => Ok(ProcessIdentity { pid: started.pid, start_time: started.start_time }),
+        Answer::Started(started) => {
+            if node.driver == Driver::Systemd {
+                let scope = Scope {
+                    name: Driver::scope_name(record.id.as_str()),
+                    slice: node.driver.parent(&cgroup_parent(&record.config.0))?,
+                    description: format!("init of pod sandbox {}", record.id),
+                    pids: vec![started.pid.unsigned_abs()],
+                };
+                node.systemd.start_scope(&scope).await?;
+            }
+            Ok(ProcessIdentity { pid: started.pid, start_time: started.start_time })
+        }
         _ => Err(MonitorError::Confused { verb: "start init" }.into()),
     }
 }
