@@ -3,7 +3,7 @@
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 CRITEST := $(TARGET)/release/podvisor-critest
 
-.PHONY: all packages deps build images test lint critest lab critest-lab demo bench clean
+.PHONY: all packages deps build images test lint critest lab critest-lab test-lab demo bench clean
 
 all: build
 
@@ -45,6 +45,10 @@ IN_LAB := tests/lab/run --lsm landlock,apparmor --memory 4G --time-limit 3600
 critest-lab: deps images lab
 	$(IN_LAB) -- $(CRITEST) sandbox -- $(CRITEST) run --expected critest/expected/lab-cgroupfs.txt $(ARGUMENTS)
 	$(IN_LAB) --systemd -- $(CRITEST) machine -- $(CRITEST) run --expected critest/expected/lab-systemd.txt $(ARGUMENTS)
+
+# What only it can show: limits of cgroup v2, the daemon as a unit of systemd's, a loss of power.
+test-lab: deps images lab
+	tests/lab/test
 
 # Pulls an image through a mirror and runs a pod with it, showing every step.
 demo: build

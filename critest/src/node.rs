@@ -51,6 +51,8 @@ pub struct Options {
     pub more: String,
     /// The daemon's log filter.
     pub log: String,
+    /// `builtin` or `cni`.
+    pub network: String,
 }
 
 impl Default for Options {
@@ -61,6 +63,7 @@ impl Default for Options {
             handler: "runc".to_owned(),
             more: String::new(),
             log: "info,podvisor=debug".to_owned(),
+            network: "builtin".to_owned(),
         }
     }
 }
@@ -68,29 +71,52 @@ impl Default for Options {
 /// Directories and configuration of one daemon.
 #[derive(Debug)]
 pub struct Node {
-    directory: TempDir,
+    directory: PathBuf,
+    run: PathBuf,
     bridge: String,
+    _own: Option<TempDir>,
 }
 
 impl Node {
     /// Makes the directories and writes the configuration.
     pub fn new(options: &Options) -> Result<Self> {
+        let own =
+            tempfile::Builder::new().prefix("node.").tempdir().context("making a directory for a node")?;
+        let node = Self {
+            directory: own.path().to_owned(),
+            run: own.path().join("run"),
+            bridge: "podvisor0".to_owned(),
+            _own: Some(own),
+        };
+        node.configure(options)
+    }
+
+    /// A node on a directory that stays. What a restart of the machine has to empty is in `run`.
+    pub fn kept(directory: &Path, run: &Path, options: &Options) -> Result<Self> {
+        fs::create_dir_all(directory).with_context(|| format!("making {}", directory.display()))?;
+        let node = Self {
+            directory: directory.to_owned(),
+            run: run.to_owned(),
+            bridge: "podvisor0".to_owned(),
+            _own: None,
+        };
+        node.configure(options)
+    }
+
+    fn configure(self, options: &Options) -> Result<Self> {
         if std::env::var_os(crate::sandbox::MARK).is_none() {
             bail!(
                 "a node changes interfaces, mounts and cgroups: run this in `podvisor-critest sandbox -- …`"
             );
         }
-        let directory =
-            tempfile::Builder::new().prefix("node.").tempdir().context("making a directory for a node")?;
-        let node = Self { directory, bridge: "podvisor0".to_owned() };
-        fs::write(node.path("registries.conf"), registries(options))?;
-        fs::write(node.path("config.toml"), node.configuration(options))?;
-        Ok(node)
+        fs::write(self.path("registries.conf"), registries(options))?;
+        fs::write(self.path("config.toml"), self.configuration(options))?;
+        Ok(self)
     }
 
     /// A path below the node's directory.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
+        self.directory.join(name)
     }
 
     /// The configuration file.
@@ -100,7 +126,7 @@ impl Node {
 
     /// The socket that the daemon serves.
     pub fn socket(&self) -> PathBuf {
-        self.path("run/podvisor.sock")
+        self.run.join("podvisor.sock")
     }
 
     /// The daemon's log, of all its starts.
@@ -114,10 +140,10 @@ impl Node {
     }
 
     fn configuration(&self, options: &Options) -> String {
-        let Options { handler, more, log, .. } = options;
-        let [root, run, socket, registries, certs, auth, cni] =
-            ["root", "run", "run/podvisor.sock", "registries.conf", "certs.d", "auth.json", "cni"]
-                .map(|name| self.path(name).display().to_string());
+        let Options { handler, more, log, network, .. } = options;
+        let [root, registries, certs, auth, cni] = ["root", "registries.conf", "certs.d", "auth.json", "cni"]
+            .map(|name| self.path(name).display().to_string());
+        let [run, socket] = [&self.run, &self.socket()].map(|path| path.display().to_string());
         let runc = tools_dir().join("runc").display().to_string();
         let bridge = &self.bridge;
         format!(
@@ -127,7 +153,7 @@ impl Node {
              [runtime.handlers.runc]\ntype = \"oci\"\npath = {runc:?}\n\
              [runtime.handlers.crun]\ntype = \"oci\"\npath = \"crun\"\n\
              [image]\nregistries_conf = {registries:?}\ncerts_dir = {certs:?}\nauth_files = [{auth:?}]\n\
-             [network]\nmode = \"builtin\"\nbridge = {bridge:?}\ncni_config_dir = \"{cni}/net.d\"\n\
+             [network]\nmode = {network:?}\nbridge = {bridge:?}\ncni_config_dir = \"{cni}/net.d\"\n\
              cni_cache_dir = \"{cni}/cache\"\n\
              {more}\n"
         )

@@ -1,0 +1,178 @@
+//! The daemon as a unit of systemd's, with the packaged unit file and the systemd cgroup driver. Run on the lab itself: in a sandbox systemd
+//! would mean other processes by the same numbers.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use podvisor_critest::node::{Node, Options, daemon_program};
+use podvisor_critest::project_dir;
+use podvisor_proto::cri::{CgroupDriver, NamespaceMode, RuntimeConfigRequest};
+use podvisor_tests::cri::Cri;
+use podvisor_tests::fixture::Pod;
+use podvisor_tests::images::{BUSYBOX, HOST, TestImages};
+use podvisor_tests::{ask, eventually};
+
+const UNIT: &str = "podvisor.service";
+const CGROUPS: &str = "/sys/fs/cgroup";
+
+#[test]
+#[ignore = "runs in the lab: make test-lab"]
+fn pods_outlive_the_unit() {
+    crate::run(async {
+        let images = Arc::new(TestImages::serve()?);
+        let node = Node::new(&Options {
+            mirrored: vec![HOST.to_owned()],
+            mirror: Some(images.registry().address()),
+            ..Options::default()
+        })?;
+        install(&node)?;
+        systemctl(&["start", UNIT])?;
+        let outcome = outlive(&node).await;
+        let log = Command::new("journalctl").args(["--no-pager", "--lines=60", "--unit", UNIT]).output()?;
+        outcome.with_context(|| {
+            format!("the daemon's log ends with\n{}\n", String::from_utf8_lossy(&log.stdout))
+        })
+    });
+}
+
+/// The packaged unit, with nothing changed but the command.
+fn install(node: &Node) -> Result<()> {
+    let packaged = fs::read_to_string(project_dir().join("config/podvisor.service"))?;
+    let command = format!(
+        "ExecStart={} serve --config {}",
+        daemon_program().display(),
+        node.configuration_file().display()
+    );
+    let lines = packaged.lines().map(|line| if line.starts_with("ExecStart=") { &command } else { line });
+    let unit: Vec<&str> = lines.collect();
+    fs::write(Path::new("/run/systemd/system").join(UNIT), unit.join("\n") + "\n")?;
+    systemctl(&["daemon-reload"]).map(drop)
+}
+
+fn systemctl(arguments: &[&str]) -> Result<String> {
+    let output = Command::new("systemctl").args(arguments).output().context("running systemctl")?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "systemctl {arguments:?}: {}: {said}", output.status);
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+fn main_pid() -> Result<u32> {
+    let pid: u32 = systemctl(&["show", "--property=MainPID", "--value", UNIT])?.parse()?;
+    ensure!(pid != 0, "the unit has no process");
+    Ok(pid)
+}
+
+fn cgroup_of(pid: u32) -> Result<String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).context("reading a process's cgroup")?;
+    Ok(text.trim().trim_start_matches("0::").to_owned())
+}
+
+/// The only process of a cgroup, with when it was started.
+fn process_in(cgroup: &str) -> Result<(u32, String)> {
+    let path = PathBuf::from(format!("{CGROUPS}{cgroup}/cgroup.procs"));
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    let first = text.lines().next().with_context(|| format!("no process in {cgroup}"))?;
+    let pid: u32 = first.parse()?;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields = stat.rsplit_once(')').map(|(_, rest)| rest).unwrap_or_default();
+    Ok((pid, fields.split_whitespace().nth(19).unwrap_or_default().to_owned()))
+}
+
+/// Monitors, by the scope that each is in.
+fn monitors() -> Vec<String> {
+    let entries = fs::read_dir(format!("{CGROUPS}/podvisor.slice")).into_iter().flatten().flatten();
+    let names = entries.map(|entry| entry.file_name().display().to_string());
+    names.filter(|name| name.starts_with("podvisor-monitor-")).collect()
+}
+
+async fn outlive(node: &Node) -> Result<()> {
+    let cri = Cri::new(&node.socket())?;
+    let told = cri.runtime.clone().runtime_config(RuntimeConfigRequest {}).await?.into_inner();
+    ensure!(
+        told.linux.is_some_and(|linux| linux.cgroup_driver() == CgroupDriver::Systemd),
+        "kubelet is told another cgroup driver"
+    );
+    ensure!(cgroup_of(main_pid()?)? == format!("/system.slice/{UNIT}"), "the daemon left its unit");
+
+    cri.pull(BUSYBOX).await.context("PullImage")?;
+    let mut config = ask::pod("unit", &node.path("logs"));
+    config.linux.get_or_insert_default().cgroup_parent = "kubepods-burstable-podunit.slice".to_owned();
+    ask::pod_namespaces(&mut config).pid = NamespaceMode::Pod.into();
+    fs::create_dir_all(&config.log_directory)?;
+    let pod = Pod::known(&cri.run_pod(&config).await.context("RunPodSandbox")?, &config, &cri);
+    let mut counting = ask::script("counting", "i=0; while :; do echo $i; i=$((i + 1)); sleep 0.2; done");
+    ask::container_namespaces(&mut counting).pid = NamespaceMode::Pod.into();
+    ask::resources(&mut counting).memory_limit_in_bytes = 64 << 20;
+    let container = pod.start(&counting).await?;
+
+    // The pod's processes below kubelet's slice, in a scope each; their monitor outside of it and of the unit.
+    let slice = "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podunit.slice";
+    let [init, own] = [&pod.id, &container].map(|id| format!("{slice}/podvisor-{id}.scope"));
+    ensure!(
+        fs::read_to_string(format!("{CGROUPS}{own}/memory.max"))?.trim() == "67108864",
+        "the limit did not reach the scope"
+    );
+    let running = [process_in(&init)?, process_in(&own)?];
+    let monitor = monitor_of(running[0].0)?;
+    let monitor_cgroup = cgroup_of(monitor)?;
+    ensure!(
+        monitor_cgroup.starts_with("/podvisor.slice/podvisor-monitor-"),
+        "the pod's monitor is in {monitor_cgroup}"
+    );
+
+    // Restarted, killed, and with systemd reading everything again: the same processes, in the same places.
+    for round in ["restart", "kill", "daemon-reexec"] {
+        let before = main_pid()?;
+        match round {
+            "restart" => systemctl(&["restart", UNIT])?,
+            "kill" => systemctl(&["kill", "--kill-who=main", "--signal=KILL", UNIT])?,
+            _ => systemctl(&["daemon-reexec"])?,
+        };
+        if round != "daemon-reexec" {
+            eventually("the unit has a new process that serves", || async {
+                ensure!(main_pid()? != before, "it is still process {before}");
+                Ok(cri.version().await?)
+            })
+            .await?;
+        }
+        ensure!([process_in(&init)?, process_in(&own)?] == running, "after {round} other processes run");
+        ensure!(cgroup_of(monitor)? == monitor_cgroup, "after {round} the monitor is elsewhere");
+        ensure!(cri.output(&container, &["echo", round]).await?.trim() == round);
+    }
+    let lines = pod.log("counting.log")?.stdout();
+    let numbers: Vec<usize> = lines.lines().map(str::parse).collect::<Result<_, _>>()?;
+    ensure!(numbers.iter().copied().eq(0..numbers.len()), "the log has a gap: {numbers:?}");
+
+    // Units go with what they were for.
+    cri.stop_pod(&pod.id).await.context("StopPodSandbox")?;
+    cri.remove_pod(&pod.id).await.context("RemovePodSandbox")?;
+    eventually("the scopes go", || async {
+        let left = systemctl(&["list-units", "--all", "--plain", "--no-legend", "podvisor-*.scope"])?;
+        let left: Vec<&str> = left.lines().filter(|unit| !unit.starts_with("podvisor-monitor-")).collect();
+        ensure!(left.is_empty(), "left: {left:?}");
+        Ok(())
+    })
+    .await?;
+    ensure!(!Path::new(&format!("/proc/{monitor}")).exists(), "the pod's monitor goes on");
+    systemctl(&["stop", UNIT])?;
+    eventually("the waiting monitors go", || async {
+        let left = monitors();
+        ensure!(left.is_empty(), "left: {left:?}");
+        Ok(())
+    })
+    .await?;
+    let failed = systemctl(&["list-units", "--failed", "--plain", "--no-legend"])?;
+    ensure!(!failed.contains("podvisor"), "failed: {failed}");
+    fs::remove_file(Path::new("/run/systemd/system").join(UNIT))?;
+    systemctl(&["daemon-reload"]).map(drop)
+}
+
+/// The process that has started another one.
+fn monitor_of(pid: u32) -> Result<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).context("no parent")?;
+    Ok(parent.trim().parse()?)
+}
