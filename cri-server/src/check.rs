@@ -27,7 +27,9 @@ pub(crate) fn check(config: &Config) -> bool {
     findings.extend(network(config));
     findings.push(virtual_machines());
     findings.push(Finding::Note(
-        "kubelet's /metrics/cadvisor knows container labels only with its feature gate PodAndContainerStatsFromCRI".into(),
+        "kubelet's /metrics/cadvisor shows pods and containers only with `featureGates: {PodAndContainerStatsFromCRI: true}` \
+         in its configuration"
+            .into(),
     ));
     let mut works = true;
     for finding in findings {

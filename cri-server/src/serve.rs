@@ -20,6 +20,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::reload;
 
+use crate::meters::Meters;
 use crate::monitor::pool::{Place, Pool, Template};
 use crate::node::{Node, Parts, cgroup_driver, find_program};
 use crate::pod::Pods;
@@ -66,7 +67,8 @@ async fn run(file: Option<PathBuf>, config: Config, level: LogLevel) -> anyhow::
     pods.recover().await.context("cannot read the records of pods")?;
 
     let streaming = streaming(&node, &pods).await?;
-    let cri = Cri { node: node.clone(), pods: pods.clone(), streaming: streaming.clone() };
+    let meters = Arc::new(Meters::new(&node.config().root));
+    let cri = Cri { node: node.clone(), pods: pods.clone(), streaming: streaming.clone(), meters };
     let listener = listen(&socket)?;
     let message = node.config().limits.grpc_message as usize;
     let mut terminate = signal(SignalKind::terminate())?;

@@ -124,7 +124,7 @@ impl Cgroup {
     }
 
     /// The hierarchy whose `cgroup.procs` is the truth about who is in.
-    fn primary(&self) -> &Path {
+    pub(crate) fn primary(&self) -> &Path {
         match &self.hierarchy {
             Hierarchy::V2 { directory, .. } => directory,
             Hierarchy::V1 { controllers } => PRIMARY
@@ -340,7 +340,7 @@ fn hand_down_controllers(directory: &Path) {
     }
 }
 
-fn pids_of(directory: &Path) -> Result<Vec<i32>> {
+pub(crate) fn pids_of(directory: &Path) -> Result<Vec<i32>> {
     let text = read_optional(&directory.join("cgroup.procs"))?.unwrap_or_default();
     // 0 stands for a process that the reader's pid namespace does not contain.
     Ok(text.lines().filter_map(|line| line.trim().parse().ok()).filter(|pid| *pid > 0).collect())

@@ -5,6 +5,7 @@
 //! | `layout.rs` | which hierarchies are mounted, which cgroup a process is in |
 //! | `cgroup.rs` | one cgroup: make, fill, kill, remove |
 //! | `stats.rs` | what it uses |
+//! | `details.rs` | what else metrics want to know |
 //! | `driver.rs` | names in kubelet's two syntaxes |
 //! | `systemd.rs` | slices and scopes over D-Bus (feature `systemd`) |
 //!
@@ -19,6 +20,7 @@
 //! Limits are not set here: the OCI runtime applies a container's, kubelet the pod's.
 
 mod cgroup;
+mod details;
 mod driver;
 mod error;
 mod files;
@@ -28,6 +30,7 @@ mod stats;
 pub mod systemd;
 
 pub use cgroup::Cgroup;
+pub use details::{Details, HugePages, huge_page_sizes};
 pub use driver::Driver;
 pub use error::{CgroupError, Result};
 pub use layout::Layout;

@@ -3,12 +3,15 @@
 //! A controller that is not there gives `None`, not zeros: kubelet treats "unknown" and "nothing" differently (a working set of 0 would
 //! make a pod look free to keep under memory pressure).
 
+mod memory;
+
 use std::path::Path;
 use std::time::SystemTime;
 
 use crate::cgroup::Hierarchy;
 use crate::files::{keyed, read_number, read_optional};
 use crate::{Cgroup, CgroupError, Result};
+use memory::{memory_v1, memory_v2, swap_v1, swap_v2};
 
 /// Use of one cgroup and everything below it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +45,10 @@ pub struct CpuStats {
     pub throttled_periods: Option<u64>,
     /// Time throttled, nanoseconds.
     pub throttled_ns: Option<u64>,
+    /// Enforcement periods that used time saved from earlier ones.
+    pub burst_periods: Option<u64>,
+    /// That time, nanoseconds.
+    pub burst_ns: Option<u64>,
     /// Time spent waiting for a CPU (version 2 and hybrid).
     pub pressure: Option<Pressure>,
 }
@@ -65,6 +72,28 @@ pub struct MemoryStats {
     pub major_page_faults: u64,
     /// Highest usage so far; version 2 knows it from Linux 5.19 on.
     pub peak: Option<u64>,
+    /// Page cache.
+    pub cache: u64,
+    /// Of the page cache, what is mapped into a process.
+    pub mapped_file: u64,
+    /// The kernel's own memory for it (version 2: from Linux 5.18 on).
+    pub kernel: Option<u64>,
+    /// Page cache that was used lately.
+    pub active_file: u64,
+    /// Page cache that was not.
+    pub inactive_file: u64,
+    /// Page cache that is to be written to a device.
+    pub dirty: u64,
+    /// Page cache that is being written.
+    pub writeback: u64,
+    /// Number of pages that reclaim looked at (version 2).
+    pub scanned: Option<u64>,
+    /// Number of pages that reclaim took (version 2).
+    pub reclaimed: Option<u64>,
+    /// Number of file pages that were needed again soon after they had been taken.
+    pub refaults_file: Option<u64>,
+    /// The same of anonymous pages.
+    pub refaults_anon: Option<u64>,
     /// Time spent waiting for memory (version 2 and hybrid).
     pub pressure: Option<Pressure>,
 }
@@ -117,9 +146,6 @@ pub struct PressureLine {
     pub avg300: u32,
     pub total_us: u64,
 }
-
-/// Version 1 says "no limit" with the largest page-aligned i64; anything near is none, whatever the page size.
-const V1_UNLIMITED: u64 = 0x7fff_ffff_ff00_0000;
 
 impl Cgroup {
     /// Reads everything. Fails when the cgroup does not exist (see [`CgroupError::is_not_found`]); a controller that is missing only
@@ -198,6 +224,8 @@ fn cpu_v2(directory: &Path) -> Result<Option<CpuStats>> {
         periods: keyed(&text, "nr_periods"),
         throttled_periods: keyed(&text, "nr_throttled"),
         throttled_ns: micro("throttled_usec"),
+        burst_periods: keyed(&text, "nr_bursts"),
+        burst_ns: micro("burst_usec"),
         pressure: pressure(&directory.join("cpu.pressure"))?,
     }))
 }
@@ -215,70 +243,10 @@ fn cpu_v1(cpuacct: &Path, cpu: Option<&Path>) -> Result<Option<CpuStats>> {
         periods: keyed(&throttling, "nr_periods"),
         throttled_periods: keyed(&throttling, "nr_throttled"),
         throttled_ns: keyed(&throttling, "throttled_time"),
+        burst_periods: keyed(&throttling, "nr_bursts"),
+        burst_ns: keyed(&throttling, "burst_time"),
         pressure: None,
     }))
-}
-
-fn memory_v2(directory: &Path) -> Result<Option<MemoryStats>> {
-    let Some(stat) = read_optional(&directory.join("memory.stat"))? else { return Ok(None) };
-    // The root has memory.stat alone; its usage is what the pages of it sum up to.
-    let key = |name| keyed(&stat, name).unwrap_or(0);
-    let usage = match read_number(&directory.join("memory.current"))? {
-        Some(usage) => usage,
-        None => key("anon").saturating_add(key("file")),
-    };
-    let limit = read_number(&directory.join("memory.max"))?.filter(|limit| *limit != u64::MAX);
-    let working_set = usage.saturating_sub(key("inactive_file"));
-    Ok(Some(MemoryStats {
-        usage,
-        working_set,
-        available: limit.map(|limit| limit.saturating_sub(working_set)),
-        limit,
-        rss: key("anon"),
-        page_faults: key("pgfault"),
-        major_page_faults: key("pgmajfault"),
-        peak: read_number(&directory.join("memory.peak"))?,
-        pressure: pressure(&directory.join("memory.pressure"))?,
-    }))
-}
-
-fn memory_v1(directory: &Path) -> Result<Option<MemoryStats>> {
-    let Some(usage) = read_number(&directory.join("memory.usage_in_bytes"))? else { return Ok(None) };
-    let stat = read_optional(&directory.join("memory.stat"))?.unwrap_or_default();
-    let key = |name| keyed(&stat, name).unwrap_or(0);
-    let limit = limit_v1(directory, "memory.limit_in_bytes")?;
-    let working_set = usage.saturating_sub(key("total_inactive_file"));
-    Ok(Some(MemoryStats {
-        usage,
-        working_set,
-        available: limit.map(|limit| limit.saturating_sub(working_set)),
-        limit,
-        rss: key("total_rss"),
-        page_faults: key("total_pgfault"),
-        major_page_faults: key("total_pgmajfault"),
-        peak: read_number(&directory.join("memory.max_usage_in_bytes"))?,
-        pressure: None,
-    }))
-}
-
-fn limit_v1(directory: &Path, file: &str) -> Result<Option<u64>> {
-    Ok(read_number(&directory.join(file))?.filter(|limit| *limit < V1_UNLIMITED))
-}
-
-fn swap_v2(directory: &Path) -> Result<Option<SwapStats>> {
-    let Some(usage) = read_number(&directory.join("memory.swap.current"))? else { return Ok(None) };
-    let limit = read_number(&directory.join("memory.swap.max"))?.filter(|limit| *limit != u64::MAX);
-    Ok(Some(SwapStats { usage, available: limit.map(|limit| limit.saturating_sub(usage)) }))
-}
-
-fn swap_v1(directory: &Path) -> Result<Option<SwapStats>> {
-    let stat = read_optional(&directory.join("memory.stat"))?.unwrap_or_default();
-    let Some(usage) = keyed(&stat, "total_swap") else { return Ok(None) };
-    // memsw is memory and swap together.
-    let both = limit_v1(directory, "memory.memsw.limit_in_bytes")?;
-    let memory = limit_v1(directory, "memory.limit_in_bytes")?;
-    let limit = both.zip(memory).map(|(both, memory)| both.saturating_sub(memory));
-    Ok(Some(SwapStats { usage, available: limit.map(|limit| limit.saturating_sub(usage)) }))
 }
 
 fn io_v2(directory: &Path) -> Result<Option<IoStats>> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use podvisor_proto::cri;
 
+use crate::pod::record::ContainerRecord;
 use crate::pod::request;
 use crate::pod::state::State;
 use crate::pod::view::{ContainerView, PodView};
@@ -98,18 +99,8 @@ pub(super) fn container_status(container: &ContainerView) -> cri::ContainerStatu
             supplemental_groups: groups.iter().map(|group| i64::from(*group)).collect(),
         }),
     });
-    let resources = serde_json::from_value(record.resources.clone()).ok();
-    let resources = resources.map(|resources| cri::ContainerResources {
-        linux: Some(podvisor_spec::reported_resources(
-            &resources,
-            config
-                .linux
-                .as_ref()
-                .and_then(|linux| linux.resources.as_ref())
-                .and_then(|resources| i32::try_from(resources.oom_score_adj).ok()),
-        )),
-        ..Default::default()
-    });
+    let resources = container_resources(record)
+        .map(|linux| cri::ContainerResources { linux: Some(linux), ..Default::default() });
     cri::ContainerStatus {
         id: record.id.to_string(),
         metadata: config.metadata.clone(),
@@ -131,6 +122,19 @@ pub(super) fn container_status(container: &ContainerView) -> cri::ContainerStatu
         user,
         stop_signal: stop_signal(record.stop_signal),
     }
+}
+
+/// What was asked for and accepted: at its creation, then by UpdateContainerResources.
+pub(super) fn container_resources(record: &ContainerRecord) -> Option<cri::LinuxContainerResources> {
+    let resources = serde_json::from_value(record.resources.clone()).ok()?;
+    let requested = record.config.0.linux.as_ref().and_then(|linux| linux.resources.as_ref());
+    let oom_score_adj = requested.and_then(|resources| i32::try_from(resources.oom_score_adj).ok());
+    Some(podvisor_spec::reported_resources(&resources, oom_score_adj))
+}
+
+/// What kubelet said that the pod's containers may use together.
+pub(super) fn sandbox_resources(view: &PodView) -> Option<cri::LinuxContainerResources> {
+    view.config().linux.as_ref().and_then(|linux| linux.resources.clone())
 }
 
 /// The CRI's number of a signal of the kernel.

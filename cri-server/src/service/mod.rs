@@ -7,7 +7,10 @@ mod containers;
 mod create_container;
 pub(crate) mod exec_sync;
 mod images;
+mod interfaces;
+mod metrics;
 mod node_status;
+mod pieces;
 mod pod_sandbox_status;
 mod remove_container;
 mod remove_pod_sandbox;
@@ -21,21 +24,22 @@ mod stop_pod_sandbox;
 mod streams;
 mod update_container_resources;
 
-use std::pin::Pin;
 use std::sync::Arc;
 
 use podvisor_proto::cri;
 use podvisor_proto::cri::image_service_server::ImageService;
 use podvisor_proto::cri::runtime_service_server::RuntimeService;
 use podvisor_streaming::Server;
-use tokio_stream::{Stream, StreamExt};
+use tokio_stream::StreamExt;
 use tonic::{Request, Response, Status};
 
 use crate::error::PodError;
+use crate::meters::Meters;
 use crate::monitor::{Connection, MonitorError};
 use crate::node::Node;
 use crate::pod::Pods;
 use crate::pod::view::ContainerView;
+use pieces::{Pieces, pieces};
 
 /// Both services over the same pods and images.
 #[derive(Debug, Clone)]
@@ -43,6 +47,7 @@ pub(crate) struct Cri {
     pub(crate) node: Arc<Node>,
     pub(crate) pods: Arc<Pods>,
     pub(crate) streaming: Arc<Server>,
+    pub(crate) meters: Arc<Meters>,
 }
 
 /// A running container with the way to its monitor.
@@ -60,26 +65,6 @@ async fn running(pods: &Pods, id: &str) -> Result<(Arc<ContainerView>, Connectio
 }
 
 type Answer<T> = Result<Response<T>, Status>;
-type Pieces<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
-
-/// A list in pieces of a size that stays far below gRPC's limit for one message.
-fn pieces<I: Send + 'static, T: Send + 'static>(
-    items: Vec<I>,
-    wrap: impl Fn(Vec<I>) -> T + Send + 'static,
-) -> Response<Pieces<T>> {
-    const PIECE: usize = 500;
-    let mut items = items.into_iter();
-    let mut first = true;
-    let chunks = std::iter::from_fn(move || {
-        let chunk: Vec<I> = items.by_ref().take(PIECE).collect();
-        // An empty list is one empty piece: the reader sees that it was answered.
-        let more = !chunk.is_empty() || std::mem::take(&mut first);
-        first = false;
-        more.then(|| Ok(wrap(chunk)))
-    });
-    Response::new(Box::pin(tokio_stream::iter(chunks)))
-}
-
 fn not_yet(what: &str) -> Status {
     Status::unimplemented(format!("podvisor does not do {what} yet"))
 }
@@ -231,14 +216,18 @@ impl RuntimeService for Cri {
         &self,
         request: Request<cri::ContainerStatsRequest>,
     ) -> Answer<cri::ContainerStatsResponse> {
-        stats::container_stats(&self.pods, &self.node, request.get_ref()).await.map(Response::new)
+        stats::container_stats(&self.pods, &self.node, &self.meters, request.get_ref())
+            .await
+            .map(Response::new)
     }
 
     async fn list_container_stats(
         &self,
         request: Request<cri::ListContainerStatsRequest>,
     ) -> Answer<cri::ListContainerStatsResponse> {
-        let stats = stats::list_container_stats(&self.pods, &self.node, request.into_inner().filter).await?;
+        let stats =
+            stats::list_container_stats(&self.pods, &self.node, &self.meters, request.into_inner().filter)
+                .await;
         Ok(Response::new(cri::ListContainerStatsResponse { stats }))
     }
 
@@ -246,7 +235,9 @@ impl RuntimeService for Cri {
         &self,
         request: Request<cri::StreamContainerStatsRequest>,
     ) -> Answer<Self::StreamContainerStatsStream> {
-        let items = stats::list_container_stats(&self.pods, &self.node, request.into_inner().filter).await?;
+        let items =
+            stats::list_container_stats(&self.pods, &self.node, &self.meters, request.into_inner().filter)
+                .await;
         Ok(pieces(items, |container_stats| cri::StreamContainerStatsResponse { container_stats }))
     }
 
@@ -254,7 +245,9 @@ impl RuntimeService for Cri {
         &self,
         request: Request<cri::PodSandboxStatsRequest>,
     ) -> Answer<cri::PodSandboxStatsResponse> {
-        stats::pod_sandbox_stats(&self.pods, &self.node, request.get_ref()).await.map(Response::new)
+        stats::pod_sandbox_stats(&self.pods, &self.node, &self.meters, request.get_ref())
+            .await
+            .map(Response::new)
     }
 
     async fn list_pod_sandbox_stats(
@@ -262,7 +255,8 @@ impl RuntimeService for Cri {
         request: Request<cri::ListPodSandboxStatsRequest>,
     ) -> Answer<cri::ListPodSandboxStatsResponse> {
         let stats =
-            stats::list_pod_sandbox_stats(&self.pods, &self.node, request.into_inner().filter).await?;
+            stats::list_pod_sandbox_stats(&self.pods, &self.node, &self.meters, request.into_inner().filter)
+                .await;
         Ok(Response::new(cri::ListPodSandboxStatsResponse { stats }))
     }
 
@@ -271,7 +265,8 @@ impl RuntimeService for Cri {
         request: Request<cri::StreamPodSandboxStatsRequest>,
     ) -> Answer<Self::StreamPodSandboxStatsStream> {
         let items =
-            stats::list_pod_sandbox_stats(&self.pods, &self.node, request.into_inner().filter).await?;
+            stats::list_pod_sandbox_stats(&self.pods, &self.node, &self.meters, request.into_inner().filter)
+                .await;
         Ok(pieces(items, |pod_sandbox_stats| cri::StreamPodSandboxStatsResponse { pod_sandbox_stats }))
     }
 
@@ -321,21 +316,23 @@ impl RuntimeService for Cri {
         &self,
         _: Request<cri::ListMetricDescriptorsRequest>,
     ) -> Answer<cri::ListMetricDescriptorsResponse> {
-        Err(not_yet("metrics over the CRI"))
+        Ok(Response::new(cri::ListMetricDescriptorsResponse { descriptors: metrics::descriptors() }))
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
         _: Request<cri::ListPodSandboxMetricsRequest>,
     ) -> Answer<cri::ListPodSandboxMetricsResponse> {
-        Err(not_yet("metrics over the CRI"))
+        let pod_metrics = metrics::list(&self.pods, &self.node, &self.meters).await;
+        Ok(Response::new(cri::ListPodSandboxMetricsResponse { pod_metrics }))
     }
 
     async fn stream_pod_sandbox_metrics(
         &self,
         _: Request<cri::StreamPodSandboxMetricsRequest>,
     ) -> Answer<Self::StreamPodSandboxMetricsStream> {
-        Err(not_yet("metrics over the CRI"))
+        let items = metrics::list(&self.pods, &self.node, &self.meters).await;
+        Ok(pieces(items, |pod_sandbox_metrics| cri::StreamPodSandboxMetricsResponse { pod_sandbox_metrics }))
     }
 
     async fn runtime_config(

@@ -7,6 +7,7 @@ mod containers;
 mod images;
 mod input;
 mod kills;
+mod metrics;
 mod observing;
 mod pods;
 mod recovery;
@@ -74,6 +75,7 @@ fn main() -> Result<ExitCode> {
     containers::add(&mut tests);
     input::add(&mut tests);
     observing::add(&mut tests);
+    metrics::add(&mut tests);
     recovery::add(&mut tests);
     kills::add(&mut tests);
     let Tests { images, trials } = tests;

@@ -36,7 +36,7 @@ fn version_2() {
     let (_root, cgroup) = v2(&[
         (
             "cpu.stat",
-            "usage_usec 1500\nuser_usec 1000\nsystem_usec 500\nnr_periods 9\nnr_throttled 3\nthrottled_usec 77\nnr_bursts 0\n",
+            "usage_usec 1500\nuser_usec 1000\nsystem_usec 500\nnr_periods 9\nnr_throttled 3\nthrottled_usec 77\nnr_bursts 4\nburst_usec 5\n",
         ),
         ("cpu.pressure", PSI),
         ("memory.current", "1000000\n"),
@@ -44,7 +44,7 @@ fn version_2() {
         ("memory.peak", "1500000\n"),
         (
             "memory.stat",
-            "anon 400000\nfile 500000\ninactive_anon 7\ninactive_file 300000\npgfault 11\npgmajfault 2\n",
+            "anon 400000\nfile 500000\nkernel 70000\nkernel_stack 1\nfile_mapped 9000\nfile_dirty 12\nfile_writeback 13\ninactive_anon 7\nactive_file 100000\ninactive_file 300000\nworkingset_refault_anon 14\nworkingset_refault_file 15\npgscan 16\npgsteal 17\npgfault 11\npgmajfault 2\n",
         ),
         ("memory.swap.current", "4096\n"),
         ("memory.swap.max", "8192\n"),
@@ -59,6 +59,7 @@ fn version_2() {
     let cpu = stats.cpu.unwrap();
     assert_eq!((cpu.usage_ns, cpu.user_ns, cpu.system_ns), (1_500_000, Some(1_000_000), Some(500_000)));
     assert_eq!((cpu.periods, cpu.throttled_periods, cpu.throttled_ns), (Some(9), Some(3), Some(77_000)));
+    assert_eq!((cpu.burst_periods, cpu.burst_ns), (Some(4), Some(5000)));
     assert_eq!(
         cpu.pressure.unwrap().some,
         PressureLine { avg10: 105, avg60: 10, avg300: 1200, total_us: 7_593_573 }
@@ -75,6 +76,17 @@ fn version_2() {
             page_faults: 11,
             major_page_faults: 2,
             peak: Some(1_500_000),
+            cache: 500_000,
+            mapped_file: 9000,
+            kernel: Some(70_000),
+            active_file: 100_000,
+            inactive_file: 300_000,
+            dirty: 12,
+            writeback: 13,
+            scanned: Some(16),
+            reclaimed: Some(17),
+            refaults_file: Some(15),
+            refaults_anon: Some(14),
             pressure: None,
         }
     );
