@@ -44,7 +44,7 @@ fn report(what: &str, found: &[String]) {
 
 /// Workspace crates that each crate may use, besides those that may be used everywhere. What is not listed may use
 /// none: a new edge is a decision, and is written down here.
-const MAY_USE: [(&str, &[&str]); 13] = [
+const MAY_USE: [(&str, &[&str]); 14] = [
     // Leaves.
     ("podvisor-proto", &[]),
     ("podvisor-config", &[]),
@@ -55,6 +55,8 @@ const MAY_USE: [(&str, &[&str]); 13] = [
     ("podvisor-spec", &["podvisor-proto"]),
     ("podvisor-streaming", &["podvisor-proto"]),
     ("podvisor-image-store", &["podvisor-registry", "podvisor-unpack"]),
+    // Containers in a guest, by the kernel alone.
+    ("podvisor-container", &["podvisor-cgroup"]),
     // One per pod, small: the protocol and cgroups, nothing else.
     ("podvisor-monitor", &["podvisor-proto", "podvisor-cgroup"]),
     // The daemon joins the parts; it never links a virtual machine monitor.
