@@ -14,27 +14,24 @@ use podvisor_tests::{Fixture, ask, eventually};
 
 const MIB: i64 = 1 << 20;
 
+/// One test, because the images take longest to make.
 #[test]
 #[ignore = "runs in the lab: make test-lab"]
-fn limits_are_set_and_merged() {
-    crate::run(on_a_node(async |fixture| set_and_merged(fixture).await));
+fn limits_and_figures() {
+    crate::run(async {
+        let images = Arc::new(TestImages::serve()?);
+        on_a_node(&images, async |fixture| set_and_merged(fixture).await).await.context("limits")?;
+        on_a_node(&images, async |fixture| swap(fixture).await).await.context("swap")?;
+        on_a_node(&images, async |fixture| stats(fixture).await).await.context("stats")
+    });
 }
 
-#[test]
-#[ignore = "runs in the lab: make test-lab"]
-fn swap_is_what_is_beyond_memory() {
-    crate::run(on_a_node(async |fixture| swap(fixture).await));
-}
-
-#[test]
-#[ignore = "runs in the lab: make test-lab"]
-fn stats_tell_pressure_and_memory() {
-    crate::run(on_a_node(async |fixture| stats(fixture).await));
-}
-
-async fn on_a_node(test: impl AsyncFnOnce(&mut Fixture) -> Result<()>) -> Result<()> {
+async fn on_a_node(
+    images: &Arc<TestImages>,
+    test: impl AsyncFnOnce(&mut Fixture) -> Result<()>,
+) -> Result<()> {
     ensure!(Path::new("/sys/fs/cgroup/cgroup.controllers").exists(), "this is not cgroup v2 alone");
-    let mut fixture = Fixture::new(&Arc::new(TestImages::serve()?))?;
+    let mut fixture = Fixture::new(images)?;
     if let Err(error) = test(&mut fixture).await {
         return Err(error.context(format!("the daemon's log ends with\n{}\n", fixture.node.log_tail(60))));
     }

@@ -29,8 +29,10 @@ fn pods_outlive_the_unit() {
             ..Options::default()
         })?;
         install(&node)?;
-        systemctl(&["start", UNIT])?;
-        let outcome = outlive(&node).await;
+        let outcome = match systemctl(&["start", UNIT]) {
+            Ok(_) => outlive(&node).await,
+            Err(error) => Err(error),
+        };
         let log = Command::new("journalctl").args(["--no-pager", "--lines=60", "--unit", UNIT]).output()?;
         outcome.with_context(|| {
             format!("the daemon's log ends with\n{}\n", String::from_utf8_lossy(&log.stdout))
