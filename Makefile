@@ -3,7 +3,7 @@
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 CRITEST := $(TARGET)/release/podvisor-critest
 
-.PHONY: all packages deps build images test lint critest lab critest-lab test-lab demo bench clean
+.PHONY: all packages deps build images kernels test lint critest lab critest-lab test-lab demo bench clean
 
 all: build
 
@@ -23,12 +23,16 @@ images: build
 	critest/tools/contents busybox busybox-static programs webservers
 	critest/tools/build critest "$$($(CRITEST) images)"
 
+# Debian's kernels 6.1 and 6.12, from which the tests build guests; about 60 MB, fetched once.
+kernels: build
+	tests/scripts/kernels
+
 lint: packages
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 
 # Everything: lint, unit tests, black-box tests, conformance. The last line is the total.
-test: deps build images
+test: deps build images kernels
 	tests/scripts/test
 
 # The conformance suite alone with HANDLER=runc or crun; ARGUMENTS go to it: ARGUMENTS="--focus Streaming --parallel 4".

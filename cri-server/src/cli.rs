@@ -35,6 +35,11 @@ enum Command {
         #[command(subcommand)]
         command: ConfigCommand,
     },
+    /// Builds and keeps the kernels that pods in virtual machines start from.
+    Guest {
+        #[command(subcommand)]
+        command: crate::guest::GuestCommand,
+    },
     /// Prints the version.
     Version,
 }
@@ -73,6 +78,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             println!("{}: valid", arguments.config.as_deref().unwrap_or(Path::new(CONFIG)).display());
         }
         Command::Config { command: ConfigCommand::Show } => print!("{}", load()?.to_toml()),
+        Command::Guest { command } => return crate::guest::run(command, &load()?),
         Command::Version => println!("podvisor {}", env!("CARGO_PKG_VERSION")),
     }
     Ok(ExitCode::SUCCESS)

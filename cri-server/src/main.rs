@@ -6,6 +6,7 @@ mod check;
 mod cli;
 mod error;
 mod events;
+mod guest;
 mod id;
 mod meters;
 mod monitor;
