@@ -8,6 +8,7 @@ use tonic::{Code, Status};
 
 use crate::monitor::MonitorError;
 use crate::pod::acquired::ReleaseError;
+use crate::pod::image_volumes::ImageVolumeError;
 use crate::pod::record::RecordError;
 use crate::pod::state::Denied;
 
@@ -45,6 +46,8 @@ pub(crate) enum PodError {
     Network(#[source] podvisor_network::NetworkError),
     #[error("cannot make namespaces")]
     Namespaces(#[source] podvisor_network::namespace::NamespaceError),
+    #[error(transparent)]
+    ImageVolume(#[from] ImageVolumeError),
     #[error("cannot use image")]
     Image(#[source] podvisor_image_store::ImageError),
     #[error(transparent)]
@@ -88,6 +91,11 @@ impl PodError {
             }
             PodError::NetworkNotReady(_) => Code::Unavailable,
             PodError::Image(error) => image_code(error),
+            PodError::ImageVolume(error) => match error {
+                ImageVolumeError::NoSuchImage { .. } | ImageVolumeError::NoSuchPath { .. } => Code::NotFound,
+                ImageVolumeError::Mount { source, .. } => image_code(source),
+                ImageVolumeError::Special { .. } => Code::InvalidArgument,
+            },
             PodError::Spec(error) => match error.kind() {
                 podvisor_spec::ErrorKind::Invalid => Code::InvalidArgument,
                 podvisor_spec::ErrorKind::Unsupported => Code::Unimplemented,

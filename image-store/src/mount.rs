@@ -62,9 +62,17 @@ fn lower(rootfs: &Rootfs, empty: &Path) -> Vec<PathBuf> {
 fn modern(rootfs: &Rootfs, lower: &[PathBuf], target: &Path) -> Result<(), (Errno, String)> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| (errno, String::new()))?;
     configure(&context, rootfs, lower)
-        .and_then(|()| fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()))
+        .and_then(|()| fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes(rootfs)))
         .and_then(|mount| move_mount(&mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH))
         .map_err(|errno| (errno, said(&context)))
+}
+
+/// A view of an image is read-only as a mount too, and of no use to this machine's users.
+fn attributes(rootfs: &Rootfs) -> MountAttrFlags {
+    if rootfs.upper.is_some() {
+        return MountAttrFlags::empty();
+    }
+    MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV
 }
 
 fn configure(context: &OwnedFd, rootfs: &Rootfs, lower: &[PathBuf]) -> Result<(), Errno> {
@@ -120,7 +128,12 @@ fn classic(rootfs: &Rootfs, lower: &[PathBuf], target: &Path, links: &Path) -> i
         return Err(io::Error::new(io::ErrorKind::ArgumentListTooLong, "too many layers for this kernel"));
     }
     let options = CString::new(options)?;
-    Ok(rustix::mount::mount("overlay", target, "overlay", MountFlags::empty(), options.as_c_str())?)
+    let flags = if rootfs.upper.is_some() {
+        MountFlags::empty()
+    } else {
+        MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV
+    };
+    Ok(rustix::mount::mount("overlay", target, "overlay", flags, options.as_c_str())?)
 }
 
 /// A short link to a layer, made if it is missing.

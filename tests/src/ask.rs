@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use podvisor_proto::cri::{
     ContainerConfig, ContainerMetadata, LinuxContainerConfig, LinuxContainerResources,
-    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode,
+    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, NamespaceMode,
     NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
 };
 
@@ -76,6 +76,17 @@ pub fn script(name: &str, text: &str) -> ContainerConfig {
 /// A container that runs until it is stopped, and then ends at once.
 pub fn waiting(name: &str) -> ContainerConfig {
     script(name, "trap 'exit 0' TERM; while :; do sleep 1000 & wait; done")
+}
+
+/// A mount of an image, as kubelet asks for it: by what PullImage answered.
+pub fn image_mount(image: &str, sub_path: &str, container_path: &str) -> Mount {
+    Mount {
+        container_path: container_path.to_owned(),
+        readonly: true,
+        image: Some(spec(image)),
+        image_sub_path: sub_path.to_owned(),
+        ..Mount::default()
+    }
 }
 
 /// A pod's security context, to be changed.

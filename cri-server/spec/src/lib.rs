@@ -50,6 +50,7 @@ use podvisor_proto::cri;
 pub use capabilities::{capabilities, capability_names};
 pub use container::container;
 pub use error::{ErrorKind, SpecError};
+pub use mounts::check_image_mount;
 pub use process::exec;
 pub use profile::{SecurityProfile, apparmor_request, seccomp_request};
 pub use resources::{oom_score_adj, reported_resources, resources};

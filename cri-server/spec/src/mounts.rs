@@ -101,18 +101,13 @@ fn volume(index: usize, mount: &cri::Mount, source: &Path, propagation: MountPro
         return Err(SpecError::invalid(field("container_path"), "is the container's root"));
     }
     if mount.image.is_some() {
-        if !mount.host_path.is_empty() {
-            return Err(SpecError::invalid(
-                field("host_path"),
-                "only one of host_path and image can be given",
-            ));
+        check_image_mount(index, mount)?;
+    } else {
+        if !mount.image_sub_path.is_empty() {
+            return Err(SpecError::invalid(field("image_sub_path"), "is set, but no image"));
         }
-        return Err(SpecError::unsupported(field("image"), "image volumes are not supported yet"));
+        absolute_path(|| field("host_path"), &mount.host_path)?;
     }
-    if !mount.image_sub_path.is_empty() {
-        return Err(SpecError::invalid(field("image_sub_path"), "is set, but no image"));
-    }
-    absolute_path(|| field("host_path"), &mount.host_path)?;
     if mount.recursive_read_only && !mount.readonly {
         return Err(SpecError::invalid(field("recursive_read_only"), "needs readonly"));
     }
@@ -130,6 +125,10 @@ fn volume(index: usize, mount: &cri::Mount, source: &Path, propagation: MountPro
         (true, false) => "ro",
         (true, true) => "rro",
     });
+    if mount.image.is_some() {
+        // What an image brings are files: its devices and set-user-id programs gain nothing in another image's container.
+        options.extend(["nosuid", "nodev"]);
+    }
     for (at, option) in mount.mount_options.iter().enumerate() {
         // KEP-5855 has these three, all of which only take something away.
         if !["nodev", "noexec", "nosuid"].contains(&option.as_str()) {
@@ -148,6 +147,23 @@ fn volume(index: usize, mount: &cri::Mount, source: &Path, propagation: MountPro
         return Err(SpecError::invalid(field("uidMappings"), "and gidMappings have to be given together"));
     }
     Ok(volume)
+}
+
+/// Refuses a mount of an image that contradicts itself (KEP-4639: always read-only, never a path of the host).
+pub fn check_image_mount(index: usize, mount: &cri::Mount) -> Result<()> {
+    let field = |name: &str| format!("config.mounts[{index}].{name}");
+    if !mount.host_path.is_empty() {
+        return Err(SpecError::invalid(field("host_path"), "only one of host_path and image can be given"));
+    }
+    if !mount.readonly {
+        let why = "must be true: an image is only ever mounted read-only";
+        return Err(SpecError::invalid(field("readonly"), why));
+    }
+    if mount.image_sub_path.len() >= 4096 || mount.image_sub_path.contains('\0') {
+        let why = "contains a NUL byte or has more than 4095 bytes";
+        return Err(SpecError::invalid(field("image_sub_path"), why));
+    }
+    Ok(())
 }
 
 fn propagation(index: usize, mount: &cri::Mount) -> Result<MountPropagation> {

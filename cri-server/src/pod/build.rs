@@ -12,6 +12,7 @@ use podvisor_proto::monitor::request::Verb;
 use podvisor_proto::monitor::{CreateContainer, Runtime};
 
 use super::acquired::Acquisition;
+use super::image_volumes;
 use super::record::{
     ContainerPhase, ContainerRecord, PinnedRuntime, PodRecord, ProcessIdentity, VERSION, Wire,
 };
@@ -71,11 +72,13 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
     }
     let image = node.images.get(name).ok_or_else(|| PodError::NoSuchImage(name.to_owned()))?;
 
+    let volumes_of_images = image_volumes::plan(node, &config.mounts)?;
+
     let id = ContainerId::random();
     let parent = cgroup_parent(&pod.config.0);
     let bundle = node.bundle(&id);
     let cgroup = node.driver.container_cgroup(&parent, id.as_str());
-    let acquired = vec![
+    let mut acquired = vec![
         Acquisition::Directory(bundle.clone()),
         // The runtime's to make and remove, but it may be killed in between.
         Acquisition::Cgroup(cgroup.clone()),
@@ -83,6 +86,7 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
         Acquisition::Snapshot(id.to_string()),
         Acquisition::Mount(bundle.join("rootfs")),
     ];
+    acquired.extend(volumes_of_images.iter().flat_map(|volume| volume.acquisitions(&id, &bundle)));
     let stop_signal = stop_signal(&config, &image.config)?;
     let image_ref = image.repo_digests.first().cloned().unwrap_or_else(|| image.id.clone());
     let record = ContainerRecord {
@@ -95,6 +99,7 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
         started_at: 0,
         image_id: image.id.clone(),
         image_ref,
+        image_volumes: volumes_of_images,
         log_path,
         stop_signal,
         process: None,
@@ -170,6 +175,7 @@ pub(crate) async fn build(
 
     let snapshot =
         node.images.prepare(record.id.as_str(), &image.id, false).await.map_err(PodError::Image)?;
+    let prepared = image_volumes::prepare(node, &record.id, &record.image_volumes).await?;
     let (spec, user) = {
         let (node, pod, record, image, bundle, rootfs) =
             (node.clone(), pod.clone(), record.clone(), image.clone(), bundle.clone(), rootfs.clone());
@@ -180,6 +186,7 @@ pub(crate) async fn build(
                 source,
             })?;
             node.images.mount(&snapshot, &rootfs).map_err(PodError::Image)?;
+            image_volumes::mount(&node, &record.id, &record.image_volumes, &prepared)?;
             let (spec, user) = specify(&node, &pod, &record, &image, rootfs, target)?;
             let path = bundle.join("config.json");
             let text = serde_json::to_vec(&spec).map_err(|error| PodError::File {
@@ -206,6 +213,7 @@ pub(crate) async fn build(
         stdin: config.stdin,
         stdin_once: config.stdin_once,
         log_path: record.log_path.clone(),
+        log_line: node.config().limits.log_line,
     });
     let Answer::Started(started) = monitor.call(verb).await? else {
         return Err(MonitorError::Confused { verb: "create container" }.into());

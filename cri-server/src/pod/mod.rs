@@ -22,6 +22,7 @@
 //! | `build.rs` | how a container is made |
 //! | `specify.rs` | a container's OCI spec |
 //! | `volumes.rs` | sources of its mounts |
+//! | `image_volumes.rs` | those of them that are images |
 //! | `signal.rs` | what stops it |
 //! | `dismantle.rs` | how it is unmade |
 //! | `recovery.rs` | records × what is observed → what to do |
@@ -35,6 +36,7 @@ pub(crate) mod build;
 pub(crate) mod devices;
 mod dismantle;
 mod files;
+pub(crate) mod image_volumes;
 pub(crate) mod launch;
 pub(crate) mod record;
 pub(crate) mod recovery;

@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::acquired::Acquisition;
+use super::image_volumes::ImageVolume;
 use super::state::Exit;
 use crate::id::{ContainerId, PodId};
 
@@ -125,6 +126,9 @@ pub(crate) struct ContainerRecord {
     pub(crate) image_id: String,
     /// Repository digest, for ContainerStatus.image_ref.
     pub(crate) image_ref: String,
+    /// Mounts that are images. Records of podvisor 0.1.0 do not have it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) image_volumes: Vec<ImageVolume>,
     pub(crate) log_path: String,
     /// Number of the signal that stops it.
     pub(crate) stop_signal: i32,
@@ -332,6 +336,7 @@ mod tests {
             started_at: 0,
             image_id: "sha256:00".into(),
             image_ref: String::new(),
+            image_volumes: Vec::new(),
             log_path: String::new(),
             stop_signal: 15,
             cgroup: "/a/b".into(),

@@ -28,6 +28,7 @@ use podvisor_proto::monitor::{self as wire, ListProcesses, ProcessState, Shutdow
 
 use super::acquired::{Acquisition, release_all};
 use super::dismantle::kill_orphan;
+use super::image_volumes;
 use super::record::{
     ContainerPhase, ContainerRecord, Phase, PinnedRuntime, PodRecord, ProcessIdentity, VERSION, Wire, exit_of,
 };
@@ -73,7 +74,7 @@ impl Found {
 pub(crate) async fn recover(node: &Arc<Node>, index: &Index) -> std::io::Result<()> {
     let ids = node.records.pods()?;
     let mut sandboxes = Vec::new();
-    let mut snapshots = Vec::new();
+    let (mut containers, mut snapshots) = (Vec::new(), Vec::new());
     for id in &ids {
         let found = read(node, id);
         for acquisition in &found.record.acquired {
@@ -81,7 +82,13 @@ pub(crate) async fn recover(node: &Arc<Node>, index: &Index) -> std::io::Result<
                 sandboxes.push((**sandbox).clone());
             }
         }
-        snapshots.extend(found.containers.iter().map(|(record, _)| record.id.to_string()));
+        for (record, _) in &found.containers {
+            containers.push(record.id.to_string());
+            snapshots.extend(record.acquired.iter().filter_map(|acquisition| match acquisition {
+                Acquisition::Snapshot(key) => Some(key.clone()),
+                _ => None,
+            }));
+        }
         let pod = task::spawn(node.clone(), index.clone(), Beginning::Recover(Box::new(found)));
         index.write().expect("no panic under this lock").insert(id.clone(), pod);
     }
@@ -102,7 +109,7 @@ pub(crate) async fn recover(node: &Arc<Node>, index: &Index) -> std::io::Result<
     }
     let pods: Vec<_> = ids.iter().map(ToString::to_string).collect();
     sweep(&node.run.join("pods"), &pods);
-    sweep(&node.run.join("containers"), &snapshots);
+    sweep(&node.run.join("containers"), &containers);
     Ok(())
 }
 
@@ -228,6 +235,12 @@ fn unreadable(node: &Node, id: &PodId, why: String) -> PodRecord {
 fn unreadable_container(node: &Node, id: ContainerId) -> ContainerRecord {
     let bundle = node.bundle(&id);
     let metadata = cri::ContainerMetadata { name: format!("unreadable-{id}"), attempt: 0 };
+    let mut acquired = vec![
+        Acquisition::Directory(bundle.clone()),
+        Acquisition::Snapshot(id.to_string()),
+        Acquisition::Mount(bundle.join("rootfs")),
+    ];
+    acquired.extend(image_volumes::of_unreadable(node, &id));
     ContainerRecord {
         version: VERSION,
         config: Wire(cri::ContainerConfig { metadata: Some(metadata), ..Default::default() }),
@@ -236,17 +249,14 @@ fn unreadable_container(node: &Node, id: ContainerId) -> ContainerRecord {
         started_at: 0,
         image_id: String::new(),
         image_ref: String::new(),
+        image_volumes: Vec::new(),
         log_path: String::new(),
         stop_signal: 15,
         cgroup: String::new(),
         process: None,
         user: None,
         resources: serde_json::Value::Null,
-        acquired: vec![
-            Acquisition::Directory(bundle.clone()),
-            Acquisition::Snapshot(id.to_string()),
-            Acquisition::Mount(bundle.join("rootfs")),
-        ],
+        acquired,
         id,
     }
 }

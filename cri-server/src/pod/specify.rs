@@ -35,7 +35,7 @@ pub(super) fn specify(
 
     let mut config = config.clone();
     anonymous_volumes(node, pod, record, image, &rootfs, &mut config)?;
-    let mounts = resolve_mounts(&config.mounts)?;
+    let mounts = resolve_mounts(&config.mounts, &record.image_volumes, &node.bundle(&record.id))?;
     let devices = devices::resolve(&config.devices)?;
 
     let held = |name: &str| pod.acquired.contains(&Acquisition::Mount(directory.join(name)));

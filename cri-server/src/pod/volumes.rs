@@ -6,6 +6,7 @@ use podvisor_image_store::Image;
 use podvisor_proto::cri;
 use podvisor_spec::ResolvedMount;
 
+use super::image_volumes::{self, ImageVolume};
 use super::record::{ContainerRecord, PodRecord};
 use crate::error::PodError;
 use crate::id::ContainerId;
@@ -17,14 +18,19 @@ pub(super) fn volumes(node: &Node, pod: &PodRecord, container: &ContainerId) -> 
 }
 
 /// Sources of the mounts: links resolved, missing directories made (as every runtime does for kubelet's hostPath without type).
-pub(super) fn resolve_mounts(mounts: &[cri::Mount]) -> Result<Vec<ResolvedMount>, PodError> {
+pub(super) fn resolve_mounts(
+    mounts: &[cri::Mount],
+    images: &[ImageVolume],
+    bundle: &Path,
+) -> Result<Vec<ResolvedMount>, PodError> {
     let mut resolved = Vec::with_capacity(mounts.len());
     for (index, mount) in mounts.iter().enumerate() {
         let field = format!("config.mounts[{index}].host_path");
-        if mount.image.is_some() {
-            return Err(PodError::Unsupported(format!(
-                "config.mounts[{index}].image: podvisor does not mount images as volumes yet"
-            )));
+        if let Some(volume) = images.iter().find(|volume| volume.mount == index) {
+            resolved.push(ResolvedMount {
+                source: image_volumes::source(bundle, volume, &mount.image_sub_path)?,
+            });
+            continue;
         }
         let path = Path::new(&mount.host_path);
         if !path.is_absolute() {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use podvisor_proto::cri;
 
+use crate::pod::image_volumes;
 use crate::pod::record::ContainerRecord;
 use crate::pod::request;
 use crate::pod::state::State;
@@ -115,7 +116,7 @@ pub(super) fn container_status(container: &ContainerView) -> cri::ContainerStatu
         message,
         labels: config.labels.clone(),
         annotations: config.annotations.clone(),
-        mounts: config.mounts.clone(),
+        mounts: image_volumes::shown(&config.mounts, &record.image_volumes),
         log_path: record.log_path.clone(),
         resources,
         image_id: record.image_id.clone(),

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use podvisor_critest::node::Options;
 use podvisor_proto::cri::{
     Capability, ContainerFilter, ContainerState, ContainerStateValue, Int64Value, KeyValue,
     ListContainersRequest, Mount, MountPropagation, ReopenContainerLogRequest, SecurityProfile, Signal,
@@ -28,6 +29,8 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add("containers::combine_image_and_request", combine_image_and_request);
     tests.add("containers::get_their_stop_signal_and_their_time", stop_signal_and_time);
     tests.add("containers::log_streams_lines_and_parts", log_streams_lines_and_parts);
+    let short = Options { more: "[limits]\nlog_line = 256\n".to_owned(), ..Options::default() };
+    tests.add_with("containers::log_lines_as_long_as_configured", short, log_lines_as_long_as_configured);
     tests.add("containers::reopen_their_log", reopen_their_log);
     tests.add("containers::log_to_the_last_line", log_to_the_last_line);
     tests.add("containers::exec_with_output_exit_code_and_time_limit", exec_sync);
@@ -227,7 +230,7 @@ async fn stop_signal_and_time(f: &mut Fixture) -> Result<()> {
     f.cri.pull(BUSYBOX).await?;
     f.cri.pull(CONFIGURED).await?;
     let pod = f.pod("signals").await?;
-    let traps = "trap 'exit 11' TERM; trap 'exit 12' USR1; trap 'exit 13' QUIT; echo set; while :; do sleep 1000 & wait; done";
+    let traps = "trap 'exit 11' TERM; trap 'exit 12' USR1; trap 'exit 13' QUIT; trap 'exit 14' 37; trap 'exit 15' 62; echo set; while :; do sleep 1000 & wait; done";
     let set = async |name: &str| {
         eventually("its traps are set", || async {
             ensure!(pod.log(&format!("{name}.log"))?.stdout() == "set\n");
@@ -235,20 +238,29 @@ async fn stop_signal_and_time(f: &mut Fixture) -> Result<()> {
         })
         .await
     };
-    for (name, image, signal, code) in [
-        ("default", BUSYBOX, None, 11),
-        ("image", CONFIGURED, None, 12),
-        ("request", CONFIGURED, Some(Signal::Sigquit), 13),
+    for (name, image, signal, code, reported) in [
+        ("default", BUSYBOX, None, 11, Signal::Sigterm),
+        ("image", CONFIGURED, None, 12, Signal::Sigusr1),
+        ("request", CONFIGURED, Some(Signal::Sigquit), 13, Signal::Sigquit),
+        // The C library keeps the first two for itself, so SIGRTMIN is 34 (signal(7)).
+        ("rtmin", BUSYBOX, Some(Signal::Sigrtminplus3), 14, Signal::Sigrtminplus3),
+        ("rtmax", BUSYBOX, Some(Signal::Sigrtmaxminus2), 15, Signal::Sigrtmaxminus2),
     ] {
         let mut config = ask::script(name, traps);
         config.image = Some(spec(image));
         config.stop_signal = signal.map_or(0, Into::into);
         let id = pod.start(&config).await?;
         set(name).await?;
+        let status = f.cri.status(&id).await?;
+        ensure!(status.stop_signal() == reported, "{name}: {status:?}");
         f.cri.stop(&id, 20).await?;
         let status = f.cri.status(&id).await?;
-        ensure!(status.exit_code == code, "{name}: {status:?}");
+        ensure!(status.exit_code == code && status.stop_signal() == reported, "{name}: {status:?}");
     }
+    let mut config = ask::waiting("unknown");
+    config.stop_signal = 4711;
+    let refused = pod.create(&config).await.err().context("signal 4711 was accepted")?;
+    ensure!(format!("{refused:#}").contains("config.stop_signal"), "{refused:#}");
     // One that does not listen is killed when its time is up, and at once when it has none.
     for (name, seconds) in [("deaf", 1), ("at-once", 0)] {
         let id = pod
@@ -284,6 +296,16 @@ async fn log_streams_lines_and_parts(f: &mut Fixture) -> Result<()> {
         let expected = numbered(name, 1..2001);
         ensure!(stream == expected, "{name}: {} bytes instead of {}", stream.len(), expected.len());
     }
+    Ok(())
+}
+
+async fn log_lines_as_long_as_configured(f: &mut Fixture) -> Result<()> {
+    f.cri.pull(BUSYBOX).await?;
+    let pod = f.pod("log-line").await?;
+    let (output, _) = pod.script("c", "head -c 1000 /dev/zero | tr '\\0' x; echo; echo short").await?;
+    ensure!(output == format!("{}\nshort\n", "x".repeat(1000)), "{output}");
+    // 256 bytes each but the last.
+    ensure!(pod.log("c.log")?.parts() == 3, "{:?}", pod.log("c.log")?);
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 #![allow(clippy::large_futures, clippy::assigning_clones)]
 
 mod containers;
+mod image_volumes;
 mod images;
 mod input;
 mod kills;
@@ -71,6 +72,7 @@ fn main() -> Result<ExitCode> {
     let mut tests = Tests { images: Arc::new(TestImages::serve()?), trials: Vec::new() };
     version::add(&mut tests);
     images::add(&mut tests);
+    image_volumes::add(&mut tests);
     pods::add(&mut tests);
     containers::add(&mut tests);
     input::add(&mut tests);

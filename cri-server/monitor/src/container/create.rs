@@ -11,12 +11,15 @@ use crate::cgroup::Cgroup;
 use crate::disk::Job;
 use crate::failure::{Failure, check_absolute, check_id};
 use crate::monitor::Monitor;
-use crate::output::lines::{Lines, Stream};
+use crate::output::lines::{LONGEST, Lines, Stream};
 use crate::poll::{Interest, Timer, Token, Watch};
 use crate::process::Child;
 use crate::runtime::{Call, Purpose, Runtime, shorten};
 use crate::stdio::{Chunk, Streams, TheirEnds, Wanted};
 use crate::verbs::{Answer, Answered, ReplyTo};
+
+/// As much of a line is held in memory for each stream.
+const LINE_MAX: usize = 1 << 20;
 
 impl Monitor {
     pub(crate) fn create_container(&mut self, to: ReplyTo, request: CreateContainer) -> Answered {
@@ -29,6 +32,11 @@ impl Monitor {
         }
         if request.stdin_once && !request.stdin {
             return Err(Failure::invalid("stdin_once without stdin"));
+        }
+        // A daemon that does not know the field leaves it out.
+        let longest = if request.log_line == 0 { LONGEST } else { request.log_line as usize };
+        if longest > LINE_MAX {
+            return Err(Failure::invalid(format!("log_line {longest} is more than {LINE_MAX}")));
         }
         let runtime = Runtime::parse(request.runtime)?;
         let Some(pod) = &self.pod else { return Err(Failure::wrong_state("this monitor has no pod yet")) };
@@ -61,8 +69,8 @@ impl Monitor {
             wanted,
             stdin_once: request.stdin_once,
             logged,
-            stdout: Lines::new(Stream::Stdout),
-            stderr: Lines::new(Stream::Stderr),
+            stdout: Lines::new(Stream::Stdout, longest),
+            stderr: Lines::new(Stream::Stderr, longest),
             backlog: 0,
             held_back: false,
             reopening: Vec::new(),

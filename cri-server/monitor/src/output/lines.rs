@@ -1,13 +1,13 @@
 //! Bytes from a container's pipe → lines of the CRI log format:
 //! `<RFC 3339 time> <stdout|stderr> <P|F> <content>\n` (KEP-2258, and kubelet's `pkg/kubelet/kuberuntime/logs`).
 //!
-//! - A line longer than [`LONGEST`] is written as several `P` lines and a last `F`, as containerd and CRI-O do.
+//! - A line longer than the longest (the daemon's `limits.log_line`, else [`LONGEST`]) is written as several `P` lines and a last `F`, as containerd and CRI-O do.
 //! - What the process wrote after its last newline is held back until its newline comes, and written as `P` when
 //!   the stream ends. kubelet's reader gives a `P` line out without a newline, so `kubectl logs` shows exactly
 //!   what was written. (containerd does the same; conmon writes every read that ends without a newline as a `P`
 //!   line at once, which tears lines apart at random.)
 
-/// Content bytes of one log line.
+/// Content bytes of one log line where the daemon does not say how many.
 pub(crate) const LONGEST: usize = 16 * 1024;
 
 /// Which output a line came from. A terminal's is all `stdout`.
@@ -30,20 +30,22 @@ impl Stream {
 #[derive(Debug)]
 pub(crate) struct Lines {
     stream: Stream,
-    /// Content since the last newline; at most [`LONGEST`].
+    /// Content bytes of one line; more become parts.
+    longest: usize,
+    /// Content since the last newline; at most `longest`.
     begun: Vec<u8>,
 }
 
 impl Lines {
-    pub(crate) fn new(stream: Stream) -> Self {
-        Self { stream, begun: Vec::new() }
+    pub(crate) fn new(stream: Stream, longest: usize) -> Self {
+        Self { stream, longest, begun: Vec::new() }
     }
 
     /// Takes what the process wrote, and appends the lines that it completes to `log`.
     pub(crate) fn push(&mut self, written: &[u8], time: &str, log: &mut Vec<u8>) {
         let mut rest = written;
         while !rest.is_empty() {
-            let room = LONGEST - self.begun.len();
+            let room = self.longest - self.begun.len();
             // One byte more than there is room for: a line of exactly the longest length is still one full line.
             let window = &rest[..rest.len().min(room + 1)];
             if let Some(newline) = window.iter().position(|&byte| byte == b'\n') {
@@ -79,7 +81,11 @@ mod tests {
     use super::*;
 
     fn log_of(pieces: &[&[u8]]) -> String {
-        let mut lines = Lines::new(Stream::Stdout);
+        log_with(LONGEST, pieces)
+    }
+
+    fn log_with(longest: usize, pieces: &[&[u8]]) -> String {
+        let mut lines = Lines::new(Stream::Stdout, longest);
         let mut log = Vec::new();
         for piece in pieces {
             lines.push(piece, "T", &mut log);
@@ -112,5 +118,13 @@ mod tests {
         assert_eq!(tags(&log_of(&[&long])), expected);
         let pieces: Vec<&[u8]> = long.chunks(1000).collect();
         assert_eq!(tags(&log_of(&pieces)), expected);
+    }
+
+    #[test]
+    fn the_longest_line_is_as_long_as_asked() {
+        let expected = "T stdout P abc\nT stdout P def\nT stdout F g\nT stdout F xyz\n";
+        assert_eq!(log_with(3, &[b"abcdefg\nxyz\n"]), expected);
+        let bytes: Vec<&[u8]> = b"abcdefg\nxyz\n".chunks(1).collect();
+        assert_eq!(log_with(3, &bytes), expected);
     }
 }

@@ -216,6 +216,7 @@ impl Pod {
             stdin: spec.stdin,
             stdin_once: spec.stdin_once,
             log_path: self.log(id).display().to_string(),
+            log_line: 0,
         }
     }
 

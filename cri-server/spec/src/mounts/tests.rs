@@ -6,6 +6,11 @@ fn volume(container: &str) -> cri::Mount {
     cri::Mount { container_path: container.to_owned(), host_path: "/host".to_owned(), ..Default::default() }
 }
 
+fn image(container: &str) -> cri::Mount {
+    let image = Some(cri::ImageSpec { image: "sha256:00".into(), ..Default::default() });
+    cri::Mount { container_path: container.to_owned(), readonly: true, image, ..Default::default() }
+}
+
 fn with(volumes: Vec<cri::Mount>) -> Case {
     Case::with(|case| case.config.mounts = volumes)
 }
@@ -118,6 +123,15 @@ fn id_mappings_are_passed_on() {
 }
 
 #[test]
+fn an_image_brings_files_only() {
+    let mut optioned = image("/exec");
+    optioned.mount_options = strings(&["noexec", "nosuid"]);
+    let case = with(vec![image("/model"), optioned]);
+    assert_eq!(options(&case, "/model"), "rbind,rprivate,ro,nosuid,nodev");
+    assert_eq!(options(&case, "/exec"), "rbind,rprivate,ro,nosuid,nodev,noexec");
+}
+
+#[test]
 fn refused() {
     let change = |change: &dyn Fn(&mut cri::Mount)| {
         let mut one = volume("/v");
@@ -151,7 +165,10 @@ fn refused() {
         (change(&|one| one.image_sub_path = "a".into()), ErrorKind::Invalid, "image_sub_path"),
         (change(&|one| one.image = Some(cri::ImageSpec::default())), ErrorKind::Invalid, "host_path"),
         (change(&|one| { one.image = Some(cri::ImageSpec::default()); one.host_path.clear(); }),
-         ErrorKind::Unsupported, "image"),
+         ErrorKind::Invalid, "readonly"),
+        (change(&|one| { *one = image("/v"); one.image_sub_path = "a\0".into(); }),
+         ErrorKind::Invalid, "image_sub_path"),
+        (change(&|one| { *one = image("/v"); one.propagation = 3; }), ErrorKind::Invalid, "propagation"),
     ];
     for (case, kind, field) in table {
         assert_eq!(case.refused(), (kind, format!("config.mounts[1].{field}")));
