@@ -135,6 +135,7 @@ impl Catalog {
         for (id, record) in &tables.images {
             let (config, raw_config) = match before.images.get(id) {
                 Some(Listed { image, .. }) => (image.config.clone(), image.raw_config.clone()),
+                None if record.artifact.is_some() => (Arc::default(), Arc::from("")),
                 None => match parse_config(id, &record.config) {
                     Ok(config) => (Arc::new(config), Arc::from(record.config.as_str())),
                     Err(error) => {
@@ -145,6 +146,7 @@ impl Catalog {
             };
             let image = Image {
                 id: id.clone(),
+                artifact: record.artifact.clone(),
                 repo_tags: record.repo_tags.clone(),
                 repo_digests: record.repo_digests.clone(),
                 size: record.size,

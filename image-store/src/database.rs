@@ -13,11 +13,11 @@ use crate::error::ImageError;
 
 const VERSION: u64 = 1;
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
-/// `sha256:…` of the configuration → [`ImageRecord`] as JSON.
+/// `sha256:…` of the configuration (of an artifact: of the manifest) → [`ImageRecord`] as JSON.
 const IMAGES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("images");
 /// Short name, as it stands in pods → the reference that it turned out to mean, as a JSON string.
 const SHORT_NAMES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("short_names");
-/// `sha256:…` of the tar → [`LayerRecord`] as JSON.
+/// `sha256:…` of the tar (of an artifact: a stand-in) → [`LayerRecord`] as JSON.
 const LAYERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("layers");
 
 /// An image.
@@ -25,6 +25,9 @@ const LAYERS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("layers");
 pub(crate) struct ImageRecord {
     /// The configuration as it was pulled.
     pub(crate) config: String,
+    /// Type of an OCI artifact, which has no such configuration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) artifact: Option<String>,
     /// Compressed layers, manifest and configuration, bytes.
     pub(crate) size: u64,
     /// Diff ids, lowest first.
@@ -206,6 +209,7 @@ mod tests {
     fn tables(images: usize) -> Tables {
         let record = |number: usize| ImageRecord {
             config: "x".repeat(5000),
+            artifact: None,
             size: number as u64,
             layers: vec![format!("sha256:{number}")],
             repo_tags: vec![format!("registry/app:{number}")],

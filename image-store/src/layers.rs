@@ -13,10 +13,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use podvisor_registry::{Compression, LayerDescriptor, Registry, Source};
-use podvisor_unpack::{Limits, Unpacked};
+use podvisor_registry::{Artifact, Compression, Content, LayerDescriptor, Registry, Source};
+use podvisor_unpack::Limits;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use crate::artifact;
 use crate::database::LayerRecord;
 use crate::error::ImageError;
 use crate::flight::Flights;
@@ -109,7 +110,7 @@ impl Layers {
     }
 
     /// The layer, if it is there and known to be what that blob holds.
-    fn present(&self, diff_id: &str, blob: &str) -> Option<LayerRecord> {
+    pub(crate) fn present(&self, diff_id: &str, blob: &str) -> Option<LayerRecord> {
         self.state().present.get(diff_id).filter(|record| record.blobs.contains(blob)).cloned()
     }
 
@@ -240,17 +241,25 @@ impl Layers {
             Compression::Zstd => podvisor_unpack::Compression::Zstd,
         };
         let digest = || layer.digest.to_string();
+        if layer.content == Content::File {
+            let pieces = Pieces { receiver, current: Bytes::new(), taken: None, ended: false };
+            let (found, size) = artifact::receive(pieces, &scratch)?;
+            if found != layer.digest.as_str() {
+                return Err(ImageError::WrongDigest { digest: digest(), found });
+            }
+            return self.admit(scratch, layer, size, 1);
+        }
         let pieces = Pieces { receiver, current: Bytes::new(), taken: None, ended: false };
         let unpacked = podvisor_unpack::unpack(pieces, compression, target.as_fd(), LIMITS)
             .map_err(|source| ImageError::Unpack { digest: digest(), source })?;
         if unpacked.digest != layer.digest.as_str() {
             return Err(ImageError::WrongDigest { digest: digest(), found: unpacked.digest });
         }
-        if unpacked.diff_id != layer.diff_id.as_str() {
+        if layer.content == Content::Layer && unpacked.diff_id != layer.diff_id.as_str() {
             let expected = layer.diff_id.to_string();
             return Err(ImageError::WrongDiffId { digest: digest(), expected, found: unpacked.diff_id });
         }
-        self.admit(scratch, layer, &unpacked)
+        self.admit(scratch, layer, unpacked.size, unpacked.inodes)
     }
 
     /// Gives a verified layer its name. Blocking.
@@ -258,7 +267,8 @@ impl Layers {
         &self,
         scratch: tree::Scratch,
         layer: &LayerDescriptor,
-        unpacked: &Unpacked,
+        size: u64,
+        inodes: u64,
     ) -> Result<LayerRecord, ImageError> {
         let diff_id = layer.diff_id.as_str();
         let mut state = self.state();
@@ -271,10 +281,40 @@ impl Layers {
             return Ok(record);
         }
         let blobs = BTreeSet::from([layer.digest.to_string()]);
-        let record = LayerRecord { size: unpacked.size, inodes: unpacked.inodes, blobs };
+        let record = LayerRecord { size, inodes, blobs };
         scratch.rename(&self.path(diff_id))?;
         state.present.insert(diff_id.to_owned(), record.clone());
         state.unsynced.insert(diff_id.to_owned());
+        Ok(record)
+    }
+
+    /// Puts the files of an artifact together as the layer `key`, from what the caller has fetched and holds a lease for. `manifest` takes
+    /// the place of the blob. Blocking.
+    pub(crate) fn assemble(
+        &self,
+        key: &str,
+        manifest: &str,
+        artifact: &Artifact,
+        fetched: &HashMap<String, LayerRecord>,
+    ) -> Result<LayerRecord, ImageError> {
+        let scratch = tree::Scratch::new(&self.ingest)?;
+        let unknown = LayerRecord::default();
+        let blob = |kept: &podvisor_registry::Digest| {
+            (self.path(kept.as_str()), fetched.get(kept.as_str()).unwrap_or(&unknown))
+        };
+        let mut record = artifact::assemble(artifact, &scratch, blob)?;
+        record.blobs.insert(manifest.to_owned());
+        let mut state = self.state();
+        if let Some(present) = state.present.get(key) {
+            // Another pull of the same artifact was faster.
+            let present = present.clone();
+            drop(state);
+            scratch.discard();
+            return Ok(present);
+        }
+        scratch.rename(&self.path(key))?;
+        state.present.insert(key.to_owned(), record.clone());
+        state.unsynced.insert(key.to_owned());
         Ok(record)
     }
 

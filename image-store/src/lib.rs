@@ -6,6 +6,7 @@
 //! | `catalog.rs` | the images there are and their names; changes and published copies |
 //! | `pull.rs` | from a name to an image |
 //! | `layers.rs` | layers on disk: how one comes in, when one goes |
+//! | `artifact.rs` | what is no image: files under their titles |
 //! | `snapshots.rs` | writable layers of containers |
 //! | `usage.rs` | how much they hold |
 //! | `mount.rs` | overlayfs |
@@ -16,6 +17,7 @@
 //! Invariants: a layer has its name only after its digests were verified; an image is in the database only after its layers are on the
 //! disk; whatever is neither is in `ingest/`, which every start empties; reading never waits for a pull or an fsync.
 
+mod artifact;
 mod catalog;
 mod database;
 mod error;
@@ -51,17 +53,19 @@ pub struct Options {
 /// An image as the CRI shows it.
 #[derive(Debug, Clone)]
 pub struct Image {
-    /// `sha256:…` of the configuration: the one identity used in every RPC.
+    /// `sha256:…` of the configuration, of an artifact's manifest: the one identity used in every RPC.
     pub id: String,
+    /// Its type, where it is an OCI artifact: it can be mounted, and no container can be made from it.
+    pub artifact: Option<String>,
     /// `registry/repository:tag`, sorted.
     pub repo_tags: Vec<String>,
     /// `registry/repository@sha256:…`, sorted.
     pub repo_digests: Vec<String>,
     /// Compressed layers, manifest and configuration, bytes.
     pub size: u64,
-    /// The image configuration, parsed.
+    /// The image configuration, parsed; an artifact's is empty.
     pub config: Arc<oci_spec::image::ImageConfiguration>,
-    /// The image configuration as it was pulled (JSON).
+    /// The image configuration as it was pulled (JSON); an artifact's is empty.
     pub raw_config: Arc<str>,
     /// The garbage collector must leave it alone (the pause image).
     pub pinned: bool,

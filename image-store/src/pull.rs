@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures_util::{StreamExt, TryStreamExt};
-use podvisor_registry::{Credentials, Reference, ResolvedImage};
+use podvisor_registry::{Content, Credentials, Reference, ResolvedImage};
 
+use crate::artifact::{self, files_layer};
 use crate::catalog::{merged, parse_config};
 use crate::database::{ImageRecord, LayerRecord};
 use crate::error::ImageError;
@@ -24,15 +25,24 @@ impl ImageStore {
         let shared = &self.shared;
         let resolved = self.resolve(name, credentials).await?;
         let config = std::str::from_utf8(&resolved.config).unwrap_or_default().to_owned();
-        parse_config(name, &config)?;
+        if resolved.artifact.is_none() {
+            parse_config(name, &config)?;
+        }
 
-        let diff_ids: Vec<_> = resolved.layers.iter().map(|layer| layer.diff_id.to_string()).collect();
-        // Whatever was fetched in vain goes when this pull ends or is dropped.
-        let lease = Some(shared.layers.lease(diff_ids.clone()));
+        let manifest = resolved.manifest_digest.to_string();
+        let files = resolved.artifact.as_ref().and_then(|a| files_layer(a, &resolved.manifest_digest));
+        let diff_ids: Vec<_> = artifact::layers(&resolved.layers, files.as_ref()).collect();
+        // Whatever was fetched in vain goes when this pull ends or is dropped; so do an artifact's files, which are elsewhere then.
+        let blobs = resolved.layers.iter().map(|layer| layer.diff_id.to_string());
+        let lease = Some(shared.layers.lease(diff_ids.iter().cloned().chain(blobs).collect()));
+        let assembled = files.as_ref().and_then(|files| shared.layers.present(files, &manifest));
         let hold = Arc::new(Hold { shared: shared.clone(), lease });
         let mut seen = HashSet::new();
         let mut fetches = Vec::new();
         for layer in resolved.layers.iter().filter(|layer| seen.insert((&layer.diff_id, &layer.digest))) {
+            if layer.content == Content::File && assembled.is_some() {
+                continue;
+            }
             let (layers, registry, source, layer) =
                 (shared.layers.clone(), shared.registry.clone(), resolved.source.clone(), layer.clone());
             let (host, hold) = (resolved.reference.registry().to_owned(), hold.clone());
@@ -41,14 +51,26 @@ impl ImageStore {
                 record.map(|record| (layer.diff_id.to_string(), record)).map_err(ImageError::Shared)
             });
         }
-        let fetched: HashMap<String, LayerRecord> = futures_util::stream::iter(fetches)
+        let mut fetched: HashMap<String, LayerRecord> = futures_util::stream::iter(fetches)
             .buffer_unordered(shared.options.parallel_layers.max(1))
             .try_collect()
             .await?;
 
-        let id = resolved.config_digest.to_string();
+        if let (Some(files), Some(artifact)) = (files, resolved.artifact.clone()) {
+            let record = match assembled {
+                Some(record) => record,
+                None => {
+                    let (hold, key, fetched) = (hold.clone(), files.clone(), fetched.clone());
+                    blocking(move || hold.shared.layers.assemble(&key, &manifest, &artifact, &fetched))
+                        .await?
+                }
+            };
+            fetched.insert(files, record);
+        }
+        let id = resolved.identity.to_string();
         let record = ImageRecord {
             config,
+            artifact: resolved.artifact.as_ref().map(|artifact| artifact.kind.clone()),
             size: (resolved.layers.iter().map(|layer| layer.size))
                 .fold((resolved.manifest.len() + resolved.config.len()) as u64, u64::saturating_add),
             layers: diff_ids,

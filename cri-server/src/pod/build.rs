@@ -71,7 +71,12 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
         return Err(PodError::invalid("config.image.image", "must not be empty"));
     }
     let image = node.images.get(name).ok_or_else(|| PodError::NoSuchImage(name.to_owned()))?;
-
+    if let Some(kind) = &image.artifact {
+        let why = format!(
+            "{name:?} is an OCI artifact of type {kind:?}: it can be mounted as a volume (mounts[].image), and holds no program"
+        );
+        return Err(PodError::invalid("config.image.image", why));
+    }
     let volumes_of_images = image_volumes::plan(node, &config.mounts)?;
 
     let id = ContainerId::random();

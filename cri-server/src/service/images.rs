@@ -43,8 +43,14 @@ pub(super) fn image_status(
     };
     let mut info = HashMap::new();
     if request.verbose {
-        let spec: serde_json::Value = serde_json::from_str(&found.raw_config).unwrap_or_default();
-        info.insert("info".to_owned(), serde_json::json!({ "imageSpec": spec }).to_string());
+        let shown = match &found.artifact {
+            Some(kind) => serde_json::json!({ "artifactType": kind }),
+            None => {
+                let spec: serde_json::Value = serde_json::from_str(&found.raw_config).unwrap_or_default();
+                serde_json::json!({ "imageSpec": spec })
+            }
+        };
+        info.insert("info".to_owned(), shown.to_string());
     }
     Ok(cri::ImageStatusResponse { image: Some(image(&found)), info })
 }

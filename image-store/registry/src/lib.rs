@@ -33,7 +33,7 @@ pub use credentials::{Credentials, CredentialsError};
 pub use digest::{Algorithm, Digest, DigestError, Hasher};
 pub use error::{Attempts, ConfigurationError, ErrorKind, RegistryError};
 pub use failure::Failure;
-pub use manifest::{Compression, LayerDescriptor};
+pub use manifest::{Artifact, Compression, Content, LayerDescriptor};
 pub use reference::{Reference, ReferenceProblem};
 pub use registry::{Options, Registry};
 pub use resolve::ResolvedImage;

@@ -3,11 +3,15 @@
 //! What a document is follows from its fields; every media type that is stated must agree with them, so that no
 //! two readers can see different images in the same bytes (CVE-2021-41190).
 
+mod artifact;
+
 use serde::Deserialize;
 
 use crate::digest::Digest;
 use crate::failure::{Failure, printable};
 use crate::platform::{HostPlatform, Platform};
+
+pub use artifact::Artifact;
 
 /// Manifests and indexes: distribution-spec recommends that registries accept 4 MiB.
 pub(crate) const MANIFEST_MAX: u64 = 4 << 20;
@@ -46,6 +50,17 @@ pub enum Compression {
     Zstd,
 }
 
+/// What a blob is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// A layer of an image: a tar.
+    Layer,
+    /// A tar in an artifact: its own digest is said nowhere.
+    Archive,
+    /// A file in an artifact, as it is.
+    File,
+}
+
 /// One layer as the manifest names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerDescriptor {
@@ -55,8 +70,11 @@ pub struct LayerDescriptor {
     pub size: u64,
     /// How it is compressed.
     pub compression: Compression,
-    /// Of the tar inside, from the image configuration.
+    /// Of the tar inside, from the image configuration. For the blobs of an artifact, which has none: what they are kept by, made
+    /// from their digest.
     pub diff_id: Digest,
+    /// What it is.
+    pub content: Content,
 }
 
 /// What a manifest URL answered.
@@ -87,6 +105,8 @@ pub(crate) struct Manifest {
     pub(crate) config_digest: Digest,
     pub(crate) config_size: u64,
     layers: Vec<(Digest, u64, Compression)>,
+    /// Where it is no image.
+    artifact: Option<(Artifact, Vec<LayerDescriptor>)>,
 }
 
 /// The parts of an image configuration that the pull needs.
@@ -119,6 +139,8 @@ struct RawDescriptor {
     urls: Option<Vec<String>>,
     platform: Option<Platform>,
     artifact_type: Option<String>,
+    /// Whatever is there: only an artifact's are looked at.
+    annotations: Option<serde_json::Value>,
 }
 
 #[derive(Deserialize)]
@@ -255,10 +277,13 @@ impl Manifest {
         let layers = raw.layers.unwrap_or_default();
         if !matches!(config.media_type.as_str(), OCI_CONFIG | DOCKER_CONFIG) {
             let kind = raw.artifact_type.unwrap_or(config.media_type);
-            return Err(Failure::Unsupported(format!(
-                "is an OCI artifact of type {:?}, not a container image",
-                printable(&kind)
-            )));
+            total(0, layers.iter())?;
+            return Ok(Self {
+                config_digest: digest(&config.digest)?,
+                config_size: config.size,
+                layers: Vec::new(),
+                artifact: Some(artifact::check(printable(&kind), layers)?),
+            });
         }
         if config.size > CONFIG_MAX {
             return Err(Failure::Unsupported(format!(
@@ -269,17 +294,23 @@ impl Manifest {
         if layers.len() > LAYERS_MAX {
             return Err(Failure::Unsupported(format!("has {} layers, more than {LAYERS_MAX}", layers.len())));
         }
+        total(config.size, layers.iter())?;
         let mut checked = Vec::with_capacity(layers.len());
-        let mut total: u64 = config.size;
         for layer in layers {
             let compression = compression(&layer)?;
-            total = total
-                .checked_add(layer.size)
-                .filter(|total| i64::try_from(*total).is_ok())
-                .ok_or_else(|| garbage("its layers' sizes are impossible".to_owned()))?;
             checked.push((digest(&layer.digest)?, layer.size, compression));
         }
-        Ok(Self { config_digest: digest(&config.digest)?, config_size: config.size, layers: checked })
+        Ok(Self {
+            config_digest: digest(&config.digest)?,
+            config_size: config.size,
+            layers: checked,
+            artifact: None,
+        })
+    }
+
+    /// What it is made of, if it is no image but an artifact.
+    pub(crate) fn artifact(&self) -> Option<(Artifact, Vec<LayerDescriptor>)> {
+        self.artifact.clone()
     }
 
     /// Joins the layers with the configuration's diff ids.
@@ -298,6 +329,7 @@ impl Manifest {
                 size: *size,
                 compression: *compression,
                 diff_id: diff_id.clone(),
+                content: Content::Layer,
             })
             .collect())
     }
@@ -328,6 +360,14 @@ impl Config {
         });
         Ok(Self { platform, diff_ids })
     }
+}
+
+/// Refuses sizes whose sum is none.
+fn total<'a>(first: u64, mut layers: impl Iterator<Item = &'a RawDescriptor>) -> Result<(), Failure> {
+    layers
+        .try_fold(first, |sum, layer| sum.checked_add(layer.size).filter(|sum| i64::try_from(*sum).is_ok()))
+        .map(drop)
+        .ok_or_else(|| garbage("its layers' sizes are impossible".to_owned()))
 }
 
 fn compression(layer: &RawDescriptor) -> Result<Compression, Failure> {

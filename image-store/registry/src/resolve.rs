@@ -16,7 +16,7 @@ use crate::digest::Digest;
 use crate::endpoint::Kind;
 use crate::error::{Attempts, ErrorKind, RegistryError};
 use crate::failure::Failure;
-use crate::manifest::{self, Config, Document, Index, LayerDescriptor, Manifest};
+use crate::manifest::{self, Artifact, Config, Document, Index, LayerDescriptor, Manifest};
 use crate::platform::HostPlatform;
 use crate::reference::Reference;
 use crate::session::{Session, Wire};
@@ -40,10 +40,12 @@ pub struct ResolvedImage {
     pub manifest_digest: Digest,
     /// The manifest's bytes.
     pub manifest: Bytes,
-    /// Digest of the image configuration: the image's identity.
-    pub config_digest: Digest,
-    /// The image configuration's bytes (OCI image-spec config).
+    /// Digest of the image configuration; of the manifest, where that is an artifact, whose configurations are often all the same.
+    pub identity: Digest,
+    /// The image configuration's bytes (OCI image-spec config); empty for an artifact.
     pub config: Bytes,
+    /// Where it is no image.
+    pub artifact: Option<Artifact>,
     /// In order, lowest first.
     pub layers: Vec<LayerDescriptor>,
     /// Where it came from, for `blob`.
@@ -67,7 +69,9 @@ struct Fetched {
 
 struct Selected {
     manifest: Fetched,
-    config: Fetched,
+    identity: Digest,
+    config: Bytes,
+    artifact: Option<Artifact>,
     layers: Vec<LayerDescriptor>,
 }
 
@@ -94,13 +98,14 @@ impl<'a> Walk<'a> {
         };
         let (target_digest, url) = (top.digest.clone(), top.url.clone());
         match self.select(document, top, 1, false).await? {
-            Ok(Selected { manifest, config, layers }) => Ok(ResolvedImage {
+            Ok(Selected { manifest, identity, config, artifact, layers }) => Ok(ResolvedImage {
                 reference: self.source.reference.clone(),
                 target_digest,
                 manifest_digest: manifest.digest,
                 manifest: manifest.bytes,
-                config_digest: config.digest,
-                config: config.bytes,
+                identity,
+                config,
+                artifact,
                 layers,
                 source: self.source,
             }),
@@ -117,7 +122,7 @@ impl<'a> Walk<'a> {
             let outcome = match self.fetch(session, Kind::Manifests, tag, expected).await {
                 Ok((fetched, stated)) => match Document::parse(&fetched.bytes, stated.as_deref()) {
                     Ok(document) => return Ok((document, fetched)),
-                    // A proxy's login page is no reason to give up on the others; an artifact is.
+                    // A proxy's login page is no reason to give up on the others; a manifest that cannot be used is.
                     Err(failure) if failure.kind() == ErrorKind::Corrupt => failure,
                     Err(failure) => return Err(self.unusable(fetched.url, failure)),
                 },
@@ -186,6 +191,17 @@ impl<'a> Walk<'a> {
 
     /// Completes a manifest with its configuration.
     async fn image(&mut self, manifest: &Manifest, at: Fetched, must_match: bool) -> Outcome<Selected> {
+        if let Some((artifact, layers)) = manifest.artifact() {
+            if must_match {
+                // An index that says nothing of platforms has signatures and the like among its images.
+                return Ok(Err(Failure::Unsupported(format!(
+                    "is an OCI artifact of type {:?}, not a container image",
+                    artifact.kind
+                ))));
+            }
+            let (identity, config) = (at.digest.clone(), Bytes::new());
+            return Ok(Ok(Selected { manifest: at, identity, config, artifact: Some(artifact), layers }));
+        }
         let digest = &manifest.config_digest;
         let expected =
             Expected { digest: Some(digest), size: Some(manifest.config_size), limit: manifest::CONFIG_MAX };
@@ -199,7 +215,13 @@ impl<'a> Walk<'a> {
             }
             manifest.layers(&config)
         });
-        Ok(checked.map(|layers| Selected { manifest: at, config: fetched, layers }))
+        Ok(checked.map(|layers| Selected {
+            manifest: at,
+            identity: fetched.digest,
+            config: fetched.bytes,
+            artifact: None,
+            layers,
+        }))
     }
 
     /// Content by digest, from whoever has it.
@@ -308,7 +330,7 @@ impl fmt::Debug for ResolvedImage {
             .field("reference", &self.reference)
             .field("target_digest", &self.target_digest)
             .field("manifest_digest", &self.manifest_digest)
-            .field("config_digest", &self.config_digest)
+            .field("identity", &self.identity)
             .field("layers", &self.layers)
             .finish_non_exhaustive()
     }

@@ -2,6 +2,7 @@
 
 #![allow(missing_docs)]
 
+mod artifacts;
 mod cancel;
 mod crash;
 mod full;

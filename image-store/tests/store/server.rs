@@ -36,6 +36,15 @@ pub(crate) enum Rule {
     TooLong,
 }
 
+/// A part of an artifact.
+#[derive(Debug, Clone)]
+pub(crate) struct Blob {
+    pub(crate) media_type: &'static str,
+    /// The annotation that names the file.
+    pub(crate) title: Option<String>,
+    pub(crate) bytes: Vec<u8>,
+}
+
 /// An image that was put into the registry.
 #[derive(Debug, Clone)]
 pub(crate) struct Pushed {
@@ -128,6 +137,27 @@ impl Server {
         let (descriptor, manifest) = self.put(MANIFEST, manifest.to_string().into_bytes());
         self.tag(repository, tag, &manifest);
         Pushed { id, digest: manifest.clone(), manifest, size: size + descriptor["size"].as_u64().unwrap() }
+    }
+
+    /// Puts an artifact there, with the configuration that all of them have.
+    pub(crate) fn push_artifact(&self, repository: &str, tag: &str, kind: &str, blobs: &[Blob]) -> Pushed {
+        let (config, _) = self.put("application/vnd.oci.empty.v1+json", b"{}".to_vec());
+        let mut layers = Vec::new();
+        for blob in blobs {
+            let (mut descriptor, _) = self.put(blob.media_type, blob.bytes.clone());
+            if let Some(title) = &blob.title {
+                descriptor["annotations"] = json!({"org.opencontainers.image.title": title});
+            }
+            layers.push(descriptor);
+        }
+        let manifest = json!({
+            "schemaVersion": 2, "mediaType": MANIFEST, "artifactType": kind, "config": config, "layers": layers,
+        });
+        let size = blobs.iter().map(|blob| blob.bytes.len() as u64).sum::<u64>();
+        let (descriptor, digest) = self.put(MANIFEST, manifest.to_string().into_bytes());
+        self.tag(repository, tag, &digest);
+        let size = size + descriptor["size"].as_u64().unwrap();
+        Pushed { id: digest.clone(), digest: digest.clone(), manifest: digest, size }
     }
 
     /// Lets the tag name an index with that image in it.

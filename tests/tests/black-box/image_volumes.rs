@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Context, Result, ensure};
 use podvisor_critest::image::{Dialect, Image};
@@ -129,6 +130,8 @@ async fn resolve_sub_paths_inside_the_image(f: &mut Fixture) -> Result<()> {
     Ok(())
 }
 
+type Break = fn(&mut Mount);
+
 async fn that_cannot_be_are_refused(f: &mut Fixture) -> Result<()> {
     let name = push(f, "refused")?;
     f.cri.pull(BUSYBOX).await?;
@@ -142,7 +145,6 @@ async fn that_cannot_be_are_refused(f: &mut Fixture) -> Result<()> {
         "{refused:?}"
     );
     f.cri.pull(&name).await?;
-    type Break = fn(&mut Mount);
     let broken: [(&str, Break); 4] = [
         ("config.mounts[0].readonly", |mount| mount.readonly = false),
         ("config.mounts[0].host_path", |mount| mount.host_path = "/etc".to_owned()),
@@ -264,7 +266,6 @@ async fn take_mount_options(f: &mut Fixture) -> Result<()> {
         mount_options: options.iter().map(ToString::to_string).collect(),
         ..Mount::default()
     };
-    use std::os::unix::fs::PermissionsExt;
     fs::set_permissions(directory.join("run"), fs::Permissions::from_mode(0o755))?;
     f.cri.pull(BUSYBOX).await?;
     let pod = f.pod("options").await?;

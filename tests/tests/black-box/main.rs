@@ -3,6 +3,7 @@
 // A test is run once: neither the size of its future nor one more allocation matters.
 #![allow(clippy::large_futures, clippy::assigning_clones)]
 
+mod artifacts;
 mod containers;
 mod image_volumes;
 mod images;
@@ -73,6 +74,7 @@ fn main() -> Result<ExitCode> {
     version::add(&mut tests);
     images::add(&mut tests);
     image_volumes::add(&mut tests);
+    artifacts::add(&mut tests);
     pods::add(&mut tests);
     containers::add(&mut tests);
     input::add(&mut tests);

@@ -116,14 +116,11 @@ fn intact_but_unusable_documents_say_why() {
     let mut foreign =
         manifest(&[descriptor("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", "a")]);
     foreign["layers"][0]["urls"] = json!(["https://elsewhere.net/x"]);
-    let mut artifact = manifest(&[]);
-    artifact["config"]["mediaType"] = json!("application/vnd.example.model.v1+json");
     let many: Vec<_> = (0..=LAYERS_MAX).map(|n| descriptor(LAYER, &n.to_string())).collect();
     let mut large_config = manifest(&[]);
     large_config["config"]["size"] = json!(CONFIG_MAX + 1);
     for (document, stated, part) in [
         (foreign, None, "foreign layer"),
-        (artifact, None, "application/vnd.example.model.v1+json"),
         (manifest(&[descriptor("application/vnd.oci.image.layer.v1.tar+lzma", "a")]), None, "tar+lzma"),
         (manifest(&[descriptor("", "a")]), None, "unknown type"),
         (manifest(&many), None, "513 layers"),
