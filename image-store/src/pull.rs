@@ -57,13 +57,11 @@ impl ImageStore {
             .await?;
 
         if let (Some(files), Some(artifact)) = (files, resolved.artifact.clone()) {
-            let record = match assembled {
-                Some(record) => record,
-                None => {
-                    let (hold, key, fetched) = (hold.clone(), files.clone(), fetched.clone());
-                    blocking(move || hold.shared.layers.assemble(&key, &manifest, &artifact, &fetched))
-                        .await?
-                }
+            let record = if let Some(record) = assembled {
+                record
+            } else {
+                let (hold, key, fetched) = (hold.clone(), files.clone(), fetched.clone());
+                blocking(move || hold.shared.layers.assemble(&key, &manifest, &artifact, &fetched)).await?
             };
             fetched.insert(files, record);
         }

@@ -43,12 +43,11 @@ pub(super) fn image_status(
     };
     let mut info = HashMap::new();
     if request.verbose {
-        let shown = match &found.artifact {
-            Some(kind) => serde_json::json!({ "artifactType": kind }),
-            None => {
-                let spec: serde_json::Value = serde_json::from_str(&found.raw_config).unwrap_or_default();
-                serde_json::json!({ "imageSpec": spec })
-            }
+        let shown = if let Some(kind) = &found.artifact {
+            serde_json::json!({ "artifactType": kind })
+        } else {
+            let spec: serde_json::Value = serde_json::from_str(&found.raw_config).unwrap_or_default();
+            serde_json::json!({ "imageSpec": spec })
         };
         info.insert("info".to_owned(), shown.to_string());
     }
