@@ -77,6 +77,7 @@ impl Default for Runtime {
             monitor_cgroup: "podvisor.slice".to_owned(),
             seccomp_profile: None,
             seccomp_root: "/var/lib/kubelet/seccomp".into(),
+            cdi_spec_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
             monitor_pool: 2,
         }
     }

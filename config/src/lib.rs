@@ -99,6 +99,8 @@ pub struct Runtime {
     pub seccomp_profile: Option<PathBuf>,
     /// Directory under which localhost seccomp profiles with relative names are looked up.
     pub seccomp_root: PathBuf,
+    /// Where CDI's specs are, later ones before earlier. Empty: no CDI devices. Reloadable.
+    pub cdi_spec_dirs: Vec<PathBuf>,
     /// How many idle monitors are kept ready.
     pub monitor_pool: u32,
 }

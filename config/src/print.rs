@@ -45,6 +45,7 @@ impl Config {
             monitor_cgroup,
             seccomp_profile,
             seccomp_root,
+            cdi_spec_dirs,
             monitor_pool,
         } = runtime;
         writeln!(f, "\n[runtime]")?;
@@ -56,6 +57,7 @@ impl Config {
         writeln!(f, "monitor_cgroup = {}", quoted(monitor_cgroup))?;
         writeln!(f, "seccomp_profile = {}", optional_path(seccomp_profile.as_ref()))?;
         writeln!(f, "seccomp_root = {}", path(seccomp_root))?;
+        writeln!(f, "cdi_spec_dirs = {}", paths(cdi_spec_dirs))?;
         writeln!(f, "monitor_pool = {monitor_pool}")?;
 
         let removed: Vec<_> =

@@ -68,6 +68,8 @@ fn runtime(document: &mut Document<'_>, root: &mut Section<'_>, config: &mut Con
     document.set(section, "monitor_cgroup", &mut runtime.monitor_cgroup, cgroup);
     document.set(section, "seccomp_profile", &mut runtime.seccomp_profile, optional(absolute_path));
     document.set(section, "seccomp_root", &mut runtime.seccomp_root, absolute_path);
+    let directories = list("an array of absolute paths", absolute_path);
+    document.set(section, "cdi_spec_dirs", &mut runtime.cdi_spec_dirs, directories);
     document.set(section, "monitor_pool", &mut runtime.monitor_pool, number(0..=64, "processes"));
 
     // The names of handlers are the operator's, so no key in this table is unknown.

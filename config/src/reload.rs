@@ -73,6 +73,7 @@ fn reload_runtime(kept: &mut Kept, present: &Runtime, new: Runtime) -> Runtime {
         monitor_cgroup,
         seccomp_profile,
         seccomp_root,
+        cdi_spec_dirs,
         monitor_pool,
     } = new;
     Runtime {
@@ -84,6 +85,7 @@ fn reload_runtime(kept: &mut Kept, present: &Runtime, new: Runtime) -> Runtime {
         monitor_cgroup: kept.keep("runtime.monitor_cgroup", &present.monitor_cgroup, monitor_cgroup),
         seccomp_profile: kept.keep("runtime.seccomp_profile", &present.seccomp_profile, seccomp_profile),
         seccomp_root: kept.keep("runtime.seccomp_root", &present.seccomp_root, seccomp_root),
+        cdi_spec_dirs,
         monitor_pool: kept.keep("runtime.monitor_pool", &present.monitor_pool, monitor_pool),
     }
 }

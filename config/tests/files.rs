@@ -61,6 +61,7 @@ monitor = "/opt/podvisor/podvisor-monitor"
 monitor_cgroup = "/monitors/of/podvisor"
 seccomp_profile = "/etc/podvisor/seccomp.json"
 seccomp_root = "/etc/seccomp"
+cdi_spec_dirs = ["/opt/cdi"]
 monitor_pool = 0
 
 [runtime.handlers]

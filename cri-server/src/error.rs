@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use tonic::{Code, Status};
 
+use crate::cdi::InjectError;
 use crate::monitor::MonitorError;
 use crate::pod::acquired::ReleaseError;
 use crate::pod::image_volumes::ImageVolumeError;
@@ -52,6 +53,8 @@ pub(crate) enum PodError {
     Image(#[source] podvisor_image_store::ImageError),
     #[error(transparent)]
     Spec(#[from] podvisor_spec::SpecError),
+    #[error(transparent)]
+    Cdi(#[from] InjectError),
     #[error(transparent)]
     Record(#[from] RecordError),
     #[error(transparent)]
@@ -102,6 +105,8 @@ impl PodError {
                 podvisor_spec::ErrorKind::NotFound => Code::NotFound,
             },
             PodError::Monitor(error) => error.code(),
+            PodError::Cdi(InjectError::Unknown { .. }) => Code::NotFound,
+            PodError::Cdi(InjectError::Edits { .. }) => Code::FailedPrecondition,
             PodError::WillNotDie { .. } => Code::DeadlineExceeded,
             PodError::Network(_)
             | PodError::Namespaces(_)

@@ -2,6 +2,7 @@
 //! runtime. See README.md beside this crate for the map.
 
 mod apparmor;
+mod cdi;
 mod check;
 mod cli;
 mod error;

@@ -31,6 +31,7 @@ pub(crate) struct Node {
     pub(crate) records: Records,
     pub(crate) monitors: Pool,
     pub(crate) events: Events,
+    pub(crate) cdi: crate::cdi::Registry,
     pub(crate) cgroups: Layout,
     pub(crate) driver: Driver,
     /// Asked by the systemd driver only.
@@ -83,6 +84,7 @@ impl Node {
             records,
             monitors: parts.monitors,
             events: Events::default(),
+            cdi: crate::cdi::Registry::default(),
             cgroups: parts.cgroups,
             driver: parts.driver,
             systemd: parts.systemd,
@@ -289,7 +291,7 @@ fn host_facts(cgroups: &Layout) -> HostFacts {
         Layout::V1 { controllers } => {
             controllers.get("memory").is_some_and(|mount| mount.join("memory.memsw.limit_in_bytes").exists())
         }
-        Layout::V2 { .. } => Path::new("/proc/swaps").exists(),
+        Layout::V2 { mount } => swap_is_limited(mount, "/proc/self/cgroup"),
     };
     HostFacts {
         capabilities,
@@ -298,7 +300,38 @@ fn host_facts(cgroups: &Layout) -> HostFacts {
         devices: host_devices(),
         swap,
         hugetlb: cgroups.has("hugetlb"),
+        hugepage_sizes: hugepage_sizes(Path::new("/sys/kernel/mm/hugepages")),
     }
+}
+
+/// Whether version 2 limits swap: not where it was switched off (`swapaccount=0`, no CONFIG_SWAP). The file is in every cgroup but the
+/// root, where the daemon may be in a container of its own: then any child tells.
+fn swap_is_limited(mount: &Path, own: &str) -> bool {
+    let limited = |cgroup: &Path| cgroup.join("memory.swap.max").exists();
+    let own = std::fs::read_to_string(own).unwrap_or_default();
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    limited(&mount.join(own))
+        || std::fs::read_dir(mount).into_iter().flatten().flatten().any(|child| limited(&child.path()))
+}
+
+/// Sizes of huge pages, from the kernel's directories (`hugepages-2048kB`), written as the hugetlb controller's files have them
+/// (`mm/hugetlb_cgroup.c`, `mem_fmt`).
+fn hugepage_sizes(directory: &Path) -> Vec<String> {
+    let mut sizes: Vec<u64> = std::fs::read_dir(directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            entry.file_name().to_str()?.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()
+        })
+        .collect();
+    sizes.sort_unstable();
+    let name = |kilobytes: u64| match kilobytes {
+        gigabytes if gigabytes >= 1 << 20 => format!("{}GB", gigabytes >> 20),
+        megabytes if megabytes >= 1 << 10 => format!("{}MB", megabytes >> 10),
+        kilobytes => format!("{kilobytes}KB"),
+    };
+    sizes.into_iter().map(name).collect()
 }
 
 /// Device nodes below /dev, for privileged containers. What belongs to terminals, queues and other mounts in /dev is left out.
@@ -321,4 +354,36 @@ fn host_devices() -> Vec<ResolvedDevice> {
         }
     }
     devices
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_of_huge_pages_are_named_as_the_kernel_does() {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["hugepages-1048576kB", "hugepages-2048kB", "hugepages-64kB", "other"] {
+            std::fs::create_dir(directory.path().join(name)).unwrap();
+        }
+        assert_eq!(hugepage_sizes(directory.path()), ["64KB", "2MB", "1GB"]);
+        assert!(hugepage_sizes(Path::new("/never-there")).is_empty());
+    }
+
+    #[test]
+    fn swap_is_limited_where_the_kernel_has_the_file() {
+        let mount = tempfile::tempdir().unwrap();
+        let own = mount.path().join("own");
+        std::fs::create_dir_all(mount.path().join("system.slice/podvisor.service")).unwrap();
+        for text in ["0::/system.slice/podvisor.service\n", "0::/\n", ""] {
+            std::fs::write(&own, text).unwrap();
+            assert!(!swap_is_limited(mount.path(), own.to_str().unwrap()), "{text}");
+        }
+        std::fs::write(mount.path().join("system.slice/podvisor.service/memory.swap.max"), "max").unwrap();
+        std::fs::write(&own, "0::/system.slice/podvisor.service\n").unwrap();
+        assert!(swap_is_limited(mount.path(), own.to_str().unwrap()));
+        std::fs::write(mount.path().join("system.slice/memory.swap.max"), "max").unwrap();
+        std::fs::write(&own, "0::/\n").unwrap();
+        assert!(swap_is_limited(mount.path(), own.to_str().unwrap()));
+    }
 }

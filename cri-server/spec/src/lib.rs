@@ -13,6 +13,7 @@
 //! | `resources.rs` | limits: creation, update, status |
 //! | `profile.rs` | which seccomp and AppArmor profiles are asked for |
 //! | `seccomp.rs` | profile files; `seccomp/default.json` is the built-in one |
+//! | `cdi/` | devices that vendors describe in files |
 //! | `annotations.rs` | what other runtimes read about the pod |
 //!
 //! Invariants: every field that is not used as it came is refused with its name, never repaired silently; a mode that asks for isolation
@@ -30,6 +31,7 @@
 
 mod annotations;
 mod capabilities;
+pub mod cdi;
 mod container;
 mod devices;
 mod error;
@@ -170,6 +172,8 @@ pub struct HostFacts {
     pub swap: bool,
     /// `hugetlb` controller is there.
     pub hugetlb: bool,
+    /// Sizes of huge pages that the kernel has, as its cgroup files name them: `2MB`, `1GB`.
+    pub hugepage_sizes: Vec<String>,
 }
 
 fn security(config: &cri::ContainerConfig) -> Option<&cri::LinuxContainerSecurityContext> {

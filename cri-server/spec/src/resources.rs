@@ -182,6 +182,14 @@ fn merge_hugepages(
             let why = format!("{:?} is not a size such as \"2MB\"", request.page_size);
             return Err(SpecError::invalid(field("page_size"), why));
         }
+        if !host.hugepage_sizes.contains(&request.page_size) {
+            let known = match host.hugepage_sizes.as_slice() {
+                [] => "no huge pages".to_owned(),
+                sizes => sizes.join(" and "),
+            };
+            let why = format!("this node's kernel has {known}, not {}", request.page_size);
+            return Err(SpecError::invalid(field("page_size"), why));
+        }
         let Ok(limit) = i64::try_from(request.limit) else {
             return Err(SpecError::invalid(field("limit"), format!("{} bytes are too many", request.limit)));
         };

@@ -79,6 +79,7 @@ impl Default for Case {
                 devices: vec![device("/dev/sda", 8, 0)],
                 swap: true,
                 hugetlb: true,
+                hugepage_sizes: vec!["2MB".to_owned(), "1GB".to_owned()],
             },
             namespaces: NamespacePaths {
                 net: Some("/run/netns/pod".into()),

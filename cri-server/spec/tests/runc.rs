@@ -121,6 +121,7 @@ fn spec(bundle: &Bundle, command: &[&str]) -> Spec {
         devices: Vec::new(),
         swap: false,
         hugetlb: false,
+        hugepage_sizes: Vec::new(),
     };
     let capabilities = podvisor_spec::capabilities(&config, &host).unwrap();
     podvisor_spec::container(&Input {

@@ -77,6 +77,7 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
         );
         return Err(PodError::invalid("config.image.image", why));
     }
+    crate::cdi::asked(&config)?;
     let volumes_of_images = image_volumes::plan(node, &config.mounts)?;
 
     let id = ContainerId::random();

@@ -15,6 +15,7 @@ use super::record::{ContainerRecord, PodRecord, ProcessIdentity};
 use super::request::cgroup_parent;
 use super::view::namespace_options;
 use super::volumes::{anonymous_volumes, resolve_mounts};
+use crate::cdi;
 use crate::error::PodError;
 use crate::node::Node;
 
@@ -84,7 +85,8 @@ pub(super) fn specify(
         annotations: handler_annotations,
         default_pids: (limit > 0).then_some(limit),
     };
-    let spec = podvisor_spec::container(&input)?;
+    let mut spec = podvisor_spec::container(&input)?;
+    cdi::inject(node, &mut spec, &cdi::asked(&config)?)?;
     let user = podvisor_spec::User::of(&spec).unwrap_or(podvisor_spec::User {
         uid: 0,
         gid: 0,

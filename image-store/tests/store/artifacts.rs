@@ -60,7 +60,7 @@ async fn files_under_their_titles_and_tars_unpacked() {
         &image,
         &[&server.name("model:1"), &pushed.id, &server.name(&format!("model@{}", pushed.digest))],
     );
-    assert_eq!(ids(&store), [pushed.id.clone()]);
+    assert_eq!(ids(&store), std::slice::from_ref(&pushed.id));
     // Its tar, and one for all files.
     layers(&world, 2).await;
     let rootfs = mounted(&store, &image.id).await;

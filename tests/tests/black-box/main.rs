@@ -4,6 +4,7 @@
 #![allow(clippy::large_futures, clippy::assigning_clones)]
 
 mod artifacts;
+mod cdi;
 mod containers;
 mod image_volumes;
 mod images;
@@ -13,6 +14,7 @@ mod metrics;
 mod observing;
 mod pods;
 mod recovery;
+mod resources;
 mod version;
 
 use std::process::ExitCode;
@@ -75,6 +77,8 @@ fn main() -> Result<ExitCode> {
     images::add(&mut tests);
     image_volumes::add(&mut tests);
     artifacts::add(&mut tests);
+    cdi::add(&mut tests);
+    resources::add(&mut tests);
     pods::add(&mut tests);
     containers::add(&mut tests);
     input::add(&mut tests);

@@ -155,6 +155,7 @@ fn refused() {
         (with(|request| request.oom_score_adj = i64::MIN), "oom_score_adj"),
         (page("2M", 0), "hugepage_limits[0].page_size"),
         (page("MB", 0), "hugepage_limits[0].page_size"),
+        (page("16MB", 0), "hugepage_limits[0].page_size"),
         (page("2MB", u64::MAX), "hugepage_limits[0].limit"),
         (unified("../x.y", "1"), "unified[\"../x.y\"]"),
         (unified("memory", "1"), "unified[\"memory\"]"),
@@ -209,4 +210,42 @@ fn update_merges() {
     let bad = cri::LinuxContainerResources { memory_swap_limit_in_bytes: 50, ..Default::default() };
     let error = resources(&current, &bad, &host).unwrap_err();
     assert_eq!(field_of(&error), "linux.memory_swap_limit_in_bytes");
+}
+
+/// What kubelet asks for by `unified`: memory QoS (KEP-2570), swap (KEP-2400), the end of all processes at once, from creation through
+/// updates that each name only a part.
+#[test]
+fn unified_is_merged_from_the_first_to_the_last() {
+    let of_update = |entries: &[(&str, &str)]| cri::LinuxContainerResources {
+        unified: entries.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+        ..Default::default()
+    };
+    let created = Case::with(|case| {
+        case.resources().memory_limit_in_bytes = 1000;
+        case.resources().unified = of_update(&[
+            ("memory.oom.group", "1"),
+            ("memory.swap.max", "300"),
+            ("memory.high", "900"),
+            ("memory.min", "0"),
+        ])
+        .unified;
+    });
+    let mut in_force = of(&created);
+    // The limit of swap is the file's, not what follows from the limit of memory.
+    assert_eq!(in_force.memory().unwrap().swap(), None);
+    let host = &created.host;
+    in_force = resources(&in_force, &of_update(&[("memory.high", "max")]), host).unwrap();
+    let smaller = cri::LinuxContainerResources { memory_limit_in_bytes: 500, ..Default::default() };
+    in_force = resources(&in_force, &smaller, host).unwrap();
+    in_force = resources(&in_force, &of_update(&[("memory.swap.max", "0")]), host).unwrap();
+    let memory = in_force.memory().unwrap();
+    assert_eq!((memory.limit(), memory.swap()), (Some(500), None));
+    let unified = in_force.unified().clone().unwrap();
+    let mut unified: Vec<_> = unified.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+    unified.sort_unstable();
+    let expected =
+        [("memory.high", "max"), ("memory.min", "0"), ("memory.oom.group", "1"), ("memory.swap.max", "0")];
+    assert_eq!(unified, expected);
+    // What the status says is what the next update starts from.
+    assert_eq!(reported_resources(&in_force, None).unified["memory.oom.group"], "1");
 }
