@@ -4,6 +4,7 @@
 // A test is run once: neither the size of its future nor one more allocation matters.
 #![allow(clippy::large_futures, clippy::assigning_clones)]
 
+mod apparmor;
 mod limits;
 mod reboot;
 mod systemd;
