@@ -44,7 +44,12 @@ pub(crate) fn socket(run: &Path) -> PathBuf {
 
 /// A handler of which only the name is known.
 pub(crate) fn handler(name: &str, run: &Path) -> Handler {
-    let kind = HandlerKind::Oci { path: name.into(), root: run.join(name), arguments: Vec::new() };
+    let kind = HandlerKind::Oci {
+        path: name.into(),
+        root: run.join(name),
+        arguments: Vec::new(),
+        sandbox_container: false,
+    };
     Handler { kind, annotations: Vec::new() }
 }
 

@@ -145,6 +145,8 @@ pub enum HandlerKind {
         root: PathBuf,
         /// Extra global arguments.
         arguments: Vec<String>,
+        /// It keeps all containers of a pod in one process, the pod's sandbox container, which has to come first (gVisor).
+        sandbox_container: bool,
     },
 }
 

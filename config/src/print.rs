@@ -70,12 +70,13 @@ impl Config {
         }
         for (name, handler) in handlers {
             let Handler { kind, annotations } = handler;
-            let HandlerKind::Oci { path: program, root, arguments } = kind;
+            let HandlerKind::Oci { path: program, root, arguments, sandbox_container } = kind;
             writeln!(f, "\n[runtime.handlers.{}]", quoted(name))?;
             writeln!(f, "type = \"oci\"")?;
             writeln!(f, "path = {}", path(program))?;
             writeln!(f, "root = {}", path(root))?;
             writeln!(f, "arguments = {}", array(arguments))?;
+            writeln!(f, "sandbox_container = {sandbox_container}")?;
             writeln!(f, "annotations = {}", array(annotations))?;
         }
 

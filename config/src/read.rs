@@ -8,7 +8,7 @@ use toml::de::DeValue;
 use crate::document::{Document, Section, shorten};
 use crate::error::ProblemKind;
 use crate::value::{
-    HANDLER_NAME, Refused, absolute_path, annotation, argument, cgroup, choice, handler_name,
+    HANDLER_NAME, Refused, absolute_path, annotation, argument, boolean, cgroup, choice, handler_name,
     image_reference, interface, is_handler_name, list, log_filter, number, optional, own_directory, pids,
     program, registry, socket_address, socket_path, subnets,
 };
@@ -109,7 +109,7 @@ fn handler<'t>(
     let is_new = present.is_none();
     let Handler { kind, mut annotations } =
         present.unwrap_or_else(|| default::handler(name, Path::new("/run/podvisor")));
-    let HandlerKind::Oci { mut path, mut root, mut arguments } = kind;
+    let HandlerKind::Oci { mut path, mut root, mut arguments, mut sandbox_container } = kind;
 
     document.set(section, "type", &mut (), choice(&[("oci", ())]));
     if is_new && value.get_ref().is_table() && !section.has("type") {
@@ -119,10 +119,11 @@ fn handler<'t>(
     document.set(section, "path", &mut path, program);
     document.set(section, "root", &mut root, own_directory);
     document.set(section, "arguments", &mut arguments, list("an array of arguments", argument));
+    document.set(section, "sandbox_container", &mut sandbox_container, boolean);
     document.set(section, "annotations", &mut annotations, list("an array of annotation names", annotation));
     document.leave(section);
     document.note(dotted, start);
-    let kind = HandlerKind::Oci { path, root, arguments };
+    let kind = HandlerKind::Oci { path, root, arguments, sandbox_container };
     config.handlers.insert(name.to_owned(), Handler { kind, annotations });
 }
 

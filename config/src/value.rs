@@ -52,6 +52,11 @@ pub(crate) fn choice<T: Copy>(words: &[(&str, T)]) -> impl Fn(&Value<'_>) -> Res
     }
 }
 
+/// `true` or `false`.
+pub(crate) fn boolean(value: &Value<'_>) -> Result<bool, Refused> {
+    value.get_ref().as_bool().ok_or_else(|| Refused::new(value, "true or false"))
+}
+
 /// An integer in a range. `unit` may be empty.
 pub(crate) fn number<T: TryFrom<i64>>(
     range: RangeInclusive<i64>,

@@ -32,7 +32,7 @@ fn problem(text: &str) -> String {
 
 fn oci(path: &str, root: &str, arguments: &[&str]) -> HandlerKind {
     let arguments = arguments.iter().map(ToString::to_string).collect();
-    HandlerKind::Oci { path: path.into(), root: root.into(), arguments }
+    HandlerKind::Oci { path: path.into(), root: root.into(), arguments, sandbox_container: false }
 }
 
 /// A configuration whose every key differs from its default.
@@ -361,6 +361,7 @@ fn refused_values() {
             vec!["\"docker.io\"", "[\"https://docker.io\"]", "[\"docker.io/library\"]"],
         ),
         ("runtime.monitor_cgroup", vec!["\"\"", "\"/\"", "\"../x.slice\"", "\".slice\"", "\"a/b.slice\""]),
+        ("runtime.handlers.runc.sandbox_container", vec!["1", "\"true\""]),
         ("runtime.handlers.runc.arguments", vec!["\"--debug\"", "[\"\"]", "[1]", "[\"a\\u0000\"]"]),
         ("runtime.handlers.runc.annotations", vec!["[\"\"]", "[\"a*b\"]", "[\"a b\"]"]),
         (

@@ -13,6 +13,7 @@ mod meters;
 mod monitor;
 mod node;
 mod pause_image;
+mod pause_program;
 mod pod;
 mod rates;
 mod readings;

@@ -134,12 +134,13 @@ impl Node {
     pub(crate) fn pinned_runtime(&self, handler: &str) -> Option<PinnedRuntime> {
         let handlers = self.handlers();
         let found = handlers.configured.get(handler)?;
-        let HandlerKind::Oci { path, root, arguments } = &found.kind;
+        let HandlerKind::Oci { path, root, arguments, sandbox_container } = &found.kind;
         Some(PinnedRuntime {
             path: find_program(path).unwrap_or_else(|| path.clone()),
             root: root.clone(),
             arguments: arguments.clone(),
             systemd_cgroup: self.driver == Driver::Systemd,
+            sandbox_container: *sandbox_container,
             annotations: found.annotations.clone(),
         })
     }

@@ -27,8 +27,9 @@ impl World {
         let mut things = BTreeSet::new();
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let points = table.lines().filter_map(|line| line.split(' ').nth(4));
-        // The directories of pins are mounts of their own, made once per machine.
-        things.extend(points.filter(|point| !PINS.contains(point)).map(|point| format!("mount {point}")));
+        // Once per machine: the directories of pins, and gVisor's empty network namespace.
+        let pods = points.filter(|point| !PINS.contains(point) && !point.ends_with("/null-netns"));
+        things.extend(pods.map(|point| format!("mount {point}")));
         for directory in PINS {
             let entries = fs::read_dir(directory).into_iter().flatten().flatten();
             things.extend(entries.map(|pin| format!("namespace {}", pin.path().display())));

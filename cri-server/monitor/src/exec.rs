@@ -13,7 +13,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use podvisor_proto::monitor::{
-    self as proto, ExecProcess, ExecSyncReply, Exit, StreamFrame, reply, stream_frame::Frame,
+    self as proto, ExecProcess, ExecSyncReply, Exit, Place, StreamFrame, reply, stream_frame::Frame,
 };
 use rustix::process::{Pid, WaitStatus};
 
@@ -44,6 +44,8 @@ pub(crate) struct Exec {
     pub(crate) streams: Streams,
     client: Client,
     stage: Stage,
+    /// The number that the runtime knows its process by, where that is no process of the host.
+    inner: Option<Pid>,
     timer: Option<TimerId>,
 }
 
@@ -147,6 +149,7 @@ impl Monitor {
         }
         let Some(pod) = &self.pod else { return Err(Failure::wrong_state("this monitor has no pod yet")) };
         let (runtime, run_dir) = (target.runtime.clone(), pod.run_dir.clone());
+        let inside = target.place == Place::Inside;
         let key = self.new_key();
         let (streams, ends) = Streams::open(key, wanted, &run_dir)
             .map_err(|error| Failure::system(format!("make the standard streams of exec {id}"), error))?;
@@ -160,6 +163,9 @@ impl Monitor {
             self.exec_file(key, "pid").into(),
             "--detach".into(),
         ];
+        if inside {
+            arguments.extend(["--internal-pid-file".into(), self.exec_file(key, "inner").into()]);
+        }
         if let Some(console) = &streams.console {
             arguments.extend(["--console-socket".into(), console.path().into()]);
         }
@@ -168,7 +174,8 @@ impl Monitor {
             self.remove_exec_files(key);
             return Err(failure);
         }
-        let exec = Exec { id, container, wanted, streams, client, stage: Stage::Starting, timer: None };
+        let stage = Stage::Starting;
+        let exec = Exec { id, container, wanted, streams, client, stage, inner: None, timer: None };
         self.execs.insert(key, exec);
         Ok(Answer::Later)
     }
@@ -178,7 +185,7 @@ impl Monitor {
     }
 
     fn remove_exec_files(&self, key: u64) {
-        for suffix in ["process.json", "pid"] {
+        for suffix in ["process.json", "pid", "inner"] {
             let _ = std::fs::remove_file(self.exec_file(key, suffix));
         }
     }
@@ -186,8 +193,10 @@ impl Monitor {
     /// The runtime's `exec` has ended: the process runs, or has run, or could not be started.
     pub(crate) fn exec_call_ended(&mut self, key: u64, outcome: Result<(), Failure>) {
         let pid = read_pid(&self.exec_file(key, "pid"));
+        let inner = read_pid(&self.exec_file(key, "inner")).ok();
         self.remove_exec_files(key);
         let Some(exec) = self.execs.get_mut(&key) else { return };
+        exec.inner = inner;
         let started = outcome.and_then(|()| pid.clone()).and_then(|pid| {
             let ended = self.strays.take(pid);
             let child = match ended {
@@ -420,11 +429,13 @@ impl Monitor {
     }
 
     /// Kills an exec's process and what it started; its end is noticed as any other.
-    fn kill_exec(&self, key: u64) {
-        if let Some(exec) = self.execs.get(&key)
-            && let Stage::Running(child) = &exec.stage
-        {
-            kill_tree(child, || self.candidates(exec.container));
+    fn kill_exec(&mut self, key: u64) {
+        let Some(exec) = self.execs.get(&key) else { return };
+        let Stage::Running(child) = &exec.stage else { return };
+        match exec.inner {
+            // The child only waits for it, and ends with it.
+            Some(inner) => self.kill_inside(exec.container, inner),
+            None => kill_tree(child, || self.candidates(exec.container)),
         }
     }
 

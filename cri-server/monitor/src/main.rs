@@ -12,6 +12,7 @@ mod disk;
 mod exec;
 mod exit_record;
 mod failure;
+mod forward;
 mod frame;
 mod init;
 mod journal;

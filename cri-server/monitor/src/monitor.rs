@@ -15,11 +15,13 @@ use crate::console::ListeningSocket;
 use crate::container::{Container, State};
 use crate::disk::{Disk, Done};
 use crate::exec::Exec;
+use crate::forward::Forward;
 use crate::journal::Journal;
 use crate::output::lines::Stream;
 use crate::pod_init::PodInit;
 use crate::poll::{Interest, Poller, Ready, Timer, Timers, Token, Watch};
 use crate::port::Port;
+use crate::process::exit_code;
 use crate::runtime::{Call, Purpose, Stopped};
 use crate::sys;
 
@@ -52,6 +54,7 @@ pub(crate) struct Monitor {
     pub(crate) execs: BTreeMap<u64, Exec>,
     pub(crate) calls: BTreeMap<u64, Call>,
     pub(crate) ports: BTreeMap<u64, Port>,
+    pub(crate) forwards: BTreeMap<u64, Forward>,
     pub(crate) init: Option<PodInit>,
     pub(crate) strays: Strays,
     /// The monitor is about to end: it only waits for its last replies to be taken.
@@ -86,6 +89,7 @@ impl Monitor {
             execs: BTreeMap::new(),
             calls: BTreeMap::new(),
             ports: BTreeMap::new(),
+            forwards: BTreeMap::new(),
             init: None,
             strays: Strays::default(),
             farewell: false,
@@ -259,7 +263,7 @@ impl Monitor {
         } else if let Some(key) =
             self.containers.iter().find(|(_, it)| it.pid() == Some(pid)).map(|(key, _)| *key)
         {
-            self.container_ended(key, status);
+            self.container_ended(key, exit_code(status));
         } else if let Some(key) = self.execs.iter().find(|(_, it)| it.pid() == Some(pid)).map(|(key, _)| *key)
         {
             self.exec_ended(key, status);
@@ -278,7 +282,9 @@ impl Monitor {
 
     fn call_ended(&mut self, key: u64, status: WaitStatus) {
         let Some(call) = self.calls.remove(&key) else { return };
-        self.timers.cancel(call.deadline);
+        if let Some(deadline) = call.deadline {
+            self.timers.cancel(deadline);
+        }
         let outcome = call.runtime.outcome(&call, status);
         let _ = std::fs::remove_file(&call.log);
         match call.purpose {
@@ -289,6 +295,9 @@ impl Monitor {
                 self.reply(to, outcome.map(|()| proto::reply::Result::Done(proto::Done {})));
             }
             Purpose::Delete(container) => self.removal_ended(container, outcome),
+            Purpose::Wait(container, file) => self.wait_ended(container, &file, outcome),
+            Purpose::Kill(container, to) => self.kill_ended(container, to, outcome),
+            Purpose::Forward(port) => self.forwarded(port, outcome),
             Purpose::CleanUp(container) => {
                 if let Err(failure) = outcome {
                     self.journal.note(

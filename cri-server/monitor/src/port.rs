@@ -6,11 +6,11 @@
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
-use podvisor_proto::monitor::{self as proto, Reply, reply};
+use podvisor_proto::monitor::{self as proto, Place, Reply, reply};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, connect,
@@ -47,6 +47,9 @@ impl Monitor {
     pub(crate) fn connect(&mut self, to: ReplyTo, port: u32) -> Answered {
         let port = u16::try_from(port).ok().filter(|port| *port != 0);
         let port = port.ok_or_else(|| Failure::invalid("port must be 1 to 65535"))?;
+        if self.containers.values().any(|container| container.place == Place::Sandbox) {
+            return self.forward(to, port);
+        }
         let key = self.new_key();
         let timer = self.timers.set(TIMEOUT, Timer::Port(key));
         self.try_address(key, to, port, 0, timer, Vec::new());
@@ -98,7 +101,7 @@ impl Monitor {
         match sockopt::socket_error(&port.socket) {
             Ok(Ok(())) => {
                 self.timers.cancel(port.timer);
-                self.hand_over(&port);
+                self.hand_over(port.to, port.socket.as_fd());
             }
             Ok(Err(error)) | Err(error) => {
                 let address = SocketAddr::new(LOOPBACKS[port.attempt], port.number);
@@ -108,11 +111,12 @@ impl Monitor {
         }
     }
 
-    fn hand_over(&mut self, port: &Port) {
-        let Some(connection) = self.connections.get_mut(&port.to.connection) else { return };
+    /// Gives the daemon a connection.
+    pub(crate) fn hand_over(&mut self, to: ReplyTo, socket: BorrowedFd<'_>) {
+        let Some(connection) = self.connections.get_mut(&to.connection) else { return };
         let connected = Some(reply::Result::Connected(proto::Connected {}));
-        let bytes = frame(&Reply { id: port.to.request, result: connected });
-        let descriptors = [port.socket.as_fd()];
+        let bytes = frame(&Reply { id: to.request, result: connected });
+        let descriptors = [socket];
         let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         control.push(SendAncillaryMessage::ScmRights(&descriptors));

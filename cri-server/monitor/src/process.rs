@@ -32,6 +32,12 @@ impl Child {
         Self { pid, start_time: 0, pidfd: None }
     }
 
+    /// One that is no child of ours and takes no signals from us; it lives as long as the process `pid`.
+    pub(crate) fn elsewhere(pid: Pid) -> io::Result<Self> {
+        let start_time = Stat::read(pid.as_raw_pid())?.start_time;
+        Ok(Self { pid, start_time, pidfd: None })
+    }
+
     /// Signals it. That it has ended already is no error.
     pub(crate) fn signal(&self, signal: Signal) -> io::Result<()> {
         let Some(pidfd) = &self.pidfd else { return Ok(()) };

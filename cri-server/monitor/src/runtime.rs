@@ -149,6 +149,12 @@ pub(crate) enum Purpose {
     Update(ReplyTo, PathBuf),
     /// `delete` after the container has ended.
     Delete(u64),
+    /// `wait`, which ends with the container; its answer is in the file.
+    Wait(u64, PathBuf),
+    /// `kill` of something in a container; who is answered.
+    Kill(u64, Option<ReplyTo>),
+    /// `port-forward`.
+    Forward(u64),
     /// `delete` after its creation has failed.
     CleanUp(u64),
     Exec(u64),
@@ -161,7 +167,8 @@ pub(crate) struct Call {
     pub(crate) runtime: Runtime,
     pub(crate) verb: &'static str,
     pub(crate) log: PathBuf,
-    pub(crate) deadline: TimerId,
+    /// `None`: it may take as long as it likes.
+    pub(crate) deadline: Option<TimerId>,
     pub(crate) purpose: Purpose,
     pub(crate) stopped: Option<Stopped>,
 }

@@ -127,7 +127,7 @@ impl Monitor {
             Verb::StartInit(request) => self.start_init(to, &request),
             Verb::CreateContainer(request) => self.create_container(to, request),
             Verb::StartContainer(request) => self.start_container(to, &request),
-            Verb::KillContainer(request) => self.kill_container(&request),
+            Verb::KillContainer(request) => self.kill_container(to, &request),
             Verb::DeleteContainer(request) => Ok(self.delete_container(to, &request)),
             Verb::UpdateContainer(request) => self.update_container(to, &request),
             Verb::ReopenLog(request) => self.reopen_log(to, &request),

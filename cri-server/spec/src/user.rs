@@ -94,6 +94,8 @@ pub(crate) fn resolve(
     for (index, gid) in security.supplemental_groups.iter().enumerate() {
         push(id(|| format!("{FIELD}.supplemental_groups[{index}]"), *gid)?);
     }
+    // As Linux has them in the end whatever the order (set_groups in kernel/groups.c); gVisor keeps them as they come.
+    groups[1..].sort_unstable();
     Ok(User { uid, gid, supplemental_groups: groups })
 }
 

@@ -8,6 +8,8 @@ use podvisor_cgroup::Driver;
 use podvisor_network::namespace::Namespaces;
 use serde::{Deserialize, Serialize};
 
+use super::record::PinnedRuntime;
+use super::runtime_state;
 use crate::node::Node;
 
 /// One thing held.
@@ -21,6 +23,8 @@ pub(crate) enum Acquisition {
     Namespaces(Namespaces),
     /// A connection to the pod network.
     Network { kind: podvisor_network::Kind, sandbox: Box<podvisor_network::Sandbox> },
+    /// The sandbox container, in an OCI runtime that keeps a pod's containers in one process.
+    SandboxContainer { runtime: Box<PinnedRuntime>, id: String },
     /// A cgroup of ours, by its path below the mount point; with the systemd driver a scope.
     Cgroup(String),
     /// A writable layer in the image store.
@@ -72,6 +76,11 @@ impl Acquisition {
                 .teardown(*kind, sandbox)
                 .await
                 .map_err(|source| ReleaseError::Network(Box::new(source))),
+            Acquisition::SandboxContainer { runtime, id } => {
+                // Its monitor has deleted it, unless there is none.
+                runtime_state::forget(runtime, id).await;
+                Ok(())
+            }
             Acquisition::Cgroup(path) => {
                 let cgroup = node.cgroups.cgroup(path);
                 // Through systemd, so that it does not go on believing in the unit. Gone by itself, or by the runtime, in most cases.

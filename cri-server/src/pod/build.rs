@@ -9,7 +9,7 @@ use podvisor_image_store::Image;
 use podvisor_proto::cri::{self, NamespaceMode};
 use podvisor_proto::monitor::reply::Result as Answer;
 use podvisor_proto::monitor::request::Verb;
-use podvisor_proto::monitor::{CreateContainer, Runtime};
+use podvisor_proto::monitor::{CreateContainer, Place, Runtime};
 
 use super::acquired::Acquisition;
 use super::image_volumes;
@@ -64,6 +64,9 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
         if map.iter().map(|(key, value)| key.len() + value.len()).sum::<usize>() > 1 << 20 {
             return Err(PodError::invalid(field, "is larger than 1 MiB"));
         }
+    }
+    if pod.runtime.sandbox_container {
+        super::sandbox_container::validate_container(&config)?;
     }
     let log_path = log_path(&pod.config.0.log_directory, &config.log_path)?;
     let name = config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default();
@@ -220,6 +223,7 @@ pub(crate) async fn build(
         stdin_once: config.stdin_once,
         log_path: record.log_path.clone(),
         log_line: node.config().limits.log_line,
+        place: if pod.runtime.sandbox_container { Place::Inside } else { Place::Own }.into(),
     });
     let Answer::Started(started) = monitor.call(verb).await? else {
         return Err(MonitorError::Confused { verb: "create container" }.into());
@@ -232,7 +236,7 @@ pub(crate) async fn build(
     })
 }
 
-fn runtime(pinned: &PinnedRuntime) -> Runtime {
+pub(super) fn runtime(pinned: &PinnedRuntime) -> Runtime {
     Runtime {
         path: pinned.path.display().to_string(),
         root: pinned.root.display().to_string(),

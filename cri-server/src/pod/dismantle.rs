@@ -7,6 +7,7 @@ use podvisor_proto::monitor::request::Verb;
 
 use super::acquired::{Acquisition, release_all};
 use super::record::{self, ContainerRecord, PinnedRuntime, PodRecord, ProcessIdentity};
+use super::runtime_state;
 use crate::error::PodError;
 use crate::id::ContainerId;
 use crate::monitor::{Connection, MonitorError};
@@ -67,30 +68,7 @@ impl Dismantling {
         if cgroup.exists() {
             tokio::task::spawn_blocking(move || cgroup.kill()).await.map_err(|_| PodError::TaskGone)??;
         }
-        let state = self.runtime.root.join(self.id.as_str());
-        if state.exists() {
-            let mut command = tokio::process::Command::new(&self.runtime.path);
-            command.args(&self.runtime.arguments).arg("--root").arg(&self.runtime.root);
-            if self.runtime.systemd_cgroup {
-                command.arg("--systemd-cgroup");
-            }
-            command.args(["delete", "--force", self.id.as_str()]).stdin(std::process::Stdio::null());
-            command.kill_on_drop(true);
-            let limit = std::time::Duration::from_secs(30);
-            match tokio::time::timeout(limit, command.output()).await {
-                Ok(Ok(output)) if output.status.success() || !state.exists() => {}
-                Ok(Ok(output)) => {
-                    let text = String::from_utf8_lossy(&output.stderr);
-                    tracing::warn!(container = %self.id, error = %text.trim(), "the runtime could not delete a container");
-                }
-                Ok(Err(error)) => {
-                    tracing::warn!(container = %self.id, %error, "the runtime cannot be called");
-                }
-                Err(_) => {
-                    tracing::warn!(container = %self.id, "the runtime hangs while deleting a container");
-                }
-            }
-        }
+        runtime_state::forget(&self.runtime, self.id.as_str()).await;
         // What the runtime could not remove.
         Acquisition::Cgroup(self.cgroup.clone()).release(node).await?;
         Ok(())

@@ -16,6 +16,7 @@ use super::acquired::Acquisition;
 use super::files::files;
 use super::record::{Phase, PodRecord, ProcessIdentity, VERSION, Wire};
 use super::request::{annotation, cgroup_parent, namespace_request, network_sandbox};
+use super::sandbox_container;
 use super::view::namespace_options;
 use crate::error::{Failure, PodError};
 use crate::id::PodId;
@@ -79,6 +80,9 @@ pub(crate) fn plan(
     let runtime = node
         .pinned_runtime(&handler)
         .ok_or_else(|| PodError::invalid("runtime_handler", format!("{handler:?} is not configured")))?;
+    if runtime.sandbox_container {
+        sandbox_container::validate(&handler, &config)?;
+    }
     let id = PodId::random();
     let options = namespace_options(&config);
     let host_network = options.network == NamespaceMode::Node as i32;
@@ -102,7 +106,9 @@ pub(crate) fn plan(
         let sandbox = Box::new(network_sandbox(&id, &config, netns, cgroup_parent.clone())?);
         acquired.push(Acquisition::Network { kind: node.network.kind(), sandbox });
     }
-    if options.pid == NamespaceMode::Pod as i32 {
+    if runtime.sandbox_container {
+        acquired.extend(sandbox_container::acquisitions(node, &runtime, id.as_str(), &cgroup_parent));
+    } else if options.pid == NamespaceMode::Pod as i32 {
         acquired.push(Acquisition::Cgroup(node.driver.container_cgroup(&cgroup_parent, id.as_str())));
     }
     Ok(PodRecord {
@@ -142,7 +148,7 @@ pub(crate) async fn launch(
         adopt(node, record, &directory, notices),
         connect(node, record),
     );
-    let (monitor, init) = match (made, adopted) {
+    let (monitor, mut init) = match (made, adopted) {
         (Ok(()), Ok(adopted)) if attachment.is_ok() => adopted,
         (made, adopted) => {
             let error = made.err().or(attachment.err());
@@ -163,6 +169,15 @@ pub(crate) async fn launch(
         }
         None => (Vec::new(), serde_json::Value::Null),
     };
+    if record.runtime.sandbox_container {
+        match sandbox_container::start(node, record, &monitor.connection).await {
+            Ok(process) => init = Some(process),
+            Err(error) => {
+                dismiss(node, &monitor).await;
+                return Err(Arc::new(error));
+            }
+        }
+    }
     Ok(Launched { monitor, init, addresses, cni_result })
 }
 
@@ -257,7 +272,7 @@ async fn prepare(
         .await?;
     connection.command(Verb::Subscribe(Subscribe {})).await?;
     let init_cgroup = record.acquired.iter().find_map(|acquisition| match acquisition {
-        Acquisition::Cgroup(path) => Some(path),
+        Acquisition::Cgroup(path) if !record.runtime.sandbox_container => Some(path),
         _ => None,
     });
     let init = match init_cgroup {

@@ -19,12 +19,14 @@
 //! | `request.rs` | what a sandbox's configuration asks for |
 //! | `launch.rs` | how a sandbox is made |
 //! | `files.rs` | files that a pod's containers share |
+//! | `sandbox_container.rs` | the container that holds the others, where the OCI runtime wants one |
 //! | `build.rs` | how a container is made |
 //! | `specify.rs` | a container's OCI spec |
 //! | `volumes.rs` | sources of its mounts |
 //! | `image_volumes.rs` | those of them that are images |
 //! | `signal.rs` | what stops it |
 //! | `dismantle.rs` | how it is unmade |
+//! | `runtime_state.rs` | what an OCI runtime still knows without a monitor |
 //! | `recovery.rs` | records × what is observed → what to do |
 //! | `view.rs` | what readers see |
 //!
@@ -41,6 +43,8 @@ pub(crate) mod launch;
 pub(crate) mod record;
 pub(crate) mod recovery;
 pub(crate) mod request;
+mod runtime_state;
+mod sandbox_container;
 pub(crate) mod signal;
 pub(crate) mod slot;
 mod specify;

@@ -69,6 +69,9 @@ pub(crate) struct PinnedRuntime {
     pub(crate) root: PathBuf,
     pub(crate) arguments: Vec<String>,
     pub(crate) systemd_cgroup: bool,
+    /// See [`super::sandbox_container`].
+    #[serde(default)]
+    pub(crate) sandbox_container: bool,
     pub(crate) annotations: Vec<String>,
 }
 

@@ -216,6 +216,7 @@ fn unreadable(node: &Node, id: &PodId, why: String) -> PodRecord {
             root: PathBuf::from("/nonexistent"),
             arguments: Vec::new(),
             systemd_cgroup: false,
+            sandbox_container: false,
             annotations: Vec::new(),
         },
         config: Wire(cri::PodSandboxConfig { metadata: Some(metadata), ..Default::default() }),
@@ -467,7 +468,7 @@ pub(super) struct Ending {
     socket: PathBuf,
     monitor: Option<ProcessIdentity>,
     init: Option<ProcessIdentity>,
-    containers: Vec<ContainerId>,
+    containers: Vec<String>,
 }
 
 impl Ending {
@@ -477,7 +478,13 @@ impl Ending {
             socket: socket(&task.node, &task.record.id),
             monitor: task.record.monitor,
             init: task.record.init,
-            containers: task.containers.keys().cloned().collect(),
+            // The sandbox container last: it holds the others.
+            containers: task
+                .containers
+                .keys()
+                .map(ToString::to_string)
+                .chain(task.record.runtime.sandbox_container.then(|| task.record.id.to_string()))
+                .collect(),
         }
     }
 
@@ -490,8 +497,7 @@ impl Ending {
         };
         if let Some(connection) = connection {
             for container in self.containers {
-                let verb =
-                    Verb::DeleteContainer(wire::DeleteContainer { container_id: container.to_string() });
+                let verb = Verb::DeleteContainer(wire::DeleteContainer { container_id: container.clone() });
                 if let Err(error) = connection.command(verb).await
                     && !error.is_not_found()
                 {

@@ -13,6 +13,7 @@ use super::build::container_namespaces;
 use super::devices;
 use super::record::{ContainerRecord, PodRecord, ProcessIdentity};
 use super::request::cgroup_parent;
+use super::sandbox_container;
 use super::view::namespace_options;
 use super::volumes::{anonymous_volumes, resolve_mounts};
 use crate::cdi;
@@ -42,18 +43,8 @@ pub(super) fn specify(
     let held = |name: &str| pod.acquired.contains(&Acquisition::Mount(directory.join(name)));
     let shm = if held("shm") { directory.join("shm") } else { PathBuf::from("/dev/shm") };
     let parent = cgroup_parent(sandbox);
-    let handler_annotations = sandbox
-        .annotations
-        .iter()
-        .chain(&config.annotations)
-        .filter(|(name, _)| {
-            pod.runtime.annotations.iter().any(|pattern| match pattern.strip_suffix('*') {
-                Some(prefix) => name.starts_with(prefix),
-                None => *name == pattern,
-            })
-        })
-        .map(|(name, value)| (name.clone(), value.clone()))
-        .collect();
+    let handler_annotations =
+        sandbox_container::passed_on(&pod.runtime, sandbox.annotations.iter().chain(&config.annotations));
     let profile = podvisor_spec::seccomp_request(&config)?;
     let capabilities = podvisor_spec::capabilities(&config, &node.host)?;
     let apparmor = node.apparmor.profile(&config)?;
@@ -87,6 +78,9 @@ pub(super) fn specify(
     };
     let mut spec = podvisor_spec::container(&input)?;
     cdi::inject(node, &mut spec, &cdi::asked(&config)?)?;
+    if pod.runtime.sandbox_container {
+        sandbox_container::share_pid_namespace(pod, &config, &mut spec);
+    }
     let user = podvisor_spec::User::of(&spec).unwrap_or(podvisor_spec::User {
         uid: 0,
         gid: 0,

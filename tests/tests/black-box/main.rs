@@ -7,6 +7,7 @@ mod artifacts;
 mod cdi;
 mod containers;
 mod image_volumes;
+mod gvisor;
 mod images;
 mod input;
 mod kills;
@@ -46,11 +47,26 @@ impl Tests {
     where
         F: AsyncFnOnce(&mut Fixture) -> Result<()> + Send + 'static,
     {
+        self.trials.push(self.trial(name, options, test));
+    }
+
+    /// One that needs what not every machine has; it runs only when ignored tests are asked for.
+    pub(crate) fn add_optional<F>(&mut self, name: &str, options: Options, test: F)
+    where
+        F: AsyncFnOnce(&mut Fixture) -> Result<()> + Send + 'static,
+    {
+        self.trials.push(self.trial(name, options, test).with_ignored_flag(true));
+    }
+
+    fn trial<F>(&self, name: &str, options: Options, test: F) -> Trial
+    where
+        F: AsyncFnOnce(&mut Fixture) -> Result<()> + Send + 'static,
+    {
         let images = Arc::clone(&self.images);
-        self.trials.push(Trial::test(name, move || {
+        Trial::test(name, move || {
             // Not `{:?}`, which would add a backtrace of the test's own tasks.
             run(&images, options, test).map_err(|error| Failed::from(format!("{error:#}")))
-        }));
+        })
     }
 }
 
@@ -86,6 +102,7 @@ fn main() -> Result<ExitCode> {
     metrics::add(&mut tests);
     recovery::add(&mut tests);
     kills::add(&mut tests);
+    gvisor::add(&mut tests);
     let Tests { images, trials } = tests;
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(images);

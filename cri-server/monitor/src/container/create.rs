@@ -2,8 +2,9 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use podvisor_proto::monitor::{self as proto, CreateContainer, reply};
+use podvisor_proto::monitor::{self as proto, CreateContainer, Place, reply};
 use rustix::process::Pid;
 
 use super::{Container, MemoryWatch, Removal, State};
@@ -13,7 +14,7 @@ use crate::failure::{Failure, check_absolute, check_id};
 use crate::monitor::Monitor;
 use crate::output::lines::{LONGEST, Lines, Stream};
 use crate::poll::{Interest, Timer, Token, Watch};
-use crate::process::Child;
+use crate::process::{Child, exit_code};
 use crate::runtime::{Call, Purpose, Runtime, shorten};
 use crate::stdio::{Chunk, Streams, TheirEnds, Wanted};
 use crate::verbs::{Answer, Answered, ReplyTo};
@@ -41,8 +42,9 @@ impl Monitor {
         let runtime = Runtime::parse(request.runtime)?;
         let Some(pod) = &self.pod else { return Err(Failure::wrong_state("this monitor has no pod yet")) };
         let run_dir = pod.run_dir.clone();
-        if id == pod.id {
-            return Err(Failure::invalid("container_id is the pod's own id"));
+        let place = Place::try_from(request.place).map_err(|_| Failure::invalid("place is not known"))?;
+        if (id == pod.id) != (place == Place::Sandbox) {
+            return Err(Failure::invalid("the sandbox's container and no other has the pod's id"));
         }
         if let Some(key) = self.find_container(&id) {
             let state = self.containers[&key].state_name();
@@ -64,7 +66,9 @@ impl Monitor {
             state: State::Opening { reply: to, ends },
             streams,
             cgroup: None,
+            place,
             bundle: request.bundle,
+            held: None,
             runtime_words: Vec::new(),
             wanted,
             stdin_once: request.stdin_once,
@@ -123,7 +127,13 @@ impl Monitor {
         }
         arguments.push(container.id.clone().into());
         let runtime = container.runtime.clone();
-        match self.call(&runtime, "create", &arguments, Some(ends), Purpose::Create(key)) {
+        let ends = if container.place == Place::Inside {
+            container.held = Some(ends);
+            None
+        } else {
+            Some(ends)
+        };
+        match self.call(&runtime, "create", &arguments, ends, Purpose::Create(key)) {
             Ok(call) => {
                 if let Some(container) = self.containers.get_mut(&key) {
                     container.state = State::Creating { reply, call };
@@ -143,10 +153,24 @@ impl Monitor {
         ends: Option<TheirEnds>,
         purpose: Purpose,
     ) -> Result<u64, Failure> {
+        let limit = runtime.timeout();
+        self.call_within(Some(limit), runtime, verb, arguments, ends, purpose)
+    }
+
+    /// The same with another time limit, or none.
+    pub(crate) fn call_within(
+        &mut self,
+        limit: Option<Duration>,
+        runtime: &Runtime,
+        verb: &'static str,
+        arguments: &[OsString],
+        ends: Option<TheirEnds>,
+        purpose: Purpose,
+    ) -> Result<u64, Failure> {
         let key = self.new_key();
         let log = self.run_file(&format!("{key}.runtime.log"));
         let pid = runtime.spawn(verb, arguments, ends, &log)?;
-        let deadline = self.timers.set(runtime.timeout(), Timer::Call(key));
+        let deadline = limit.map(|limit| self.timers.set(limit, Timer::Call(key)));
         let call = Call { pid, runtime: runtime.clone(), verb, log, deadline, purpose, stopped: None };
         self.calls.insert(key, call);
         Ok(key)
@@ -182,7 +206,7 @@ impl Monitor {
                     self.reply(reply, Ok(reply::Result::Started(started.started)));
                 }
                 if let Some(status) = started.ended {
-                    self.container_ended(key, status);
+                    self.container_ended(key, exit_code(status));
                 } else {
                     self.watch_output(key);
                 }
@@ -197,18 +221,20 @@ impl Monitor {
         };
         let pid = read_pid(pid_file)?;
         let ended = self.strays.take(pid);
+        let not_found =
+            |error| Failure::system(format!("find process {pid} of container {}", container.id), error);
         let child = match ended {
             // Reaped before its pid was known. Its pidfd and start time are lost with it.
             Some(_) => Child::gone(pid),
-            None => Child::identify(pid).map_err(|error| {
-                Failure::system(format!("find process {pid} of container {}", container.id), error)
-            })?,
+            None if container.place == Place::Inside => Child::elsewhere(pid).map_err(not_found)?,
+            None => Child::identify(pid).map_err(not_found)?,
         };
         container
             .streams
             .take_terminal(key, container.wanted)
             .map_err(|error| Failure::system("receive the terminal from the OCI runtime", error))?;
-        container.cgroup = Cgroup::of_process(pid);
+        // Inside, the process is everybody's: its cgroup says nothing about this container.
+        container.cgroup = (container.place != Place::Inside).then(|| Cgroup::of_process(pid)).flatten();
         container.oom_kills = container.cgroup.as_ref().and_then(Cgroup::oom_kills).unwrap_or(0);
         if let Some(notices) = container.cgroup.as_ref().and_then(|cgroup| cgroup.watch_memory().ok()) {
             let mut watch = Watch::new(Token::Oom(key));
@@ -228,6 +254,7 @@ impl Monitor {
         let (State::Opening { reply, .. } | State::Creating { reply, .. }) = container.state else { return };
         container.state = State::Failed { reply, failure };
         container.streams.close(&self.poller);
+        container.held = None;
         let runtime = container.runtime.clone();
         let arguments = ["--force".into(), container.id.clone().into()];
         if !runtime_knows || self.call(&runtime, "delete", &arguments, None, Purpose::CleanUp(key)).is_err() {

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use podvisor_proto::monitor::{self as proto, Exit, event, reply, stream_frame::Frame};
-use rustix::process::{Signal, WaitStatus};
+use podvisor_proto::monitor::{self as proto, Exit, Place, event, reply, stream_frame::Frame};
+use rustix::process::Signal;
 
 use super::{Ending, Removal, State};
 use crate::cgroup::Cgroup;
@@ -14,7 +14,6 @@ use crate::monitor::Monitor;
 use crate::output::lines::Stream;
 use crate::output::timestamp;
 use crate::poll::Timer;
-use crate::process::exit_code;
 use crate::runtime::Purpose;
 
 /// How long output may still come after the process has ended, from somebody outside the container's cgroup who
@@ -22,8 +21,8 @@ use crate::runtime::Purpose;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Monitor {
-    /// A container's process has been reaped.
-    pub(crate) fn container_ended(&mut self, key: u64, status: WaitStatus) {
+    /// A container's process has been reaped, or is known to be gone.
+    pub(crate) fn container_ended(&mut self, key: u64, code: i32) {
         let finished_at = timestamp::nanoseconds();
         self.count_oom_kills(key);
         let Some(container) = self.containers.get_mut(&key) else { return };
@@ -35,7 +34,8 @@ impl Monitor {
         {
             cgroup.signal_all(Signal::KILL);
         }
-        let exit = Exit { code: exit_code(status), finished_at, oom_killed: container.oom_kills > 0 };
+        container.held = None;
+        let exit = Exit { code, finished_at, oom_killed: container.oom_kills > 0 };
         container.state = State::Ending(Ending {
             pid: child.pid.as_raw_pid(),
             start_time: child.start_time,
@@ -112,12 +112,19 @@ impl Monitor {
         self.finish_deletes(key);
     }
 
-    /// Lets the runtime delete what is left, its cgroup above all.
+    /// Lets the runtime delete what is left, its cgroup above all. Not by force at first: with it runc kills once more and
+    /// looks again only after 100 ms, although the process has been reaped. What the plain way refuses, force is for: a
+    /// state that the runtime lost, or that it does not hold for stopped.
     fn begin_removal(&mut self, key: u64) {
         let Some(container) = self.containers.get_mut(&key) else { return };
-        container.removal = Removal::Running;
-        let (runtime, arguments) =
-            (container.runtime.clone(), ["--force".into(), container.id.clone().into()]);
+        let force = container.place == Place::Inside
+            || matches!(container.removal, Removal::Refused | Removal::Failed);
+        container.removal = Removal::Running { force };
+        let runtime = container.runtime.clone();
+        let mut arguments = vec![container.id.clone().into()];
+        if force {
+            arguments.insert(0, "--force".into());
+        }
         if let Err(failure) = self.call(&runtime, "delete", &arguments, None, Purpose::Delete(key)) {
             self.removal_ended(key, Err(failure));
         }
@@ -130,6 +137,10 @@ impl Monitor {
             Ok(()) => {
                 container.removal = Removal::Done;
                 self.finish_deletes(key);
+            }
+            Err(_) if matches!(container.removal, Removal::Running { force: false }) => {
+                container.removal = Removal::Refused;
+                self.begin_removal(key);
             }
             Err(failure) => {
                 self.journal.note("the runtime could not delete a container", &container.id, &failure.detail);
@@ -148,8 +159,8 @@ impl Monitor {
             return;
         }
         match container.removal {
-            Removal::Running => {}
-            Removal::NotBegun | Removal::Failed => self.begin_removal(key),
+            Removal::Running { .. } => {}
+            Removal::NotBegun | Removal::Refused | Removal::Failed => self.begin_removal(key),
             Removal::Done => {
                 let _ = std::fs::remove_file(self.run_file(&format!("{}.pid", container.id)));
                 let Some(container) = self.containers.remove(&key) else { return };

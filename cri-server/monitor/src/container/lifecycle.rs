@@ -1,7 +1,7 @@
 //! The verbs for a container that exists: start, kill, delete, update.
 
 use podvisor_proto::monitor::{
-    self as proto, DeleteContainer, KillContainer, StartContainer, UpdateContainer, reply,
+    self as proto, DeleteContainer, KillContainer, Place, StartContainer, UpdateContainer, reply,
 };
 use rustix::process::Signal;
 
@@ -16,12 +16,12 @@ impl Monitor {
     pub(crate) fn start_container(&mut self, to: ReplyTo, request: &StartContainer) -> Answered {
         let id = &request.container_id;
         let key = self.find_container(id).ok_or_else(|| Failure::no_container(id))?;
-        let container = &self.containers[&key];
+        let Some(container) = self.containers.get_mut(&key) else { return Err(Failure::no_container(id)) };
         let State::Created { starting: false, .. } = container.state else {
             return Err(container.wrong_state("created and waiting to be started"));
         };
-        let runtime = container.runtime.clone();
-        self.call(&runtime, "start", &[id.into()], None, Purpose::Start(key, to))?;
+        let (runtime, ends) = (container.runtime.clone(), container.held.take());
+        self.call(&runtime, "start", &[id.into()], ends, Purpose::Start(key, to))?;
         if let Some(State::Created { starting, .. }) = self.containers.get_mut(&key).map(|it| &mut it.state) {
             *starting = true;
         }
@@ -42,16 +42,23 @@ impl Monitor {
                 other => other,
             };
         }
+        let started = outcome.is_ok();
         self.reply(to, outcome.map(|()| reply::Result::Done(proto::Done {})));
+        if started && self.containers.get(&key).is_some_and(|container| container.place == Place::Inside) {
+            self.begin_wait(key);
+        }
         self.advance_ending(key);
     }
 
-    pub(crate) fn kill_container(&mut self, request: &KillContainer) -> Answered {
+    pub(crate) fn kill_container(&mut self, to: ReplyTo, request: &KillContainer) -> Answered {
         let id = &request.container_id;
         let signal = parse_signal(request.signal)?;
         let key = self.find_container(id).ok_or_else(|| Failure::no_container(id))?;
         let container = &self.containers[&key];
         match &container.state {
+            State::Created { .. } | State::Running { .. } if container.place == Place::Inside => {
+                self.signal_inside(key, signal, request.all, Some(to))
+            }
             State::Created { child, .. } | State::Running { child } => {
                 if request.all
                     && let Some(cgroup) = &container.cgroup
@@ -84,6 +91,15 @@ impl Monitor {
             State::Creating { call, .. } => {
                 if let Some(call) = self.calls.get_mut(call) {
                     call.stop(Stopped::Cancelled);
+                }
+            }
+            State::Created { .. } | State::Running { .. } if container.place == Place::Inside => {
+                if let Err(failure) = self.signal_inside(key, Signal::KILL, true, None) {
+                    self.journal.note(
+                        "a container could not be killed",
+                        &request.container_id,
+                        &failure.detail,
+                    );
                 }
             }
             State::Created { child, .. } | State::Running { child } => {

@@ -13,11 +13,12 @@
 mod attach;
 mod create;
 mod exit;
+mod inside;
 mod lifecycle;
 mod log;
 
 pub(crate) use create::{present_text, read_pid};
-use podvisor_proto::monitor::{self as proto, Exit, ProcessState};
+use podvisor_proto::monitor::{self as proto, Exit, Place, ProcessState};
 use rustix::process::Pid;
 
 use crate::cgroup::Cgroup;
@@ -37,7 +38,10 @@ pub(crate) struct Container {
     pub(crate) state: State,
     pub(crate) streams: Streams,
     pub(crate) cgroup: Option<Cgroup>,
+    pub(crate) place: Place,
     bundle: String,
+    /// What its process gets for standard streams, where the runtime wants them with `start`.
+    held: Option<TheirEnds>,
     /// What the runtime has written to the container's stderr while it created it.
     runtime_words: Vec<u8>,
     wanted: Wanted,
@@ -104,8 +108,13 @@ pub(crate) struct Ending {
 #[derive(Debug)]
 enum Removal {
     NotBegun,
-    Running,
+    Running {
+        force: bool,
+    },
+    /// Not without force.
+    Refused,
     Done,
+    /// Not with force either.
     Failed,
 }
 
@@ -125,9 +134,9 @@ struct Attached {
 }
 
 impl Container {
-    /// Of its first process, while that has not been reaped.
+    /// Of its first process, while that has not been reaped; `None` for one that is no child of the monitor.
     pub(crate) fn pid(&self) -> Option<Pid> {
-        self.child().map(|child| child.pid)
+        self.child().filter(|_| self.place != Place::Inside).map(|child| child.pid)
     }
 
     fn child(&self) -> Option<&Child> {

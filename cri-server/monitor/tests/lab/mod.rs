@@ -204,6 +204,7 @@ impl Pod {
         let bundle = self.bundles.join(id);
         spec.write(&bundle, &self.rootfs, &format!("/{}/{id}", self.cgroup));
         CreateContainer {
+            place: 0,
             container_id: id.into(),
             runtime: Some(Runtime {
                 path: self.runtime.clone(),

@@ -41,7 +41,7 @@ fn users_and_groups() {
         ("", with_group(user(5), 6), (5, 6, &[6])),
         ("", user(4_294_967_294), (4_294_967_294, 0, &[0])),
         // Supplementary groups.
-        ("app", with_groups(none.clone(), &[44, 70, 70], 0), (1000, 1001, &[1001, 44, 108, 70])),
+        ("app", with_groups(none.clone(), &[44, 70, 70], 0), (1000, 1001, &[1001, 44, 70, 108])),
         ("app", with_groups(none.clone(), &[70], 1), (1000, 1001, &[1001, 70])),
         ("app", with_groups(none.clone(), &[], 1), (1000, 1001, &[1001])),
         ("", with_groups(with_group(user(1), 2), &[2, 0], 1), (1, 2, &[2, 0])),
