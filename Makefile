@@ -4,6 +4,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 CRITEST := $(TARGET)/release/podvisor-critest
 
 .PHONY: all packages deps build images kernels test lint critest lab critest-lab test-lab demo bench clean
+.PHONY: critest-orders critest-peer test-gvisor bench-pull
 
 all: build
 
@@ -35,10 +36,27 @@ lint: packages
 test: deps build images kernels
 	tests/scripts/test
 
-# The conformance suite alone with HANDLER=runc or crun; ARGUMENTS go to it: ARGUMENTS="--focus Streaming --parallel 4".
-HANDLER := runc
+# The conformance suite alone, with each OCI runtime one by one or with those in HANDLER; ARGUMENTS go to it:
+# ARGUMENTS="--focus Streaming". Every run is compared with critest/expected/HANDLER.txt.
+HANDLER := runc crun runc-debian runsc
 critest: deps images
-	$(CRITEST) sandbox -- $(CRITEST) run --handler $(HANDLER) --expected critest/expected/$(HANDLER).txt $(ARGUMENTS)
+	critest/tools/build $(filter runsc,$(HANDLER)) crictl
+	tests/scripts/critest $(HANDLER)
+
+# Pods on gVisor: what the conformance suite does not ask.
+test-gvisor: deps images
+	critest/tools/build runsc
+	tests/scripts/cargo-test -p podvisor-tests --test black-box -- --ignored gvisor::
+
+# The same suite in three random orders and with four specs at once.
+SEEDS := 1 20 300
+critest-orders: deps images
+	tests/scripts/critest $(foreach handler,$(filter runc crun,$(HANDLER)),$(SEEDS:%=$(handler):%) $(handler):parallel)
+
+# The same suite and images against containerd: where it fails, the suite's surroundings are wrong.
+critest-peer: deps images
+	critest/tools/build containerd
+	tests/scripts/critest containerd
 
 # A virtual machine with cgroup v2, AppArmor and systemd; tests/README.md says more.
 lab:
@@ -65,6 +83,13 @@ bench: deps build
 	critest/tools/contents busybox
 	cargo build --release -p podvisor-tests --bin podvisor-bench
 	$(CRITEST) sandbox -- $(TARGET)/release/podvisor-bench
+
+# A pull's time beside containerd's, on the file system that target/ is on.
+bench-pull: deps build
+	critest/tools/build containerd
+	cargo build --release -p podvisor-tests --bin podvisor-bench-pull
+	mkdir -p $(TARGET)/tmp
+	TMPDIR=$(TARGET)/tmp $(CRITEST) sandbox -- $(TARGET)/release/podvisor-bench-pull
 
 clean:
 	rm -rf $(TARGET)

@@ -5,7 +5,7 @@
 //! - [`http`], [`registry`]: Debian's docker-registry as a child process, and pushing to it;
 //! - [`catalogue`], [`contents`]: the images that critest names, and what is in them;
 //! - [`sandbox`]: namespaces and cgroups of one's own, with a check for what was left behind;
-//! - [`node`]: a daemon with directories and a configuration of its own;
+//! - [`node`], [`peer`]: a daemon with directories and a configuration of its own, podvisor or containerd;
 //! - [`suite`], [`report`], [`expected`]: running critest, reading ginkgo's JSON report, comparing it with the list of
 //!   results that are expected.
 
@@ -16,6 +16,7 @@ pub mod http;
 pub mod image;
 pub mod layer;
 pub mod node;
+pub mod peer;
 pub mod registry;
 pub mod report;
 pub mod sandbox;

@@ -13,6 +13,7 @@ use podvisor_critest::expected::{Expected, as_list};
 use podvisor_critest::image::Image;
 use podvisor_critest::layer::Compression;
 use podvisor_critest::node::{self, Node};
+use podvisor_critest::peer::Peer;
 use podvisor_critest::registry::{Access, Registry};
 use podvisor_critest::report::{Outcome, Outcomes};
 use podvisor_critest::sandbox::{self, Stage};
@@ -63,7 +64,10 @@ struct Run {
     /// The socket of a runtime that is running already; without it podvisor is started.
     #[arg(long)]
     endpoint: Option<PathBuf>,
-    /// Handler of pods that name none: `runc` or `crun`.
+    /// Starts containerd instead of podvisor.
+    #[arg(long, conflicts_with = "endpoint")]
+    peer: bool,
+    /// Handler of pods that name none: `runc`, `runc-debian`, `crun` or `runsc`.
     #[arg(long, default_value = "runc")]
     handler: String,
     /// The list of expected results.
@@ -100,6 +104,7 @@ fn run(arguments: Arguments) -> Result<i32> {
             let expected = Expected::read(&run.expected)?;
             let outcomes = match &run.endpoint {
                 Some(socket) => suite::run(socket, &run.suite)?,
+                None if run.peer => on_the_peer(&run.suite, run.daemon_log.as_deref())?,
                 None => on_a_node(run.handler, &run.suite, run.daemon_log.as_deref())?,
             };
             if let Some(results) = &run.results {
@@ -141,6 +146,17 @@ fn on_a_node(handler: String, suite: &suite::Options, daemon_log: Option<&Path>)
         std::fs::copy(node.log_file(), copy).with_context(|| format!("writing {}", copy.display()))?;
     }
     ended?;
+    outcomes
+}
+
+/// The same against containerd.
+fn on_the_peer(suite: &suite::Options, daemon_log: Option<&Path>) -> Result<Outcomes> {
+    let registry = Prepared::make()?.serve()?;
+    let peer = Peer::start(&MIRRORED, registry.address())?;
+    let outcomes = suite::run(&peer.socket(), suite);
+    if let Some(copy) = daemon_log {
+        std::fs::write(copy, peer.log()).with_context(|| format!("writing {}", copy.display()))?;
+    }
     outcomes
 }
 

@@ -38,6 +38,16 @@ pub fn daemon_program() -> PathBuf {
     std::env::var_os("PODVISOR").map_or_else(|| target_dir().join("release/podvisor"), PathBuf::from)
 }
 
+/// Handlers that a node has only when its pods are to get them, and their configuration: Debian's runc, which is older
+/// than the one of this project's tools, and gVisor.
+const FURTHER_HANDLERS: [(&str, &str); 2] = [
+    ("runc-debian", "type = \"oci\"\npath = \"/usr/sbin/runc\""),
+    (
+        "runsc",
+        "type = \"oci\"\npath = \"TOOLS/runsc\"\narguments = [\"--platform=systrap\", \"--oci-seccomp\", \"--allow-suid\"]\nsandbox_container = true",
+    ),
+];
+
 /// What a node's configuration is made from.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -45,7 +55,7 @@ pub struct Options {
     pub mirrored: Vec<String>,
     /// The registry that mirrors them.
     pub mirror: Option<SocketAddr>,
-    /// Name of the handler for pods that name none: `runc` or `crun`.
+    /// Name of the handler for pods that name none: `runc`, `crun`, or one of [`FURTHER_HANDLERS`].
     pub handler: String,
     /// More lines for the daemon's configuration, whole tables.
     pub more: String,
@@ -146,12 +156,21 @@ impl Node {
         let [run, socket] = [&self.run, &self.socket()].map(|path| path.display().to_string());
         let runc = tools_dir().join("runc").display().to_string();
         let bridge = &self.bridge;
+        let further: String = FURTHER_HANDLERS
+            .iter()
+            .filter(|(name, _)| name == handler)
+            .map(|(name, table)| {
+                let table = table.replace("TOOLS", &tools_dir().display().to_string());
+                format!("[runtime.handlers.{name}]\n{table}\n")
+            })
+            .collect();
         format!(
             "root = {root:?}\nrun = {run:?}\nsocket = {socket:?}\n\
              [log]\nlevel = {log:?}\n\
              [runtime]\ntrusted_handler = {handler:?}\n\
              [runtime.handlers.runc]\ntype = \"oci\"\npath = {runc:?}\n\
              [runtime.handlers.crun]\ntype = \"oci\"\npath = \"crun\"\n\
+             {further}\
              [image]\nregistries_conf = {registries:?}\ncerts_dir = {certs:?}\nauth_files = [{auth:?}]\n\
              [network]\nmode = {network:?}\nbridge = {bridge:?}\ncni_config_dir = \"{cni}/net.d\"\n\
              cni_cache_dir = \"{cni}/cache\"\n\
@@ -240,6 +259,8 @@ impl Drop for Node {
     /// of pinned namespaces, the monitors' cgroup. What is not empty stays, and the sandbox reports it.
     fn drop(&mut self) {
         self.remove_network();
+        // gVisor keeps an empty network namespace for all its sandboxes.
+        let _ = unmount(self.path("run/runsc/null-netns"), UnmountFlags::DETACH);
         for directory in PINS {
             if fs::read_dir(directory).is_ok_and(|mut pins| pins.next().is_none()) {
                 let _ = unmount(directory, UnmountFlags::DETACH);
