@@ -104,10 +104,20 @@ pub fn run(socket: &Path, options: &Options) -> Result<Outcomes> {
         .stderr(log)
         .status()
         .context("starting critest")?;
+    take_off_mounts(directory.path());
     if !report.exists() {
         let said = fs::read_to_string(&output).unwrap_or_default();
         let lines: Vec<&str> = said.lines().collect();
         bail!("critest wrote no report ({status}):\n{}", lines[lines.len().saturating_sub(30)..].join("\n"));
     }
     report::read(&report)
+}
+
+/// A spec that mounts something and then fails leaves it.
+fn take_off_mounts(below: &Path) {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new);
+    for point in points.filter(|point| point.starts_with(below)).collect::<Vec<_>>().into_iter().rev() {
+        let _ = rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH);
+    }
 }

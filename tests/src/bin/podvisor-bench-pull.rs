@@ -39,6 +39,7 @@ fn main() -> Result<()> {
     })?;
     let daemon = node.start()?;
     let peer = Peer::start(&[HOST], registry.address())?;
+    let _inside = runtime.enter();
     let clients = [("podvisor", Cri::new(&node.socket())?), ("containerd", Cri::new(&peer.socket())?)];
     let mut times = [const { Vec::new() }; 2];
     for round in 0..=ROUNDS {
