@@ -101,7 +101,14 @@ fn of_container(node: &Node, meters: &Meters, container: &ContainerView) -> cri:
         ..Default::default()
     };
     let read = node.cgroups.cgroup(&container.record.cgroup).stats();
-    if let Ok(read) = read
+    if let Ok(read) = &read
+        && container.state.may_run()
+        && read.pids == Some(0)
+    {
+        // It runs elsewhere, in the pod's sandbox container: asked for, and not known.
+        stats.cpu = Some(cri::CpuUsage { timestamp: time, ..cri::CpuUsage::default() });
+        stats.memory = Some(cri::MemoryUsage { timestamp: time, ..cri::MemoryUsage::default() });
+    } else if let Ok(read) = read
         && container.state.may_run()
     {
         stats.cpu = Some(cpu(&read, time, meters, container.record.id.as_str()));
