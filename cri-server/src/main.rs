@@ -5,6 +5,7 @@ mod apparmor;
 mod cdi;
 mod check;
 mod cli;
+mod deadline;
 mod error;
 mod events;
 mod guest;

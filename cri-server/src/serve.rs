@@ -20,6 +20,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::reload;
 
+use crate::deadline::Deadline;
 use crate::meters::Meters;
 use crate::monitor::pool::{Place, Pool, Template};
 use crate::node::{Node, Parts, cgroup_driver, find_program};
@@ -76,6 +77,7 @@ async fn run(file: Option<PathBuf>, config: Config, level: LogLevel) -> anyhow::
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
         .layer(Trace)
+        .layer(Deadline)
         .add_service(RuntimeServiceServer::new(cri.clone()).max_decoding_message_size(message))
         .add_service(ImageServiceServer::new(cri).max_decoding_message_size(message))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {

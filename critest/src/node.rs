@@ -156,14 +156,11 @@ impl Node {
         let [run, socket] = [&self.run, &self.socket()].map(|path| path.display().to_string());
         let runc = tools_dir().join("runc").display().to_string();
         let bridge = &self.bridge;
-        let further: String = FURTHER_HANDLERS
-            .iter()
-            .filter(|(name, _)| name == handler)
-            .map(|(name, table)| {
-                let table = table.replace("TOOLS", &tools_dir().display().to_string());
-                format!("[runtime.handlers.{name}]\n{table}\n")
-            })
-            .collect();
+        let further = FURTHER_HANDLERS.iter().find(|(name, _)| name == handler).map(|(name, table)| {
+            let table = table.replace("TOOLS", &tools_dir().display().to_string());
+            format!("[runtime.handlers.{name}]\n{table}\n")
+        });
+        let further = further.unwrap_or_default();
         format!(
             "root = {root:?}\nrun = {run:?}\nsocket = {socket:?}\n\
              [log]\nlevel = {log:?}\n\
