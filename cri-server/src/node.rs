@@ -182,7 +182,12 @@ impl Handlers {
     fn probe(configured: &BTreeMap<String, Handler>) -> Self {
         let mut found = Self { configured: configured.clone(), ..Self::default() };
         for (name, handler) in configured {
-            let HandlerKind::Oci { path, .. } = &handler.kind;
+            let HandlerKind::Oci { path, sandbox_container, .. } = &handler.kind;
+            if *sandbox_container && crate::pause_program::program().is_none() {
+                let why = "sandbox_container needs the built-in pause, which is written for x86_64 only";
+                found.unusable.insert(name.clone(), why.to_owned());
+                continue;
+            }
             let Some(program) = find_program(path) else {
                 found
                     .unusable

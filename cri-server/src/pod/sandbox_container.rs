@@ -36,7 +36,7 @@ pub(super) fn validate(handler: &str, config: &cri::PodSandboxConfig) -> Result<
                 "is NODE, but handler {handler:?} runs pods on a kernel of its own (sandbox_container), which cannot \
                  use the host's; give the pod another runtime class"
             );
-            return Err(PodError::invalid(&format!("{FIELD}.{name}"), why));
+            return Err(PodError::invalid(format!("{FIELD}.{name}"), why));
         }
     }
     if config.linux.as_ref().is_some_and(|linux| !linux.sysctls.is_empty()) {
@@ -59,7 +59,7 @@ pub(super) fn validate_container(config: &cri::ContainerConfig) -> Result<(), Po
     } else {
         return Ok(());
     };
-    Err(PodError::invalid(&format!("{FIELD}.pid"), format!("is {what}")))
+    Err(PodError::invalid(format!("{FIELD}.pid"), format!("is {what}")))
 }
 
 /// What is held for it.

@@ -14,6 +14,7 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add_optional("gvisor::says_how_containers_ended", options(), says_how_containers_ended);
     tests.add_optional("gvisor::shares_pid_namespaces_as_asked", options(), shares_pid_namespaces_as_asked);
     tests.add_optional("gvisor::ends_with_its_sandbox", options(), ends_with_its_sandbox);
+    tests.add_optional("gvisor::ends_with_its_monitor", options(), ends_with_its_monitor);
     tests.add_optional("gvisor::does_not_notice_the_daemon", options(), does_not_notice_the_daemon);
     tests.add_optional("gvisor::ends_what_takes_too_long", options(), ends_what_takes_too_long);
     tests.add_optional("gvisor::refuses_the_host", options(), refuses_the_host);
@@ -88,9 +89,24 @@ async fn shares_pid_namespaces_as_asked(f: &mut Fixture) -> Result<()> {
 }
 
 async fn ends_with_its_sandbox(f: &mut Fixture) -> Result<()> {
+    ends_with(f, Ok).await
+}
+
+async fn ends_with_its_monitor(f: &mut Fixture) -> Result<()> {
+    let parent = |sandbox: Pid| {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", sandbox.as_raw_pid()))?;
+        let fields = stat.rsplit(')').next().context("no name")?;
+        let parent = fields.split_ascii_whitespace().nth(1).context("no parent")?.parse()?;
+        Pid::from_raw(parent).context("no parent")
+    };
+    ends_with(f, parent).await
+}
+
+/// Kills what `victim` makes of the pod's sandbox process.
+async fn ends_with(f: &mut Fixture, victim: impl Fn(Pid) -> Result<Pid>) -> Result<()> {
     let (pod, container) = f.running("pod", &ask::waiting("c")).await?;
     let [sandbox] = sandboxes()?[..] else { anyhow::bail!("there is not one sandbox: {:?}", sandboxes()?) };
-    kill_process(sandbox, Signal::KILL)?;
+    kill_process(victim(sandbox)?, Signal::KILL)?;
     let status = f.cri.wait_exited(&container).await?;
     ensure!(status.exit_code == 137, "{status:?}");
     eventually("the pod is not ready", || async {
