@@ -6,8 +6,8 @@
 mod artifacts;
 mod cdi;
 mod containers;
-mod image_volumes;
 mod gvisor;
+mod image_volumes;
 mod images;
 mod input;
 mod kills;
