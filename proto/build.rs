@@ -2,6 +2,7 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=cri");
+    println!("cargo::rerun-if-changed=agent");
     println!("cargo::rerun-if-changed=monitor");
 
     tonic_prost_build::configure()
@@ -9,5 +10,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .skip_debug([".runtime.v1.AuthConfig"])
         .compile_fds(protox::compile(["cri/service.proto"], ["."])?)?;
     prost_build::Config::new().compile_fds(protox::compile(["monitor/monitor.proto"], ["."])?)?;
+    prost_build::Config::new().compile_fds(protox::compile(["agent/agent.proto"], ["."])?)?;
     Ok(())
 }

@@ -2,7 +2,8 @@
 //!
 //! - [`cri`]: the Kubernetes Container Runtime Interface v1 as of Kubernetes 1.37
 //!   (message and field numbers from `k8s.io/cri-api` v0.37);
-//! - [`monitor`]: what the daemon and a pod's monitor say to each other.
+//! - [`monitor`]: what the daemon and a pod's monitor say to each other;
+//! - [`agent`]: what a pod's monitor and the agent in its guest say to each other.
 
 /// Kubernetes CRI v1: package `runtime.v1`, services `RuntimeService` and `ImageService`.
 #[allow(missing_docs, unreachable_pub, clippy::pedantic, clippy::all)]
@@ -39,4 +40,23 @@ pub mod monitor {
 
     /// Longest frame either side accepts, in bytes. An ExecSync reply with both outputs at their cap fits.
     pub const MAX_FRAME: usize = 40 << 20;
+}
+
+/// The agent protocol: what a pod's monitor and the agent in its guest say to each other, on vsock.
+#[allow(missing_docs, unreachable_pub, clippy::pedantic, clippy::all)]
+pub mod agent {
+    include!(concat!(env!("OUT_DIR"), "/podvisor.agent.v1.rs"));
+
+    /// The version this build speaks. An agent is older than its monitor whenever podvisor was upgraded and the guest was not, and each
+    /// sandbox keeps the guest it began with.
+    pub const PROTOCOL_VERSION: u32 = 1;
+
+    /// Longest frame either side accepts, in bytes.
+    pub const MAX_FRAME: usize = 4 << 20;
+
+    /// The port that takes control connections.
+    pub const CONTROL_PORT: u32 = 1024;
+
+    /// The port that takes stream connections.
+    pub const STREAM_PORT: u32 = 1025;
 }

@@ -53,7 +53,8 @@ pub(crate) fn seal(process: &ProcessPlan) -> Step {
 
 fn filter(process: &ProcessPlan) -> Step {
     match &process.seccomp {
-        Some(program) => sys::load_seccomp(program, 0).during(|| "load the seccomp filter".into()),
+        Some(filter) => sys::load_seccomp(&filter.program, filter.flags.into())
+            .during(|| "load the seccomp filter".into()),
         None => Ok(()),
     }
 }

@@ -59,4 +59,4 @@ pub use cgroup::Cgroup;
 pub use error::{ContainerError, Refused};
 pub use launch::{Io, Launch, Pending, Running, create, execute};
 pub use plan::Plan;
-pub use process::ProcessPlan;
+pub use process::{ProcessPlan, Seccomp};

@@ -6,7 +6,7 @@ use oci_spec::runtime::{LinuxDeviceType, LinuxNamespaceType, Mount, Spec};
 
 use crate::error::Refused;
 use crate::options::{Options, Propagation};
-use crate::process::ProcessPlan;
+use crate::process::{ProcessPlan, Seccomp};
 
 /// A container to be.
 #[derive(Debug, Clone)]
@@ -79,7 +79,7 @@ pub(crate) struct Device {
 
 impl Plan {
     /// Reads a spec whose root file system is mounted at `root`; `seccomp` is its compiled profile.
-    pub fn new(spec: &Spec, root: PathBuf, seccomp: Option<Vec<u8>>) -> Result<Self, Refused> {
+    pub fn new(spec: &Spec, root: PathBuf, seccomp: Option<Seccomp>) -> Result<Self, Refused> {
         let process = spec.process().as_ref().ok_or_else(|| Refused::new("process", "is missing"))?;
         let linux = spec.linux().as_ref().ok_or_else(|| Refused::new("linux", "is missing"))?;
         let hooks = spec.hooks().as_ref().is_some_and(|hooks| *hooks != Default::default());

@@ -24,8 +24,16 @@ pub struct ProcessPlan {
     pub(crate) limits: Vec<(Resource, Rlimit)>,
     pub(crate) oom_score_adj: Option<i32>,
     pub(crate) terminal: Terminal,
-    /// `struct sock_filter`s as bytes; `None`: no filter.
-    pub(crate) seccomp: Option<Vec<u8>>,
+    pub(crate) seccomp: Option<Seccomp>,
+}
+
+/// A seccomp filter, compiled.
+#[derive(Debug, Clone)]
+pub struct Seccomp {
+    /// `struct sock_filter`s (linux/filter.h).
+    pub program: Vec<u8>,
+    /// SECCOMP_FILTER_FLAG_… for seccomp(2).
+    pub flags: u32,
 }
 
 /// Whether a process has a terminal.
@@ -50,7 +58,7 @@ pub(crate) struct Capabilities {
 
 impl ProcessPlan {
     /// Reads `process` of a spec; `seccomp` is the compiled program of the container's profile.
-    pub fn new(process: &Process, seccomp: Option<Vec<u8>>) -> Result<Self, Refused> {
+    pub fn new(process: &Process, seccomp: Option<Seccomp>) -> Result<Self, Refused> {
         let strings = |field: &str, list: &Option<Vec<String>>| {
             let list = list.iter().flatten().enumerate();
             list.map(|(index, text)| {

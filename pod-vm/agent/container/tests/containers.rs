@@ -16,7 +16,7 @@ type Test = fn(&Lab) -> Result<()>;
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
-    let tests: [(&str, Test); 15] = [
+    let tests: [(&str, Test); 16] = [
         ("runs_a_program_in_namespaces_of_its_own", namespaces),
         ("identity_is_what_was_asked_for", identity),
         ("file_systems_are_mounted_as_asked", mounts),
@@ -26,6 +26,7 @@ fn main() -> ExitCode {
         ("a_read_only_root", read_only),
         ("the_environment_gets_a_home", home),
         ("a_terminal", terminal),
+        ("a_filter_holds_with_new_privileges_and_without", filter),
         ("starts_only_when_told", start),
         ("what_cannot_be_executed_is_named", not_found),
         ("a_failed_mount_is_named", failed_mount),
@@ -201,6 +202,23 @@ fn terminal(lab: &Lab) -> Result<()> {
         spec["process"]["consoleSize"] = json!({"height": 40, "width": 120});
     })?;
     expect(&outcome, &["/dev/pts/0\r\n", "40 120\r\n", "console\r\n"])
+}
+
+fn filter(lab: &Lab) -> Result<()> {
+    for no_new_privileges in [true, false] {
+        let profile = podvisor_spec::default_seccomp(&[]);
+        let outcome = lab.shell(
+            "grep -E '^(Seccomp|NoNewPrivs):' /proc/self/status; unshare -U true; unshare -m true; id -u",
+            move |spec| {
+                spec["linux"]["seccomp"] = serde_json::to_value(profile).expect("a profile");
+                spec["process"]["noNewPrivileges"] = json!(no_new_privileges);
+                spec["process"]["user"] = json!({"uid": 5, "gid": 5});
+            },
+        )?;
+        ensure!(outcome.output.matches("Operation not permitted").count() == 2, "{}", outcome.output);
+        expect(&outcome, &["Seccomp:\t2\n", "\n5\n"])?;
+    }
+    Ok(())
 }
 
 fn start(lab: &Lab) -> Result<()> {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use oci_spec::runtime::{Process, Spec};
 use podvisor_cgroup::Layout;
-use podvisor_container::{Cgroup, Io, Launch, Pending, Plan, ProcessPlan};
+use podvisor_container::{Cgroup, Io, Launch, Pending, Plan, ProcessPlan, Seccomp};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
@@ -110,7 +110,10 @@ impl Lab {
 
     pub(crate) fn create(&self, spec: &Value) -> Result<Container> {
         let spec: Spec = serde_json::from_value(spec.clone())?;
-        let plan = Plan::new(&spec, self.rootfs(), None)?;
+        let profile = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
+        let seccomp = profile.map(podvisor_seccomp::compile).transpose()?;
+        let seccomp = seccomp.map(|compiled| Seccomp { program: compiled.program, flags: compiled.flags });
+        let plan = Plan::new(&spec, self.rootfs(), seccomp)?;
         self.count.set(self.count.get() + 1);
         let name = format!("/container-{}-{}", std::process::id(), self.count.get());
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().clone()).unwrap_or_default();
