@@ -19,7 +19,7 @@ enum Finding {
 
 /// Prints all findings; false when pods cannot run.
 pub(crate) fn check(config: &Config) -> bool {
-    let mut findings = vec![kernel()];
+    let mut findings = vec![kernel(), user_namespaces()];
     findings.extend(cgroups(config));
     findings.extend(handlers(config));
     findings.push(monitor(config));
@@ -55,6 +55,24 @@ fn kernel() -> Finding {
         Finding::Good(format!("kernel {major}.{minor} with overlayfs"))
     } else {
         Finding::Bad(format!("kernel {major}.{minor} without overlayfs: load it with `modprobe overlay`"))
+    }
+}
+
+/// Whether the kernel can; the handlers' features in Status say the rest.
+fn user_namespaces() -> Finding {
+    let (major, minor) = kernel_version();
+    let most = std::fs::read_to_string("/proc/sys/user/max_user_namespaces").unwrap_or_default();
+    match most.trim().parse::<u64>() {
+        Ok(0) => {
+            Finding::Note("user namespaces are switched off: set the sysctl user.max_user_namespaces".into())
+        }
+        Ok(_) if (major, minor) >= (5, 19) => {
+            Finding::Good("user namespaces of pods, with images by id-mapped layers".into())
+        }
+        Ok(_) => Finding::Note(format!(
+            "kernel {major}.{minor}: user namespaces of pods need 5.19 or newer (id-mapped layers)"
+        )),
+        Err(_) => Finding::Note("this kernel has no user namespaces: pods cannot have one".into()),
     }
 }
 

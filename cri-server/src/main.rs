@@ -8,6 +8,7 @@ mod cli;
 mod deadline;
 mod error;
 mod events;
+mod features;
 mod guest;
 mod id;
 mod meters;

@@ -2,6 +2,7 @@
 //! the configuration can be replaced while running.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -17,6 +18,7 @@ use podvisor_spec::{HostFacts, ResolvedDevice};
 
 use crate::apparmor::AppArmor;
 use crate::events::Events;
+use crate::features::Kernel;
 use crate::id::{ContainerId, PodId};
 use crate::monitor::pool::Pool;
 use crate::pod::record::{PinnedRuntime, Records};
@@ -26,6 +28,7 @@ use crate::pod::record::{PinnedRuntime, Records};
 pub(crate) struct Node {
     config: RwLock<Arc<Config>>,
     handlers: RwLock<Arc<Handlers>>,
+    kernel: Kernel,
     pub(crate) images: ImageStore,
     pub(crate) network: Network,
     pub(crate) records: Records,
@@ -64,21 +67,28 @@ pub(crate) struct Handlers {
     pub(crate) unusable: BTreeMap<String, String>,
     /// First line of `--version`.
     pub(crate) versions: BTreeMap<String, String>,
-    /// What `features` says (OCI runtime spec, features.md), by handler.
+    /// What each can do beyond the ordinary.
     pub(crate) features: BTreeMap<String, cri::RuntimeHandlerFeatures>,
+    /// Why a handler cannot run pods with a user namespace.
+    pub(crate) without_user_namespaces: BTreeMap<String, String>,
 }
 
 impl Node {
     pub(crate) fn new(parts: Parts) -> std::io::Result<Arc<Self>> {
         let host = host_facts(&parts.cgroups);
-        let handlers = Handlers::probe(&parts.config.handlers);
+        let kernel = Kernel::probe(&parts.images);
+        let handlers = Handlers::probe(&parts.config.handlers, &kernel);
         let records = Records::new(parts.config.root.join("pods"));
         let run = parts.config.run.clone();
         for directory in ["pods", "containers"] {
-            std::fs::create_dir_all(run.join(directory))?;
+            let directory = run.join(directory);
+            std::fs::create_dir_all(&directory)?;
+            // The root of a pod's user namespace passes through to its root file system. It need not know who else is there.
+            std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o711))?;
         }
         Ok(Arc::new(Self {
             handlers: RwLock::new(Arc::new(handlers)),
+            kernel,
             images: parts.images,
             network: parts.network,
             records,
@@ -124,7 +134,7 @@ impl Node {
     /// Takes over what of `new` can change while running; names the rest.
     pub(crate) fn reload(&self, new: Config) -> Vec<String> {
         let (config, left) = self.config().reload(new);
-        let handlers = Handlers::probe(&config.handlers);
+        let handlers = Handlers::probe(&config.handlers, &self.kernel);
         *self.handlers.write().expect("no panic under this lock") = Arc::new(handlers);
         *self.config.write().expect("no panic under this lock") = Arc::new(config);
         left
@@ -179,7 +189,7 @@ impl Node {
 
 impl Handlers {
     /// Calls each handler's program once: blocking, some tens of milliseconds each.
-    fn probe(configured: &BTreeMap<String, Handler>) -> Self {
+    fn probe(configured: &BTreeMap<String, Handler>, kernel: &Kernel) -> Self {
         let mut found = Self { configured: configured.clone(), ..Self::default() };
         for (name, handler) in configured {
             let HandlerKind::Oci { path, sandbox_container, .. } = &handler.kind;
@@ -204,13 +214,15 @@ impl Handlers {
                     continue;
                 }
             }
-            found.features.insert(name.clone(), handler_features(&program));
+            let can = crate::features::of_program(&program, kernel);
+            found.features.insert(name.clone(), can.features);
+            found.without_user_namespaces.extend(can.without_user_namespaces.map(|why| (name.clone(), why)));
         }
         found
     }
 }
 
-fn output(program: &Path, argument: &str) -> Result<String, String> {
+pub(crate) fn output(program: &Path, argument: &str) -> Result<String, String> {
     let output = std::process::Command::new(program)
         .arg(argument)
         .stdin(std::process::Stdio::null())
@@ -220,20 +232,6 @@ fn output(program: &Path, argument: &str) -> Result<String, String> {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     } else {
         Err(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim()))
-    }
-}
-
-/// What a runtime says it can (OCI runtime-spec, features.md): an older one without the verb can none of it.
-fn handler_features(program: &Path) -> cri::RuntimeHandlerFeatures {
-    let features: serde_json::Value = output(program, "features")
-        .ok()
-        .and_then(|text| serde_json::from_str(&text).ok())
-        .unwrap_or_default();
-    let options = features["mountOptions"].as_array().cloned().unwrap_or_default();
-    cri::RuntimeHandlerFeatures {
-        recursive_read_only_mounts: options.iter().any(|option| option == "rro"),
-        // Not before pods can have a user namespace at all.
-        user_namespaces: false,
     }
 }
 

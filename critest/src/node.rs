@@ -6,6 +6,7 @@
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -119,6 +120,9 @@ impl Node {
                 "a node changes interfaces, mounts and cgroups: run this in `podvisor-critest sandbox -- …`"
             );
         }
+        // As /run and /var are: the root of a pod's user namespace has to pass.
+        fs::set_permissions(&self.directory, fs::Permissions::from_mode(0o711))
+            .context("opening the node's directory")?;
         fs::write(self.path("registries.conf"), registries(options))?;
         fs::write(self.path("config.toml"), self.configuration(options))?;
         Ok(self)

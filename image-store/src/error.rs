@@ -148,6 +148,16 @@ pub enum ImageError {
         /// What the kernel said.
         source: std::io::Error,
     },
+    /// The kernel, or the file system that the layers are on, has no id-mapped mounts.
+    #[error(
+        "cannot show the layers in {path} with the ids of a user namespace: that takes Linux 5.19 and a file system with id-mapped mounts"
+    )]
+    IdMap {
+        /// The directory of the layers.
+        path: PathBuf,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
     /// The daemon is shutting down.
     #[error("the work was cancelled")]
     Cancelled,
@@ -176,7 +186,7 @@ impl ImageError {
             ImageError::WrongDigest { .. }
             | ImageError::WrongDiffId { .. }
             | ImageError::BadConfig { .. } => ErrorKind::Corrupt,
-            ImageError::UnsupportedDigest { .. } => ErrorKind::Refused,
+            ImageError::UnsupportedDigest { .. } | ImageError::IdMap { .. } => ErrorKind::Refused,
             ImageError::SnapshotKey { .. } | ImageError::SnapshotTaken { .. } => ErrorKind::Invalid,
             ImageError::NotFound(_) => ErrorKind::NotFound,
             ImageError::Cancelled => ErrorKind::Unavailable,

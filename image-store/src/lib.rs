@@ -10,6 +10,7 @@
 //! | `snapshots.rs` | writable layers of containers |
 //! | `usage.rs` | how much they hold |
 //! | `mount.rs` | overlayfs |
+//! | `idmap.rs` | overlayfs with the ids of a user namespace |
 //! | `database.rs` | what is remembered, in redb |
 //! | `flight.rs` | work that several want is done once |
 //! | `tree.rs` | directories that a crash must not leave |
@@ -22,11 +23,13 @@ mod catalog;
 mod database;
 mod error;
 mod flight;
+mod idmap;
 mod layers;
 mod mount;
 mod pull;
 mod snapshots;
 mod store;
+mod sys;
 mod tree;
 mod usage;
 

@@ -30,16 +30,32 @@ const SHORT_MIN: usize = 8;
 /// Mounts `rootfs` at `target`. `links` is a directory for short names, for kernels that need them; `empty` holds two empty
 /// directories.
 pub(crate) fn mount(rootfs: &Rootfs, target: &Path, links: &Path, empty: &Path) -> Result<(), ImageError> {
+    overlay(rootfs, target, links, empty)
+        .and_then(|made| made.map_or(Ok(()), |overlay| attach(&overlay, target)))
+        .map_err(|source| ImageError::Mount { path: target.to_owned(), source })
+}
+
+/// A mount that is at no path yet; `None`: this kernel could only mount it at `target` at once.
+pub(crate) fn overlay(
+    rootfs: &Rootfs,
+    target: &Path,
+    links: &Path,
+    empty: &Path,
+) -> io::Result<Option<OwnedFd>> {
     let lower = lower(rootfs, empty);
-    match modern(rootfs, &lower, target) {
-        Ok(()) => Ok(()),
+    match modern(rootfs, &lower) {
+        Ok(overlay) => Ok(Some(overlay)),
         // Kernels before 6.5 do not know `lowerdir+`.
         Err((Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP, said)) => {
-            classic(rootfs, &lower, target, links).map_err(|error| explained(error, &said))
+            classic(rootfs, &lower, target, links).map(|()| None).map_err(|error| explained(error, &said))
         }
         Err((errno, said)) => Err(explained(errno.into(), &said)),
     }
-    .map_err(|source| ImageError::Mount { path: target.to_owned(), source })
+}
+
+/// Gives a mount its path.
+pub(crate) fn attach(mount: &OwnedFd, target: &Path) -> io::Result<()> {
+    Ok(move_mount(mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
 /// The error with what the kernel had to say about it.
@@ -59,11 +75,10 @@ fn lower(rootfs: &Rootfs, empty: &Path) -> Vec<PathBuf> {
 }
 
 /// The mount API of 5.2 with overlayfs' parameters of 6.5: a layer per call, no limit on their number but the kernel's 500.
-fn modern(rootfs: &Rootfs, lower: &[PathBuf], target: &Path) -> Result<(), (Errno, String)> {
+fn modern(rootfs: &Rootfs, lower: &[PathBuf]) -> Result<OwnedFd, (Errno, String)> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| (errno, String::new()))?;
     configure(&context, rootfs, lower)
         .and_then(|()| fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes(rootfs)))
-        .and_then(|mount| move_mount(&mount, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH))
         .map_err(|errno| (errno, said(&context)))
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use crate::error::ImageError;
 use crate::flight::Flights;
 use crate::layers::Layers;
 use crate::snapshots::Snapshots;
-use crate::{FsUsage, Image, Options, Rootfs, mount, tree};
+use crate::{FsUsage, Image, Options, Rootfs, idmap, mount, tree};
 
 /// Name as it was asked for, and as whom.
 type PullKey = (String, Option<Credentials>);
@@ -149,6 +150,27 @@ impl ImageStore {
     pub fn mount(&self, rootfs: &Rootfs, target: &Path) -> Result<(), ImageError> {
         let options = &self.shared.options;
         mount::mount(rootfs, target, &options.run.join("l"), &options.root.join("empty"))
+    }
+
+    /// Likewise, for a container with the user namespace `user`: the image's ids are those inside. The layers are shared with all
+    /// other containers and stay as they are; what is written into the snapshot has the ids outside.
+    pub fn mount_with_ids(
+        &self,
+        rootfs: &Rootfs,
+        target: &Path,
+        user: BorrowedFd<'_>,
+    ) -> Result<(), ImageError> {
+        idmap::mount(rootfs, target, &self.places(), user)
+    }
+
+    /// Whether [`ImageStore::mount_with_ids`] can work here, found out by doing it.
+    pub fn try_ids(&self, user: BorrowedFd<'_>) -> Result<(), ImageError> {
+        idmap::try_out(&self.places(), user)
+    }
+
+    fn places(&self) -> idmap::Places {
+        let Options { root, run, .. } = &self.shared.options;
+        idmap::Places { layers: root.join("layers"), empty: root.join("empty"), links: run.join("l") }
     }
 
     /// Drops a snapshot (already unmounted) and, if it was the last user of a removed image, its layers. Idempotent.

@@ -3,8 +3,12 @@
 //! A namespace lasts as long as something refers to it. A fresh thread unshares, prepares what is inside (host name,
 //! loopback, sysctls), bind-mounts its `/proc/thread-self/ns/*` onto empty files and ends: no process has to stay. Tools
 //! of the node (`ip netns`, CNI plugins, `nsenter --net=`) find network namespaces in [`NET_DIRECTORY`].
+//!
+//! With a user namespace that one comes first and owns the others, so that the pod's root may mount a /proc, sysfs and mqueue of its
+//! own and change its network. A process makes them all ([`user`]) and ends as soon as they are pinned.
 
 mod sysctl;
+mod user;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -20,6 +24,8 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 
+use self::user::Holder;
+pub use self::user::{IdRange, UserMappings};
 use crate::netlink::{Batch, Client, Refusal};
 
 /// Where network namespaces are pinned: the directory of `ip netns`.
@@ -28,6 +34,8 @@ pub const NET_DIRECTORY: &str = "/run/netns";
 pub const IPC_DIRECTORY: &str = "/run/ipcns";
 /// Where UTS namespaces are pinned.
 pub const UTS_DIRECTORY: &str = "/run/utsns";
+/// Where user namespaces are pinned.
+pub const USER_DIRECTORY: &str = "/run/userns";
 
 /// The kernel's `__NEW_UTS_LEN`, bytes.
 const HOST_NAME_LIMIT: usize = 64;
@@ -37,6 +45,8 @@ const HOST_NAME_LIMIT: usize = 64;
 pub struct Request {
     /// Name of the pin in each directory.
     pub name: String,
+    /// A user namespace with these ids, pinned in `/run/userns`. It owns the others.
+    pub user: Option<UserMappings>,
     /// A network namespace, pinned in `/run/netns` (loopback is brought up).
     pub net: bool,
     /// An IPC namespace, pinned in `/run/ipcns`.
@@ -57,6 +67,9 @@ pub struct Namespaces {
     pub ipc: Option<PathBuf>,
     /// UTS.
     pub uts: Option<PathBuf>,
+    /// User.
+    #[serde(default)]
+    pub user: Option<PathBuf>,
 }
 
 impl Namespaces {
@@ -67,12 +80,13 @@ impl Namespaces {
             net: pin(request.net, NET_DIRECTORY),
             ipc: pin(request.ipc, IPC_DIRECTORY),
             uts: pin(request.uts.is_some(), UTS_DIRECTORY),
+            user: pin(request.user.is_some(), USER_DIRECTORY),
         }
     }
 
     /// Each pin with the name of its file in `/proc/thread-self/ns`.
     fn pins(&self) -> impl Iterator<Item = (&'static str, &Path)> {
-        [("net", &self.net), ("ipc", &self.ipc), ("uts", &self.uts)]
+        [("net", &self.net), ("ipc", &self.ipc), ("uts", &self.uts), ("user", &self.user)]
             .into_iter()
             .filter_map(|(kind, pin)| Some((kind, pin.as_deref()?)))
     }
@@ -98,6 +112,10 @@ pub enum NamespaceError {
     Thread { source: io::Error },
     #[error("unsharing namespaces")]
     Unshare { source: io::Error },
+    #[error("making a user namespace{}", limit_hint(.source))]
+    User { source: io::Error },
+    #[error("mapping the ids of a user namespace")]
+    Map { source: io::Error },
     #[error("{what}")]
     Loopback { what: String, source: io::Error },
     #[error("pinning a namespace at {}", .path.display())]
@@ -106,6 +124,14 @@ pub enum NamespaceError {
     Release { path: PathBuf, source: io::Error },
     #[error("entering the namespace at {}", .path.display())]
     Enter { path: PathBuf, source: io::Error },
+}
+
+/// ENOSPC means one thing here, user_namespaces(7).
+fn limit_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::StorageFull => ": the limit in /proc/sys/user/max_user_namespaces is reached",
+        _ => "",
+    }
 }
 
 /// Makes and pins what `request` names; on error nothing is left. Blocking, about 2 ms.
@@ -135,10 +161,32 @@ pub fn create(request: &Request) -> Result<Namespaces, NamespaceError> {
     Ok(namespaces)
 }
 
+/// A user namespace that lives as long as the file: for trying out what can be done with one.
+pub fn user_namespace(mappings: &UserMappings) -> Result<File, NamespaceError> {
+    let holder = Holder::start(false, false, false).map_err(|source| NamespaceError::User { source })?;
+    holder.map(mappings).map_err(|source| NamespaceError::Map { source })?;
+    File::open(holder.namespace("user")).map_err(|source| NamespaceError::User { source })
+}
+
 /// In a thread that ends afterwards.
 fn populate(request: &Request, namespaces: &Namespaces) -> Result<(), NamespaceError> {
-    crate::unshare::unshare(request.net, request.ipc, request.uts.is_some())
-        .map_err(|errno| NamespaceError::Unshare { source: errno.into() })?;
+    let uts = request.uts.is_some();
+    let holder = match &request.user {
+        None => {
+            crate::unshare::unshare(request.net, request.ipc, uts)
+                .map_err(|errno| NamespaceError::Unshare { source: errno.into() })?;
+            None
+        }
+        Some(mappings) => {
+            let holder = Holder::start(request.net, request.ipc, uts)
+                .map_err(|source| NamespaceError::User { source })?;
+            holder.map(mappings).map_err(|source| NamespaceError::Map { source })?;
+            for (kind, _) in namespaces.pins().filter(|(kind, _)| *kind != "user") {
+                join(&holder.namespace(kind)).map_err(|source| NamespaceError::Unshare { source })?;
+            }
+            Some(holder)
+        }
+    };
     if let Some(name) = request.uts.as_ref().filter(|name| !name.is_empty()) {
         rustix::system::sethostname(name.as_bytes())
             .map_err(|errno| NamespaceError::HostName { name: name.clone(), source: errno.into() })?;
@@ -147,10 +195,14 @@ fn populate(request: &Request, namespaces: &Namespaces) -> Result<(), NamespaceE
         loopback_up()
             .map_err(|refusal| NamespaceError::Loopback { what: refusal.what, source: refusal.source })?;
     }
-    sysctl::write(&request.sysctls)?;
+    sysctl::write(&request.sysctls, request.user.as_ref())?;
     let mut made: Vec<&Path> = Vec::new();
     for (kind, path) in namespaces.pins() {
-        if let Err(source) = pin(kind, path) {
+        let namespace = match &holder {
+            Some(holder) => holder.namespace(kind),
+            None => Path::new("/proc/thread-self/ns").join(kind),
+        };
+        if let Err(source) = pin(&namespace, path) {
             for path in made {
                 let _ = unpin(path);
             }
@@ -169,9 +221,9 @@ fn loopback_up() -> Result<(), Refusal> {
 }
 
 /// A file that exists already is another's pin: it is left alone, and an error.
-fn pin(kind: &str, path: &Path) -> io::Result<()> {
+fn pin(namespace: &Path, path: &Path) -> io::Result<()> {
     OpenOptions::new().read(true).write(true).create_new(true).mode(0o444).open(path)?;
-    rustix::mount::mount_bind(format!("/proc/thread-self/ns/{kind}"), path).map_err(|errno| {
+    rustix::mount::mount_bind(namespace, path).map_err(|errno| {
         let _ = fs::remove_file(path);
         errno.into()
     })
@@ -222,16 +274,19 @@ fn unpin(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Runs `f` in a thread that is in the namespace at `path`.
+/// Moves this thread into the namespace at `path`.
+fn join(path: &Path) -> io::Result<()> {
+    Ok(rustix::thread::move_into_link_name_space(File::open(path)?.as_fd(), None)?)
+}
+
+/// Runs `f` in a thread that is in the namespace at `path` (not a user namespace: that takes a process).
 pub fn enter<T: Send>(path: &Path, f: impl FnOnce() -> T + Send) -> Result<T, NamespaceError> {
     let failed = |source| NamespaceError::Enter { path: path.to_owned(), source };
-    let namespace = File::open(path).map_err(failed)?;
     thread::scope(|scope| {
         thread::Builder::new()
             .name("in-namespace".into())
             .spawn_scoped(scope, move || {
-                rustix::thread::move_into_link_name_space(namespace.as_fd(), None)
-                    .map_err(|errno| failed(errno.into()))?;
+                join(path).map_err(failed)?;
                 Ok(f())
             })
             .map_err(|source| NamespaceError::Thread { source })?

@@ -5,13 +5,15 @@ mod lab;
 use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 
 use lab::{isolated, names, run};
-use podvisor_network::namespace::{self, NamespaceError, Namespaces, Request};
+use podvisor_network::namespace::{self, IdRange, NamespaceError, Namespaces, Request, UserMappings};
 
 fn request(name: &str) -> Request {
     Request {
         name: name.into(),
+        user: None,
         net: true,
         ipc: true,
         uts: Some("web-0".into()),
@@ -32,7 +34,13 @@ fn mounts_under_run() -> usize {
 }
 
 fn assert_no_pins() {
-    for directory in [namespace::NET_DIRECTORY, namespace::IPC_DIRECTORY, namespace::UTS_DIRECTORY] {
+    let directories = [
+        namespace::NET_DIRECTORY,
+        namespace::IPC_DIRECTORY,
+        namespace::UTS_DIRECTORY,
+        namespace::USER_DIRECTORY,
+    ];
+    for directory in directories {
         assert_eq!(names(directory), [""; 0], "{directory}");
     }
 }
@@ -172,5 +180,101 @@ fn a_copy_of_the_mount_table_does_not_keep_a_namespace() {
         std::io::BufRead::read_line(&mut output, &mut line).unwrap();
         copy.wait().unwrap();
         assert_eq!(line, "0\n", "mounts left in the copy");
+    });
+}
+
+fn with_user(name: &str, outside: u32) -> Request {
+    let range = IdRange { inside: 0, outside, length: 65536 };
+    Request { user: Some(UserMappings { uids: range, gids: range }), ..request(name) }
+}
+
+#[test]
+fn a_user_namespace_owns_the_others() {
+    isolated(|| {
+        let request = with_user("a", 200_000);
+        let made = namespace::create(&request).unwrap();
+        assert_eq!(made, Namespaces::planned(&request));
+        let user = made.user.clone().unwrap();
+        // Nobody is left in it.
+        let inode = |path: &str| fs::metadata(path).unwrap().ino();
+        let pin = inode(user.to_str().unwrap());
+        let users = fs::read_dir("/proc").unwrap().flatten().filter(|process| {
+            fs::metadata(process.path().join("ns/user")).is_ok_and(|namespace| namespace.ino() == pin)
+        });
+        assert_eq!(users.count(), 0);
+
+        let net = made.net.as_deref().unwrap().to_str().unwrap();
+        let ipc = made.ipc.as_deref().unwrap().to_str().unwrap();
+        let uts = made.uts.as_deref().unwrap().to_str().unwrap();
+        let joined = [
+            format!("--user={}", user.display()),
+            format!("--net={net}"),
+            format!("--ipc={ipc}"),
+            format!("--uts={uts}"),
+        ];
+        // As the root of the user namespace, with all that its root may do in the others.
+        let inside = |script: &str| {
+            let mut arguments: Vec<&str> = joined.iter().map(String::as_str).collect();
+            arguments.extend(["--setuid=0", "--setgid=0", "sh", "-ec", script]);
+            run("nsenter", &arguments)
+        };
+        assert_eq!(
+            inside("cat /proc/self/uid_map").split_whitespace().collect::<Vec<_>>(),
+            ["0", "200000", "65536"]
+        );
+        assert_eq!(inside("cat /proc/self/setgroups"), "allow\n");
+        assert_eq!(inside("hostname; hostname other; hostname"), "web-0\nother\n");
+        assert_eq!(
+            inside("cat /proc/sys/kernel/shm_rmid_forced /proc/sys/kernel/domainname"),
+            "1\nexample\n"
+        );
+        inside("ip link add v0 type veth peer name v1; ip -o link show up | grep -q ' lo:'");
+        inside("echo 7 > /proc/sys/net/ipv4/ip_unprivileged_port_start");
+        // And nothing of the node.
+        inside("if (echo 1 > /proc/sys/kernel/panic) 2> /dev/null; then exit 9; fi");
+
+        namespace::release(&made).unwrap();
+        assert_no_pins();
+        assert_eq!(
+            rustix::process::dumpable_behavior().unwrap(),
+            rustix::process::DumpableBehavior::Dumpable,
+            "writing the sysctls of another root must not change this process"
+        );
+    });
+}
+
+#[test]
+fn a_user_namespace_alone_and_one_that_cannot_be() {
+    isolated(|| {
+        let range = IdRange { inside: 0, outside: 300_000, length: 1 };
+        let alone = Request {
+            name: "u".into(),
+            user: Some(UserMappings { uids: range, gids: range }),
+            ..Request::default()
+        };
+        let made = namespace::create(&alone).unwrap();
+        assert_eq!(names(namespace::USER_DIRECTORY), ["u"]);
+        namespace::release(&made).unwrap();
+
+        let empty = IdRange { length: 0, ..range };
+        let refused = Request { user: Some(UserMappings { uids: empty, gids: empty }), ..request("refused") };
+        let error = namespace::create(&refused).unwrap_err();
+        assert!(matches!(error, NamespaceError::Map { .. }), "{error:?}");
+        assert_no_pins();
+    });
+}
+
+#[test]
+fn many_user_namespaces_at_once() {
+    isolated(|| {
+        std::thread::scope(|scope| {
+            for number in 0..16_u32 {
+                scope.spawn(move || {
+                    let request = with_user(&format!("p{number}"), (number + 1) << 16);
+                    namespace::release(&namespace::create(&request).unwrap()).unwrap();
+                });
+            }
+        });
+        assert_no_pins();
     });
 }

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use podvisor_proto::cri::{
-    ContainerConfig, ContainerMetadata, LinuxContainerConfig, LinuxContainerResources,
+    ContainerConfig, ContainerMetadata, IdMapping, LinuxContainerConfig, LinuxContainerResources,
     LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount, NamespaceMode,
-    NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
+    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, UserNamespace,
 };
 
 use crate::cri::spec;
@@ -97,6 +97,16 @@ pub fn pod_context(config: &mut PodSandboxConfig) -> &mut LinuxSandboxSecurityCo
 /// A pod's namespaces, to be changed.
 pub fn pod_namespaces(config: &mut PodSandboxConfig) -> &mut NamespaceOption {
     pod_context(config).namespace_options.get_or_insert_default()
+}
+
+/// First id on the node of what [`with_user_namespace`] asks for.
+pub const FIRST_ID: u32 = 6_553_600;
+
+/// Namespaces in a user namespace of the pod's own, as kubelet asks for it.
+pub fn with_user_namespace(namespaces: &mut NamespaceOption) {
+    let range = vec![IdMapping { host_id: FIRST_ID, container_id: 0, length: 65_536 }];
+    let user = UserNamespace { mode: NamespaceMode::Pod.into(), uids: range.clone(), gids: range };
+    namespaces.userns_options = Some(user);
 }
 
 /// A container's security context, to be changed.

@@ -33,7 +33,8 @@ pub struct Pod {
     pub id: String,
     /// What it was made from.
     pub config: PodSandboxConfig,
-    cri: Cri,
+    /// Of its node.
+    pub cri: Cri,
 }
 
 impl Fixture {

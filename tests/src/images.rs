@@ -22,6 +22,10 @@ pub const CONFIGURED: &str = "registry.example.invalid/test/configured:1";
 pub const TAGGED: [&str; 2] =
     ["registry.example.invalid/test/tagged:a", "registry.example.invalid/test/tagged:b"];
 
+/// busybox with accounts of its own: user `app` (1000:1001), which is in the groups `video` (44) and `staff` (50), and a volume `/data`
+/// with a file in it.
+pub const ACCOUNTS: &str = "registry.example.invalid/test/accounts:1";
+
 /// The registry with these images in it. It ends, and its storage goes, when this is dropped.
 #[derive(Debug)]
 pub struct TestImages {
@@ -56,6 +60,15 @@ impl TestImages {
         let configured =
             Image::new(vec![files.pack(Compression::Zstd)?], config).dialect(Dialect::Oci).single();
         registry.push("test/configured", &["1"], &configured.bundle()?)?;
+        let accounts = Files::new()
+            .file("etc/passwd", 0o644, "root:x:0:0::/:/bin/sh\napp:x:1000:1001::/:/bin/sh\n")
+            .file("etc/group", 0o644, "root:x:0:\napp:x:1001:\nvideo:x:44:other,app\nstaff:x:50:app\n")
+            .directory("data", 0o755)
+            .file("data/file", 0o644, "of the image\n")
+            .pack(Compression::Gzip)?;
+        let config = json!({"Cmd": ["sh"], "User": "app", "Env": [path], "Volumes": {"/data": {}}});
+        let image = Image::new(vec![files.pack(Compression::Gzip)?, accounts], config);
+        registry.push("test/accounts", &["1"], &image.bundle()?)?;
         Ok(Self { registry, _storage: storage })
     }
 

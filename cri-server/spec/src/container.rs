@@ -3,7 +3,9 @@
 use oci_spec::runtime::{Linux, LinuxNamespaceType, Root, Spec};
 
 use crate::error::{Result, SpecError, absolute_path};
-use crate::{Input, annotations, devices, mounts, namespaces, process, resources, security, user};
+use crate::{
+    Input, annotations, devices, mounts, namespaces, process, resources, security, user, user_namespace,
+};
 
 /// The version that says least: crun before 1.9 takes only 1.0.x, and every field here was in 1.0 or is ignored where it is not known.
 const OCI_VERSION: &str = "1.0.2";
@@ -29,7 +31,8 @@ pub fn container(input: &Input<'_>) -> Result<Spec> {
     let image_user =
         input.image.config().as_ref().and_then(|image| image.user().as_deref()).unwrap_or_default();
     let user = user::resolve(Some(security), image_user, input.passwd, input.group)?;
-    let (mounts, root_propagation) = mounts::of_container(input, privileged)?;
+    user_namespace::check(modes.user, &user, security)?;
+    let (mounts, root_propagation) = mounts::of_container(input, privileged, modes.user)?;
     let (nodes, rules) = devices::of_container(input, privileged)?;
     let requested = config.linux.as_ref().and_then(|linux| linux.resources.as_ref());
     let mut resources = resources::of_container(requested, input.host, input.default_pids)?;
@@ -39,8 +42,15 @@ pub fn container(input: &Input<'_>) -> Result<Spec> {
     let new_uts = namespaces
         .iter()
         .any(|namespace| namespace.typ() == LinuxNamespaceType::Uts && namespace.path().is_none());
+    let new_user = namespaces
+        .iter()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::User && namespace.path().is_none());
+    // One that is joined has its mappings, and runtimes warn when they are told again.
+    let mapped = modes.user.filter(|_| new_user);
     let mut linux = Linux::default();
     linux
+        .set_uid_mappings(mapped.map(|user| mounts::whole(user.uids)))
+        .set_gid_mappings(mapped.map(|user| mounts::whole(user.gids)))
         .set_resources(Some(resources))
         .set_cgroups_path(Some(input.cgroups_path.clone().into()))
         .set_namespaces(Some(namespaces))

@@ -8,6 +8,7 @@
 //! | `user.rs` | user and groups |
 //! | `capabilities.rs` | capability sets |
 //! | `namespaces.rs` | joined, new and the node's namespaces |
+//! | `user_namespace.rs` | ids of a pod with a user namespace |
 //! | `mounts.rs` | default mounts, the pod's files, volumes |
 //! | `devices.rs` | nodes and device rules |
 //! | `resources.rs` | limits: creation, update, status |
@@ -42,6 +43,7 @@ mod profile;
 mod resources;
 mod seccomp;
 mod user;
+mod user_namespace;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -58,6 +60,7 @@ pub use profile::{SecurityProfile, apparmor_request, seccomp_request};
 pub use resources::{oom_score_adj, reported_resources, resources};
 pub use seccomp::{default_seccomp, seccomp_profile};
 pub use user::User;
+pub use user_namespace::{Ids, UserNamespace, user_namespace};
 
 /// Everything the spec of a container is made from.
 #[derive(Debug)]
@@ -103,7 +106,8 @@ pub struct Input<'a> {
     pub default_pids: Option<i64>,
 }
 
-/// Namespaces by path; `None`: a new one (mount, and pid for CONTAINER mode) or the host's, as the modes say.
+/// Namespaces by path; `None`: a new one (mount, and pid for CONTAINER mode) or the host's, as the modes say. The user namespace owns
+/// the others.
 #[derive(Debug, Clone, Default)]
 #[allow(missing_docs)]
 pub struct NamespacePaths {
@@ -111,6 +115,7 @@ pub struct NamespacePaths {
     pub ipc: Option<PathBuf>,
     pub uts: Option<PathBuf>,
     pub pid: Option<PathBuf>,
+    pub user: Option<PathBuf>,
 }
 
 /// Files of the pod that its containers share.

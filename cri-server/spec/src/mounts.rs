@@ -9,9 +9,14 @@ use podvisor_proto::cri::MountPropagation;
 
 use crate::Input;
 use crate::error::{Result, SpecError, absolute_path};
+use crate::user_namespace::{Ids, UserNamespace};
 
 /// All mounts in the order they are made, and `linux.rootfsPropagation` where a volume needs one.
-pub(crate) fn of_container(input: &Input<'_>, privileged: bool) -> Result<(Vec<Mount>, Option<String>)> {
+pub(crate) fn of_container(
+    input: &Input<'_>,
+    privileged: bool,
+    user: Option<UserNamespace>,
+) -> Result<(Vec<Mount>, Option<String>)> {
     if input.mounts.len() != input.config.mounts.len() {
         let why = format!("{} of {} host paths were resolved", input.mounts.len(), input.config.mounts.len());
         return Err(SpecError::invalid("config.mounts", why));
@@ -21,11 +26,13 @@ pub(crate) fn of_container(input: &Input<'_>, privileged: bool) -> Result<(Vec<M
     for (index, (mount, resolved)) in input.config.mounts.iter().zip(&input.mounts).enumerate() {
         let propagation = propagation(index, mount)?;
         widest = widest.max(propagation);
-        volumes.push(volume(index, mount, &resolved.source, propagation)?);
+        let mut volume = volume(index, mount, &resolved.source, propagation)?;
+        id_mapped(index, mount, &mut volume, user)?;
+        volumes.push(volume);
     }
 
     let taken: BTreeSet<PathBuf> = volumes.iter().map(|volume| volume.destination().clone()).collect();
-    let mut mounts = default_mounts(privileged);
+    let mut mounts = default_mounts(privileged, user);
     mounts.extend(pod_files(input));
     // A volume replaces what would be mounted there; one on /dev brings its own of everything below.
     let own_dev = taken.contains(Path::new("/dev"));
@@ -49,19 +56,19 @@ fn root_propagation(widest: MountPropagation) -> Option<String> {
     }
 }
 
-fn default_mounts(privileged: bool) -> Vec<Mount> {
+fn default_mounts(privileged: bool, user: Option<UserNamespace>) -> Vec<Mount> {
+    let mut terminals = vec!["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"];
+    // The group tty, where there is one.
+    if user.is_none_or(|user| user.gids.length > 5) {
+        terminals.push("gid=5");
+    }
     // The host's network needs no other sysfs: one that is mounted anew shows the network namespace that the container is in. (Binding the
     // host's /sys would bring debugfs, tracefs and bpf along, which a read-only bind leaves writable.)
     let access = if privileged { "rw" } else { "ro" };
     vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
         mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        mount(
-            "/dev/pts",
-            "devpts",
-            "devpts",
-            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
-        ),
+        mount("/dev/pts", "devpts", "devpts", &terminals),
         mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
         mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", access]),
         mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", access]),
@@ -139,14 +146,31 @@ fn volume(index: usize, mount: &cri::Mount, source: &Path, propagation: MountPro
             options.push(option);
         }
     }
-    let mut volume = bind(&destination, source.to_path_buf(), &options);
+    Ok(bind(&destination, source.to_path_buf(), &options))
+}
+
+/// KEP-127: kubelet sends the pod's mappings with each volume, so that its files have the ids inside. Mounts below the volume keep theirs.
+fn id_mapped(
+    index: usize,
+    mount: &cri::Mount,
+    volume: &mut Mount,
+    user: Option<UserNamespace>,
+) -> Result<()> {
+    let field = |name: &str| format!("config.mounts[{index}].{name}");
     volume
         .set_uid_mappings(mappings(|| field("uidMappings"), &mount.uid_mappings)?)
         .set_gid_mappings(mappings(|| field("gidMappings"), &mount.gid_mappings)?);
     if volume.uid_mappings().is_some() != volume.gid_mappings().is_some() {
         return Err(SpecError::invalid(field("uidMappings"), "and gidMappings have to be given together"));
     }
-    Ok(volume)
+    if volume.uid_mappings().is_some() && user.is_none() {
+        return Err(SpecError::invalid(field("uidMappings"), "need a pod with a user namespace"));
+    }
+    if mount.image.is_some() {
+        // An image is mounted with the pod's ids, and overlayfs cannot be mapped once more.
+        volume.set_uid_mappings(None).set_gid_mappings(None);
+    }
+    Ok(())
 }
 
 /// Refuses a mount of an image that contradicts itself (KEP-4639: always read-only, never a path of the host).
@@ -189,6 +213,13 @@ fn mappings(field: impl Fn() -> String, requested: &[cri::IdMapping]) -> Result<
         mappings.extend(built);
     }
     Ok(Some(mappings).filter(|mappings| !mappings.is_empty()))
+}
+
+/// A range of ids from 0.
+pub(crate) fn whole(ids: Ids) -> Vec<LinuxIdMapping> {
+    let built =
+        LinuxIdMappingBuilder::default().container_id(0u32).host_id(ids.first).size(ids.length).build();
+    built.into_iter().collect()
 }
 
 fn mount(destination: &str, kind: &str, source: &str, options: &[&str]) -> Mount {

@@ -11,6 +11,7 @@ use podvisor_proto::cri::NamespaceMode;
 
 use crate::Input;
 use crate::error::{Result, SpecError};
+use crate::user_namespace::{self, UserNamespace, user_namespace};
 
 const FIELD: &str = "config.linux.security_context.namespace_options";
 const SANDBOX_FIELD: &str = "sandbox_config.linux.security_context.namespace_options";
@@ -21,6 +22,7 @@ pub(crate) struct Modes {
     pub(crate) network: NamespaceMode,
     pub(crate) ipc: NamespaceMode,
     pub(crate) pid: NamespaceMode,
+    pub(crate) user: Option<UserNamespace>,
 }
 
 pub(crate) fn modes(input: &Input<'_>) -> Result<Modes> {
@@ -28,8 +30,8 @@ pub(crate) fn modes(input: &Input<'_>) -> Result<Modes> {
     let sandbox = sandbox.and_then(|security| security.namespace_options.as_ref());
     let own = input.config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
     let own = own.and_then(|security| security.namespace_options.as_ref());
-    user_namespace(SANDBOX_FIELD, sandbox)?;
-    user_namespace(FIELD, own)?;
+    let user = user_namespace(SANDBOX_FIELD, sandbox)?;
+    user_namespace::of_container(user, FIELD, own)?;
 
     let pod_wide = |name: &str, pick: fn(&cri::NamespaceOption) -> i32| -> Result<NamespaceMode> {
         let of_sandbox = mode(&format!("{SANDBOX_FIELD}.{name}"), sandbox.map(pick))?;
@@ -57,33 +59,21 @@ pub(crate) fn modes(input: &Input<'_>) -> Result<Modes> {
         let why = "names a container that has no pid namespace to join";
         return Err(SpecError::invalid(format!("{FIELD}.target_id"), why));
     }
-    Ok(Modes { network, ipc, pid })
+    Ok(Modes { network, ipc, pid, user })
 }
 
-fn mode(field: &str, value: Option<i32>) -> Result<NamespaceMode> {
+pub(crate) fn mode(field: &str, value: Option<i32>) -> Result<NamespaceMode> {
     let value = value.unwrap_or_default();
     NamespaceMode::try_from(value)
         .map_err(|_| SpecError::invalid(field, format!("{value} is not a namespace mode")))
 }
 
-fn user_namespace(field: &str, options: Option<&cri::NamespaceOption>) -> Result<()> {
-    let Some(user) = options.and_then(|options| options.userns_options.as_ref()) else { return Ok(()) };
-    let field = format!("{field}.userns_options");
-    match mode(&format!("{field}.mode"), Some(user.mode))? {
-        NamespaceMode::Node if user.uids.is_empty() && user.gids.is_empty() => Ok(()),
-        NamespaceMode::Node => {
-            Err(SpecError::invalid(format!("{field}.uids"), "mappings are given, but the mode is NODE"))
-        }
-        NamespaceMode::Pod => Err(SpecError::unsupported(field, "user namespaces are not supported yet")),
-        NamespaceMode::Container | NamespaceMode::Target => {
-            Err(SpecError::invalid(format!("{field}.mode"), "only POD and NODE are possible"))
-        }
-    }
-}
-
 pub(crate) fn list(input: &Input<'_>, modes: Modes, privileged: bool) -> Vec<LinuxNamespace> {
     let paths = &input.namespaces;
     let mut list = vec![namespace(LinuxNamespaceType::Mount, None)];
+    if modes.user.is_some() {
+        list.push(namespace(LinuxNamespaceType::User, paths.user.clone()));
+    }
     if modes.network != NamespaceMode::Node {
         list.push(namespace(LinuxNamespaceType::Network, paths.net.clone()));
         // The host name goes with the network: on the node's network a pod has the node's name.

@@ -86,6 +86,7 @@ impl Default for Case {
                 ipc: Some("/run/ipcns/pod".into()),
                 uts: Some("/run/utsns/pod".into()),
                 pid: Some("/proc/77/ns/pid".into()),
+                user: None,
             },
             pod_files: PodFiles {
                 hostname: Some("/run/pod/hostname".into()),

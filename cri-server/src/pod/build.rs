@@ -1,11 +1,13 @@
 //! How a container is made: root file system, spec, bundle, and the OCI runtime's create through the monitor.
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
 use oci_spec::runtime::LinuxResources;
-use podvisor_image_store::Image;
+use podvisor_image_store::{Image, ImageError, Rootfs};
 use podvisor_proto::cri::{self, NamespaceMode};
 use podvisor_proto::monitor::reply::Result as Answer;
 use podvisor_proto::monitor::request::Verb;
@@ -189,13 +191,9 @@ pub(crate) async fn build(
         let (node, pod, record, image, bundle, rootfs) =
             (node.clone(), pod.clone(), record.clone(), image.clone(), bundle.clone(), rootfs.clone());
         tokio::task::spawn_blocking(move || {
-            std::fs::create_dir_all(&rootfs).map_err(|source| PodError::File {
-                operation: "make",
-                path: rootfs.clone(),
-                source,
-            })?;
-            node.images.mount(&snapshot, &rootfs).map_err(PodError::Image)?;
-            image_volumes::mount(&node, &record.id, &record.image_volumes, &prepared)?;
+            make_bundle(&bundle, &rootfs)?;
+            mount(&node, &pod, &snapshot, &rootfs).map_err(PodError::Image)?;
+            image_volumes::mount(&node, &pod, &record, &prepared)?;
             let (spec, user) = specify(&node, &pod, &record, &image, rootfs, target)?;
             let path = bundle.join("config.json");
             let text = serde_json::to_vec(&spec).map_err(|error| PodError::File {
@@ -203,7 +201,7 @@ pub(crate) async fn build(
                 path: path.clone(),
                 source: error.into(),
             })?;
-            std::fs::write(&path, text).map_err(|source| PodError::File {
+            write_private(&path, &text).map_err(|source| PodError::File {
                 operation: "write",
                 path,
                 source,
@@ -234,6 +232,36 @@ pub(crate) async fn build(
         user: (user.uid, user.gid, user.supplemental_groups),
         resources: serde_json::to_value(resources).unwrap_or_default(),
     })
+}
+
+/// Directories that the root of a user namespace can pass, and nobody can list.
+fn make_bundle(bundle: &Path, rootfs: &Path) -> Result<(), PodError> {
+    std::fs::create_dir_all(rootfs)
+        .and_then(|()| std::fs::set_permissions(bundle, std::fs::Permissions::from_mode(0o711)))
+        .map_err(|source| PodError::File { operation: "make", path: rootfs.to_owned(), source })
+}
+
+/// The environment in a spec may hold secrets.
+fn write_private(path: &Path, text: &[u8]) -> std::io::Result<()> {
+    use std::io::Write;
+    let mut options = std::fs::File::options();
+    options.write(true).create(true).truncate(true).mode(0o600).open(path)?.write_all(text)
+}
+
+/// Mounts a snapshot, with the ids of the pod's user namespace where it has one.
+pub(super) fn mount(
+    node: &Node,
+    pod: &PodRecord,
+    snapshot: &Rootfs,
+    target: &Path,
+) -> Result<(), ImageError> {
+    let Some(path) = pod.namespaces().user else { return node.images.mount(snapshot, target) };
+    let user = std::fs::File::open(&path).map_err(|source| ImageError::Io {
+        operation: "open user namespace",
+        path,
+        source,
+    })?;
+    node.images.mount_with_ids(snapshot, target, user.as_fd())
 }
 
 pub(super) fn runtime(pinned: &PinnedRuntime) -> Runtime {

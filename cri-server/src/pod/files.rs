@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+use podvisor_network::namespace::UserMappings;
 use podvisor_proto::cri;
 
 use super::acquired::Acquisition;
@@ -14,11 +15,20 @@ use crate::error::PodError;
 const SHM_SIZE: &str = "size=67108864";
 
 /// Host name, hosts and resolv.conf for containers whose configuration mounts none, and the pod's shared memory.
-pub(super) fn files(record: &PodRecord, directory: &Path) -> Result<(), PodError> {
+/// With a user namespace they belong to its root, who may change them as without one.
+pub(super) fn files(
+    record: &PodRecord,
+    directory: &Path,
+    user: Option<UserMappings>,
+) -> Result<(), PodError> {
     let config = &record.config.0;
+    let owner = user.map(|user| (user.uids.outside, user.gids.outside));
     let write = |name: &str, text: String| {
         let path = directory.join(name);
-        std::fs::write(&path, text).map_err(|source| PodError::File { operation: "write", path, source })
+        let own = |(uid, gid)| std::os::unix::fs::chown(&path, Some(uid), Some(gid));
+        std::fs::write(&path, text)
+            .and_then(|()| owner.map_or(Ok(()), own))
+            .map_err(|source| PodError::File { operation: "write", path: path.clone(), source })
     };
     let hostname = hostname(config);
     write("hostname", format!("{hostname}\n"))?;
@@ -40,7 +50,8 @@ pub(super) fn files(record: &PodRecord, directory: &Path) -> Result<(), PodError
             path: shm.clone(),
             source,
         })?;
-        let data = std::ffi::CString::new(format!("mode=1777,{SHM_SIZE}")).expect("no NUL in it");
+        let owner = owner.map(|(uid, gid)| format!(",uid={uid},gid={gid}")).unwrap_or_default();
+        let data = std::ffi::CString::new(format!("mode=1777,{SHM_SIZE}{owner}")).expect("no NUL in it");
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
         rustix::mount::mount("shm", &shm, "tmpfs", flags, data.as_c_str()).map_err(|error| {
             PodError::File { operation: "mount shared memory at", path: shm.clone(), source: error.into() }

@@ -14,6 +14,8 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::acquired::Acquisition;
+use super::build;
+use super::record::{ContainerRecord, PodRecord};
 use crate::error::PodError;
 use crate::id::ContainerId;
 use crate::node::Node;
@@ -125,19 +127,19 @@ pub(super) async fn prepare(
 /// Mounts what [`prepare`] gave. Blocking.
 pub(super) fn mount(
     node: &Node,
-    container: &ContainerId,
-    volumes: &[ImageVolume],
+    pod: &PodRecord,
+    container: &ContainerRecord,
     prepared: &[Rootfs],
 ) -> Result<(), PodError> {
-    let bundle = node.bundle(container);
-    for (volume, snapshot) in volumes.iter().zip(prepared) {
+    let bundle = node.bundle(&container.id);
+    for (volume, snapshot) in container.image_volumes.iter().zip(prepared) {
         let target = volume.target(&bundle);
         std::fs::create_dir_all(&target).map_err(|source| PodError::File {
             operation: "make",
             path: target.clone(),
             source,
         })?;
-        node.images.mount(snapshot, &target).map_err(|source| ImageVolumeError::Mount {
+        build::mount(node, pod, snapshot, &target).map_err(|source| ImageVolumeError::Mount {
             mount: volume.mount,
             image: volume.image_id.clone(),
             source,

@@ -98,7 +98,16 @@ pub(crate) fn plan(
     if !host_ipc {
         acquired.push(Acquisition::Mount(directory.join("shm")));
     }
-    let planned = Namespaces::planned(&namespace_request(&id, &config));
+    let request = namespace_request(&id, &config)?;
+    if request.user.is_some()
+        && let Some(why) = node.handlers().without_user_namespaces.get(&handler)
+    {
+        return Err(PodError::Unsupported(format!(
+            "config.linux.security_context.namespace_options.userns_options: \
+             handler {handler} cannot run pods with a user namespace: {why}"
+        )));
+    }
+    let planned = Namespaces::planned(&request);
     if planned != Namespaces::default() {
         acquired.push(Acquisition::Namespaces(planned.clone()));
     }
@@ -142,11 +151,21 @@ pub(crate) async fn launch(
         source,
     })?;
 
+    let request = namespace_request(&record.id, &record.config.0)?;
+    let user = request.user;
+    let mut request = Some(request);
+    // The pod's init is in the pod's user namespace; nothing else has to wait for namespaces.
+    if user.is_some() {
+        namespaces(request.take()).await?;
+    }
     // All to their end, also when one fails: what is half-way cannot be given back.
     let (made, adopted, attachment) = tokio::join!(
-        async { files(record, &directory) },
+        async { files(record, &directory, user) },
         adopt(node, record, &directory, notices),
-        connect(node, record),
+        async {
+            namespaces(request).await?;
+            connect(node, record).await
+        },
     );
     let (monitor, mut init) = match (made, adopted) {
         (Ok(()), Ok(adopted)) if attachment.is_ok() => adopted,
@@ -192,18 +211,22 @@ async fn dismiss(node: &Arc<Node>, monitor: &Idle) {
     }
 }
 
-/// Namespaces, then the network into them.
-async fn connect(
-    node: &Arc<Node>,
-    record: &PodRecord,
-) -> Result<Option<podvisor_network::Attachment>, PodError> {
-    let request = namespace_request(&record.id, &record.config.0);
+/// Makes the pod's namespaces, if they are not made yet.
+async fn namespaces(request: Option<namespace::Request>) -> Result<(), PodError> {
+    let Some(request) = request else { return Ok(()) };
     if request.net || request.ipc || request.uts.is_some() || !request.sysctls.is_empty() {
         tokio::task::spawn_blocking(move || namespace::create(&request))
             .await
             .map_err(|_| PodError::TaskGone)?
             .map_err(refused)?;
     }
+    Ok(())
+}
+
+async fn connect(
+    node: &Arc<Node>,
+    record: &PodRecord,
+) -> Result<Option<podvisor_network::Attachment>, PodError> {
     for acquisition in &record.acquired {
         if let Acquisition::Network { sandbox, .. } = acquisition {
             return node.network.setup(sandbox).await.map(Some).map_err(PodError::Network);
@@ -258,10 +281,7 @@ async fn prepare(
             notices(notice);
         }
     });
-    let netns = record.acquired.iter().find_map(|acquisition| match acquisition {
-        Acquisition::Namespaces(namespaces) => namespaces.net.clone(),
-        _ => None,
-    });
+    let netns = record.namespaces().net;
     connection
         .command(Verb::Adopt(Adopt {
             pod_id: record.id.to_string(),
@@ -301,7 +321,8 @@ async fn start_init(
         cgroup_procs,
         // As kubelet's own pause containers have it: the last to go of an ordinary pod.
         oom_score_adj: -998.max(node.host.oom_score_adj_floor.unwrap_or(-998)),
-        join_namespaces: Vec::new(),
+        // Its pid namespace then belongs to the pod's user namespace.
+        join_namespaces: record.namespaces().user.iter().map(|path| path.display().to_string()).collect(),
     });
     match connection.call(verb).await? {
         Answer::Started(started) => {

@@ -8,6 +8,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use base64::Engine;
+use podvisor_network::namespace::Namespaces;
 use podvisor_proto::cri;
 use prost::Message;
 use serde::de::DeserializeOwned;
@@ -99,6 +100,17 @@ pub(crate) struct PodRecord {
     pub(crate) init: Option<ProcessIdentity>,
     /// In the order in which they were acquired (and recorded before they were).
     pub(crate) acquired: Vec<Acquisition>,
+}
+
+impl PodRecord {
+    /// The pod's pinned namespaces; none of those that it shares with the node.
+    pub(crate) fn namespaces(&self) -> Namespaces {
+        let pinned = self.acquired.iter().find_map(|acquisition| match acquisition {
+            Acquisition::Namespaces(namespaces) => Some(namespaces.clone()),
+            _ => None,
+        });
+        pinned.unwrap_or_default()
+    }
 }
 
 /// How far a container had come.

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use podvisor_network::namespace::{IdRange, UserMappings};
 use podvisor_proto::cri;
 use podvisor_proto::monitor::reply::Result as Answer;
 use podvisor_proto::monitor::request::Verb;
@@ -187,6 +188,12 @@ fn lost(message: &str) -> Exit {
     Exit { code: 255, at: now(), reason: "Error".into(), message: message.into() }
 }
 
+/// For the name of a pin, which does not depend on them.
+const ANY_IDS: UserMappings = {
+    let range = IdRange { inside: 0, outside: 0, length: 0 };
+    UserMappings { uids: range, gids: range }
+};
+
 /// A stand-in for a record that cannot be read, with everything that a pod of this id may hold.
 fn unreadable(node: &Node, id: &PodId, why: String) -> PodRecord {
     let directory = node.pod_directory(id);
@@ -195,6 +202,7 @@ fn unreadable(node: &Node, id: &PodId, why: String) -> PodRecord {
         net: true,
         ipc: true,
         uts: Some(String::new()),
+        user: Some(ANY_IDS),
         ..Default::default()
     };
     let namespaces = podvisor_network::namespace::Namespaces::planned(&request);

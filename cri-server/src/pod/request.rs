@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 
-use podvisor_network::namespace;
+use podvisor_network::namespace::{self, IdRange, UserMappings};
 use podvisor_network::{PortMapping, Protocol, Sandbox};
 use podvisor_proto::cri::{self, NamespaceMode};
+use podvisor_spec::{Ids, UserNamespace};
 
 use super::view::namespace_options;
 use crate::error::PodError;
@@ -81,21 +82,7 @@ pub(crate) fn validate(config: &cri::PodSandboxConfig) -> Result<(), PodError> {
     if security.is_some_and(|security| security.run_as_group.is_some() && security.run_as_user.is_none()) {
         return Err(PodError::invalid("config.linux.security_context.run_as_group", "needs run_as_user"));
     }
-    if let Some(user) = &options.userns_options {
-        if user.mode == NamespaceMode::Pod as i32 {
-            return Err(PodError::Unsupported(
-                "config.linux.security_context.namespace_options.userns_options: \
-                 podvisor does not make user namespaces yet; use mode NODE"
-                    .into(),
-            ));
-        }
-        if user.mode != NamespaceMode::Node as i32 {
-            return Err(PodError::invalid(
-                "config.linux.security_context.namespace_options.userns_options.mode",
-                "only POD and NODE are possible",
-            ));
-        }
-    }
+    user_namespace(config)?;
     ports(config).map(drop)?;
     bandwidth(config, "kubernetes.io/ingress-bandwidth")?;
     bandwidth(config, "kubernetes.io/egress-bandwidth")?;
@@ -124,18 +111,34 @@ pub(crate) fn hostname(config: &cri::PodSandboxConfig) -> String {
     }
 }
 
+/// The pod's user namespace; `None`: the node's.
+pub(super) fn user_namespace(config: &cri::PodSandboxConfig) -> Result<Option<UserNamespace>, PodError> {
+    const FIELD: &str = "config.linux.security_context.namespace_options";
+    let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    Ok(podvisor_spec::user_namespace(
+        FIELD,
+        security.and_then(|security| security.namespace_options.as_ref()),
+    )?)
+}
+
 /// The namespaces that a sandbox gets of its own. With the host's network it keeps the host's name too.
-pub(super) fn namespace_request(id: &PodId, config: &cri::PodSandboxConfig) -> namespace::Request {
+pub(super) fn namespace_request(
+    id: &PodId,
+    config: &cri::PodSandboxConfig,
+) -> Result<namespace::Request, PodError> {
     let options = namespace_options(config);
     let own = |mode: i32| mode != NamespaceMode::Node as i32;
     let sysctls = config.linux.as_ref().map(|linux| linux.sysctls.clone()).unwrap_or_default();
-    namespace::Request {
+    let range = |ids: Ids| IdRange { inside: 0, outside: ids.first, length: ids.length };
+    let user = user_namespace(config)?;
+    Ok(namespace::Request {
         name: format!("podvisor-{id}"),
+        user: user.map(|user| UserMappings { uids: range(user.uids), gids: range(user.gids) }),
         net: own(options.network),
         ipc: own(options.ipc),
         uts: own(options.network).then(|| hostname(config)),
         sysctls: sysctls.into_iter().collect::<BTreeMap<_, _>>(),
-    }
+    })
 }
 
 pub(super) fn network_sandbox(

@@ -38,6 +38,7 @@ pub(super) fn specify(
     let mut config = config.clone();
     anonymous_volumes(node, pod, record, image, &rootfs, &mut config)?;
     let mounts = resolve_mounts(&config.mounts, &record.image_volumes, &node.bundle(&record.id))?;
+    recursive_read_only(node, pod, &config.mounts)?;
     let devices = devices::resolve(&config.devices)?;
 
     let held = |name: &str| pod.acquired.contains(&Acquisition::Mount(directory.join(name)));
@@ -89,16 +90,25 @@ pub(super) fn specify(
     Ok((spec, user))
 }
 
+/// Refused where kernel or OCI runtime cannot make it (KEP-3857): what is mounted below would be writable.
+fn recursive_read_only(node: &Node, pod: &PodRecord, mounts: &[cri::Mount]) -> Result<(), PodError> {
+    let Some(index) = mounts.iter().position(|mount| mount.recursive_read_only) else { return Ok(()) };
+    match node.handlers().features.get(&pod.handler) {
+        Some(features) if features.recursive_read_only_mounts => Ok(()),
+        _ => Err(PodError::Unsupported(format!(
+            "config.mounts[{index}].recursive_read_only: needs Linux 5.12 and an OCI runtime that lists rro among its features, \
+             which handler {} does not",
+            pod.handler
+        ))),
+    }
+}
+
 fn namespace_paths(
     pod: &PodRecord,
     config: &cri::ContainerConfig,
     target: Option<ProcessIdentity>,
 ) -> NamespacePaths {
-    let pinned = pod.acquired.iter().find_map(|acquisition| match acquisition {
-        Acquisition::Namespaces(namespaces) => Some(namespaces.clone()),
-        _ => None,
-    });
-    let pinned = pinned.unwrap_or_default();
+    let pinned = pod.namespaces();
     let of = |process: ProcessIdentity| PathBuf::from(format!("/proc/{}/ns/pid", process.pid));
     let shared = namespace_options(&pod.config.0).pid == NamespaceMode::Pod as i32;
     let mode = container_namespaces(config).pid;
@@ -109,7 +119,7 @@ fn namespace_paths(
     } else {
         None
     };
-    NamespacePaths { net: pinned.net, ipc: pinned.ipc, uts: pinned.uts, pid }
+    NamespacePaths { net: pinned.net, ipc: pinned.ipc, uts: pinned.uts, pid, user: pinned.user }
 }
 
 /// A small text file of the image, by a path that cannot leave it. Missing or too large: empty.

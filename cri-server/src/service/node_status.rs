@@ -41,9 +41,10 @@ pub(super) fn status(node: &Node, verbose: bool) -> cri::StatusResponse {
         })
         .collect();
     // Kubelet asks the nameless handler for pods without RuntimeClass.
+    let untrusted = config.runtime.untrusted_handler.as_deref();
     runtime_handlers.push(cri::RuntimeHandler {
         name: String::new(),
-        features: Some(handlers.features.get(trusted).copied().unwrap_or_default()),
+        features: Some(crate::features::of_nameless(&handlers, trusted, untrusted)),
     });
     cri::StatusResponse {
         status: Some(cri::RuntimeStatus { conditions: vec![runtime, network] }),
@@ -67,6 +68,8 @@ fn info(node: &Node) -> HashMap<String, String> {
     let handlers = node.handlers();
     let mut shown = serde_json::json!({
         "root": config.root,
+        // Where critest looks for the file system that must have id-mapped mounts: for us that of the layers.
+        "stateDir": config.root.join("images"),
         "run": config.run,
         "cgroupDriver": node.driver.name(),
         "trustedHandler": config.runtime.trusted_handler,
@@ -82,6 +85,7 @@ fn info(node: &Node) -> HashMap<String, String> {
     let handlers = serde_json::json!({
         "versions": handlers.versions,
         "unusable": handlers.unusable,
+        "withoutUserNamespaces": handlers.without_user_namespaces,
     });
     HashMap::from([("config".to_owned(), shown.to_string()), ("handlers".to_owned(), handlers.to_string())])
 }

@@ -59,7 +59,7 @@ impl Place {
     fn each_way(&self, check: impl Fn(&Self)) {
         let lower = lower(&self.rootfs, &self.path("empty"));
         let target = self.path("target");
-        modern(&self.rootfs, &lower, &target).expect("mount by descriptors");
+        attach(&modern(&self.rootfs, &lower).expect("mount by descriptors"), &target).unwrap();
         check(self);
         unmount(&target, UnmountFlags::empty()).unwrap();
         classic(&self.rootfs, &lower, &target, &self.path("l")).expect("mount by options");
@@ -120,7 +120,7 @@ fn many_layers() {
     privately(|| {
         let mut place = Place::new(490, true);
         let lower = lower(&place.rootfs, &place.path("empty"));
-        modern(&place.rootfs, &lower, &place.path("target")).unwrap();
+        attach(&modern(&place.rootfs, &lower).unwrap(), &place.path("target")).unwrap();
         unmount(place.path("target"), UnmountFlags::empty()).unwrap();
         let refused = classic(&place.rootfs, &lower, &place.path("target"), &place.path("l"));
         assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::ArgumentListTooLong);

@@ -7,6 +7,7 @@ mod cancel;
 mod crash;
 mod full;
 mod hostile;
+mod idmap;
 mod layer;
 mod names;
 mod removal;

@@ -2,9 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
-use std::io::Write;
+use std::io::{self, Write};
+use std::sync::{Mutex, PoisonError};
 
-use super::{NamespaceError, Request};
+use rustix::process::{Gid, Uid};
+
+use super::{NamespaceError, Request, UserMappings};
 
 /// The namespace that a sysctl is part of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,17 +61,56 @@ pub(super) fn check(request: &Request) -> Result<(), NamespaceError> {
     Ok(())
 }
 
-/// Writes the sysctls; the calling thread is in the namespaces. `/proc/sys` resolves against the thread that opens.
-pub(super) fn write(sysctls: &BTreeMap<String, String>) -> Result<(), NamespaceError> {
+/// Writes the sysctls; the calling thread is in the namespaces, whose owner is the user namespace with the ids `user`, if any.
+pub(super) fn write(
+    sysctls: &BTreeMap<String, String>,
+    user: Option<&UserMappings>,
+) -> Result<(), NamespaceError> {
+    let mut refused = Vec::new();
     for (name, value) in sysctls {
-        let path = format!("/proc/sys/{}", name.replace('.', "/"));
-        OpenOptions::new()
-            .write(true)
-            .open(path)
-            .and_then(|mut file| file.write_all(value.as_bytes()))
-            .map_err(|source| NamespaceError::Sysctl { name: name.clone(), value: value.clone(), source })?;
+        match (write_one(name, value), user) {
+            // Since Linux 6.9 the root of a user namespace owns its IPC sysctls, and the node's root may only read them.
+            (Err(error), Some(user)) if error.kind() == io::ErrorKind::PermissionDenied => {
+                refused.push((name, value, user));
+            }
+            (Err(source), _) => return Err(failed(name, value, source)),
+            (Ok(()), _) => {}
+        }
+    }
+    for (name, value, user) in refused {
+        as_root_of(user, || write_one(name, value)).map_err(|source| failed(name, value, source))?;
     }
     Ok(())
+}
+
+fn failed(name: &str, value: &str, source: io::Error) -> NamespaceError {
+    NamespaceError::Sysctl { name: name.to_owned(), value: value.to_owned(), source }
+}
+
+/// `/proc/sys` resolves against the thread that opens.
+fn write_one(name: &str, value: &str) -> io::Result<()> {
+    let path = format!("/proc/sys/{}", name.replace('.', "/"));
+    OpenOptions::new().write(true).open(path)?.write_all(value.as_bytes())
+}
+
+/// Runs `work` in a thread that has the ids of a user namespace's root, and is in the same namespaces as this one.
+fn as_root_of(user: &UserMappings, work: impl FnOnce() -> io::Result<()> + Send) -> io::Result<()> {
+    /// Held while the process is not dumpable, which nobody else may take for what it was before.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let (uid, gid) = (Uid::from_raw(user.uids.outside), Gid::from_raw(user.gids.outside));
+    let dumpable = rustix::process::dumpable_behavior()?;
+    let outcome = std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("sysctls".into()).spawn_scoped(scope, || {
+            rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+            rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+            work()
+        })?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    });
+    // A change of ids takes it away from the whole process.
+    rustix::process::set_dumpable_behavior(dumpable)?;
+    outcome
 }
 
 #[cfg(test)]
@@ -78,6 +120,7 @@ mod tests {
     fn verdict(name: &str, net: bool, ipc: bool, uts: bool) -> Option<String> {
         let request = Request {
             name: "p".into(),
+            user: None,
             net,
             ipc,
             uts: uts.then(|| "h".into()),

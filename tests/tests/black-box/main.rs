@@ -16,6 +16,8 @@ mod observing;
 mod pods;
 mod recovery;
 mod resources;
+mod security;
+mod userns;
 mod version;
 
 use std::process::ExitCode;
@@ -103,6 +105,8 @@ fn main() -> Result<ExitCode> {
     recovery::add(&mut tests);
     kills::add(&mut tests);
     gvisor::add(&mut tests);
+    security::add(&mut tests);
+    userns::add(&mut tests);
     let Tests { images, trials } = tests;
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(images);

@@ -112,17 +112,6 @@ fn options_of_volumes() {
 }
 
 #[test]
-fn id_mappings_are_passed_on() {
-    let mapping = cri::IdMapping { host_id: 100_000, container_id: 0, length: 65_536 };
-    let mut one = volume("/v");
-    one.uid_mappings = vec![mapping];
-    one.gid_mappings = vec![mapping];
-    let mounts = with(vec![one]).mounts();
-    let found = mounts.last().unwrap().uid_mappings().clone().unwrap();
-    assert_eq!((found[0].host_id(), found[0].container_id(), found[0].size()), (100_000, 0, 65_536));
-}
-
-#[test]
 fn an_image_brings_files_only() {
     let mut optioned = image("/exec");
     optioned.mount_options = strings(&["noexec", "nosuid"]);

@@ -98,7 +98,7 @@ fn refused() {
         (own(&|options| options.network = Target.into()), ErrorKind::Invalid, field("network")),
         (own(&|options| options.pid = 99), ErrorKind::Invalid, field("pid")),
         (own(&|options| options.pid = Target.into()), ErrorKind::Invalid, field("target_id")),
-        (own(&|options| options.userns_options = user(Pod, 1)), ErrorKind::Unsupported, field("userns_options")),
+        (own(&|options| options.userns_options = user(Pod, 1)), ErrorKind::Invalid, field("userns_options.uids[0].host_id")),
         (own(&|options| options.userns_options = user(Node, 1)), ErrorKind::Invalid, field("userns_options.uids")),
         (own(&|options| options.userns_options = user(Container, 0)), ErrorKind::Invalid, field("userns_options.mode")),
     ];

@@ -1,0 +1,135 @@
+//! What handlers can do beyond the ordinary: asked of the OCI runtime (runtime-spec, features.md) and tried on this kernel, never assumed.
+
+use std::path::Path;
+
+use podvisor_image_store::ImageStore;
+use podvisor_network::namespace::{self, IdRange, UserMappings};
+use podvisor_proto::cri;
+
+use crate::node::{Handlers, kernel_version, output};
+
+/// What the kernel can do for a pod's user namespace, with whatever OCI runtime.
+#[derive(Debug, Clone)]
+pub(crate) struct Kernel {
+    user_namespaces: Result<(), String>,
+}
+
+impl Kernel {
+    /// Makes a user namespace and mounts the layers of images with its ids. Blocking, some milliseconds.
+    pub(crate) fn probe(images: &ImageStore) -> Self {
+        Self { user_namespaces: try_user_namespace(images) }
+    }
+}
+
+fn try_user_namespace(images: &ImageStore) -> Result<(), String> {
+    use std::os::fd::AsFd;
+    // Any range will do, if it is not the node's own.
+    let range = IdRange { inside: 0, outside: 1 << 16, length: 1 << 16 };
+    let user = namespace::user_namespace(&UserMappings { uids: range, gids: range })
+        .map_err(|error| crate::error::chain(&error))?;
+    images.try_ids(user.as_fd()).map_err(|error| crate::error::chain(&error))
+}
+
+/// What a handler can, and why it cannot run pods with a user namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Found {
+    pub(crate) features: cri::RuntimeHandlerFeatures,
+    pub(crate) without_user_namespaces: Option<String>,
+}
+
+/// Calls the program once.
+pub(crate) fn of_program(program: &Path, kernel: &Kernel) -> Found {
+    let said = output(program, "features");
+    said_by(program, said.as_deref().ok(), kernel, kernel_version())
+}
+
+fn said_by(program: &Path, said: Option<&str>, kernel: &Kernel, version: (u32, u32)) -> Found {
+    let said: serde_json::Value = said.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+    let lists = |list: &serde_json::Value, wanted: &str| {
+        list.as_array().is_some_and(|list| list.iter().any(|item| item == wanted))
+    };
+    let linux = &said["linux"];
+    let without_user_namespaces = if said.is_null() {
+        Some(format!("{} does not tell its features; runc 1.2 and crun 1.9 do", program.display()))
+    } else if !lists(&linux["namespaces"], "user") {
+        Some(format!("{} knows no user namespaces", program.display()))
+    } else if linux["mountExtensions"]["idmap"]["enabled"] != true {
+        Some(format!("{} has no id-mapped mounts; runc has them from 1.2 on", program.display()))
+    } else {
+        kernel.user_namespaces.clone().err()
+    };
+    let features = cri::RuntimeHandlerFeatures {
+        // mount_setattr(2) came with Linux 5.12; the program lists what it understands, not what it can.
+        recursive_read_only_mounts: lists(&said["mountOptions"], "rro") && version >= (5, 12),
+        user_namespaces: without_user_namespaces.is_none(),
+    };
+    Found { features, without_user_namespaces }
+}
+
+/// The nameless handler's: what a pod without RuntimeClass can rely on. Where one can become untrusted, that is what both handlers can.
+pub(crate) fn of_nameless(
+    handlers: &Handlers,
+    trusted: &str,
+    untrusted: Option<&str>,
+) -> cri::RuntimeHandlerFeatures {
+    let of = |name: &str| handlers.features.get(name).copied().unwrap_or_default();
+    let (first, second) = (of(trusted), untrusted.map_or_else(|| of(trusted), of));
+    cri::RuntimeHandlerFeatures {
+        recursive_read_only_mounts: first.recursive_read_only_mounts && second.recursive_read_only_mounts,
+        user_namespaces: first.user_namespaces && second.user_namespaces,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RUNC: &str = r#"{"ociVersionMin": "1.0.0", "mountOptions": ["ro", "rro"],
+        "linux": {"namespaces": ["mount", "user"], "mountExtensions": {"idmap": {"enabled": true}}}}"#;
+
+    fn features(said: Option<&str>, kernel: Result<(), String>, version: (u32, u32)) -> (bool, String) {
+        let kernel = Kernel { user_namespaces: kernel };
+        let found = said_by(Path::new("/bin/oci"), said, &kernel, version);
+        assert_eq!(found.features.user_namespaces, found.without_user_namespaces.is_none());
+        (found.features.recursive_read_only_mounts, found.without_user_namespaces.unwrap_or_default())
+    }
+
+    #[test]
+    fn only_what_program_and_kernel_can() {
+        assert_eq!(features(Some(RUNC), Ok(()), (6, 1)), (true, String::new()));
+        assert_eq!(features(Some(RUNC), Err("no layers".into()), (5, 11)), (false, "no layers".into()));
+        for (said, rro, why) in [
+            (None, false, "does not tell its features"),
+            (Some("no json"), false, "does not tell its features"),
+            (Some("{}"), false, "knows no user namespaces"),
+            (
+                Some(r#"{"mountOptions": ["rro"], "linux": {"namespaces": ["user"]}}"#),
+                true,
+                "no id-mapped mounts",
+            ),
+            (
+                Some(
+                    r#"{"linux": {"namespaces": ["user"], "mountExtensions": {"idmap": {"enabled": false}}}}"#,
+                ),
+                false,
+                "no id-mapped mounts",
+            ),
+        ] {
+            let (found, text) = features(said, Ok(()), (6, 1));
+            assert!(found == rro && text.contains(why), "{said:?}: {text}");
+        }
+    }
+
+    #[test]
+    fn the_nameless_handler_has_what_both_have() {
+        let both = cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: true };
+        let one = cri::RuntimeHandlerFeatures { user_namespaces: false, ..both };
+        let handlers = Handlers {
+            features: [("runc".to_owned(), both), ("vm".to_owned(), one)].into(),
+            ..Handlers::default()
+        };
+        assert_eq!(of_nameless(&handlers, "runc", None), both);
+        assert_eq!(of_nameless(&handlers, "runc", Some("vm")), one);
+        assert_eq!(of_nameless(&handlers, "runc", Some("gone")), cri::RuntimeHandlerFeatures::default());
+    }
+}
