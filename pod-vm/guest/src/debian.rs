@@ -244,7 +244,9 @@ fn own_release() -> Option<String> {
 /// The archive that the machine's own sources have for the suite.
 fn own_mirror(suite: &str) -> Result<Option<String>, FetchError> {
     let mut command = Command::new("apt-get");
-    command.args(["indextargets", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)", "Created-By: Packages"]);
+    // Also sources whose lists were never fetched, as on a machine that is quite new.
+    command.args(["indextargets", "--no-release-info", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)"]);
+    command.arg("Created-By: Packages");
     Ok(choose_mirror(&run(command, "apt-get", "reading this machine's sources")?, suite))
 }
 

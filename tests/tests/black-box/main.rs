@@ -6,6 +6,7 @@
 mod artifacts;
 mod cdi;
 mod containers;
+mod guests;
 mod gvisor;
 mod image_volumes;
 mod images;
@@ -92,6 +93,7 @@ fn main() -> Result<ExitCode> {
     arguments.test_threads = Some(1);
     let mut tests = Tests { images: Arc::new(TestImages::serve()?), trials: Vec::new() };
     version::add(&mut tests);
+    guests::add(&mut tests);
     images::add(&mut tests);
     image_volumes::add(&mut tests);
     artifacts::add(&mut tests);
