@@ -4,8 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use crate::{
-    CgroupDriver, Config, Handler, HandlerKind, Image, Limits, Log, LogFormat, Network, NetworkMode, Runtime,
-    Streaming, Trust,
+    CgroupDriver, Config, Handler, HandlerKind, Image, Limits, Log, LogFormat, Metrics, Network, NetworkMode,
+    Runtime, Streaming, Trust,
 };
 
 /// Names of the handlers that exist when no file says anything.
@@ -26,6 +26,7 @@ impl Default for Config {
             root: "/var/lib/podvisor".into(),
             socket: socket(&run),
             log: Log::default(),
+            metrics: Metrics::default(),
             streaming: Streaming::default(),
             runtime: Runtime::default(),
             handlers: HANDLERS.map(|name| (name.to_owned(), handler(name, &run))).into(),

@@ -33,6 +33,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// `[log]`
     pub log: Log,
+    /// `[metrics]`
+    pub metrics: Metrics,
     /// `[streaming]`
     pub streaming: Streaming,
     /// `[runtime]`
@@ -63,6 +65,13 @@ pub enum LogFormat {
     Text,
     /// One JSON object per line.
     Json,
+}
+
+/// `[metrics]`: podvisor's own, for Prometheus.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Metrics {
+    /// Where `/metrics` is served over HTTP, without any authentication; `None`: nowhere.
+    pub address: Option<SocketAddr>,
 }
 
 /// `[streaming]`: where exec, attach and port-forward connect to.

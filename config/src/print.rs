@@ -4,8 +4,8 @@ use std::fmt::{self, Display, Write};
 use std::path::{Path, PathBuf};
 
 use crate::{
-    CgroupDriver, Config, Handler, HandlerKind, Image, Limits, Log, LogFormat, Network, NetworkMode, Runtime,
-    Streaming, Trust, default,
+    CgroupDriver, Config, Handler, HandlerKind, Image, Limits, Log, LogFormat, Metrics, Network, NetworkMode,
+    Runtime, Streaming, Trust, default,
 };
 
 impl Config {
@@ -18,7 +18,8 @@ impl Config {
     }
 
     fn write(&self, f: &mut String) -> fmt::Result {
-        let Self { root, run, socket, log, streaming, runtime, handlers, image, network, limits } = self;
+        let Self { root, run, socket, log, metrics, streaming, runtime, handlers, image, network, limits } =
+            self;
         writeln!(f, "root = {}", path(root))?;
         writeln!(f, "run = {}", path(run))?;
         writeln!(f, "socket = {}", path(socket))?;
@@ -27,6 +28,11 @@ impl Config {
         writeln!(f, "\n[log]")?;
         writeln!(f, "level = {}", quoted(level))?;
         writeln!(f, "format = {}", quoted(format))?;
+
+        let Metrics { address } = metrics;
+        writeln!(f, "\n[metrics]")?;
+        let address = address.map(|address| address.to_string()).unwrap_or_default();
+        writeln!(f, "address = {}", quoted(address))?;
 
         let Streaming { address, tls_cert, tls_key, token_lifetime, idle_timeout } = streaming;
         writeln!(f, "\n[streaming]")?;

@@ -23,6 +23,7 @@ pub(crate) fn all(document: &mut Document<'_>, mut root: Section<'_>, config: &m
     document.set(&mut root, "run", &mut config.run, own_directory);
     document.set(&mut root, "socket", &mut config.socket, socket_path);
     log(document, &mut root, config);
+    metrics(document, &mut root, config);
     streaming(document, &mut root, config);
     runtime(document, &mut root, config);
     image(document, &mut root, config);
@@ -37,6 +38,12 @@ fn log(document: &mut Document<'_>, root: &mut Section<'_>, config: &mut Config)
     document.set(section, "level", &mut log.level, log_filter);
     let formats = [("text", LogFormat::Text), ("json", LogFormat::Json)];
     document.set(section, "format", &mut log.format, choice(&formats));
+    document.leave(section);
+}
+
+fn metrics(document: &mut Document<'_>, root: &mut Section<'_>, config: &mut Config) {
+    let section = &mut document.section(root, "metrics");
+    document.set(section, "address", &mut config.metrics.address, optional(socket_address));
     document.leave(section);
 }
 

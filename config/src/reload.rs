@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{Config, Handler, HandlerKind, Image, Limits, Log, Network, Runtime, Streaming};
+use crate::{Config, Handler, HandlerKind, Image, Limits, Log, Metrics, Network, Runtime, Streaming};
 
 /// Puts the present value back where the new one differs, and names the key.
 struct Kept {
@@ -29,13 +29,15 @@ impl Config {
     /// dotted keys.
     pub fn reload(&self, new: Config) -> (Config, Vec<String>) {
         // Taken apart completely, here and below: who adds a key has to decide.
-        let Config { root, run, socket, log, streaming, runtime, handlers, image, network, limits } = new;
+        let Config { root, run, socket, log, metrics, streaming, runtime, handlers, image, network, limits } =
+            new;
         let kept = &mut Kept { keys: Vec::new() };
         let config = Config {
             root: kept.keep("root", &self.root, root),
             run: kept.keep("run", &self.run, run),
             socket: kept.keep("socket", &self.socket, socket),
             log: reload_log(kept, &self.log, log),
+            metrics: reload_metrics(kept, &self.metrics, &metrics),
             streaming: reload_streaming(kept, &self.streaming, streaming),
             runtime: reload_runtime(kept, &self.runtime, runtime),
             handlers: reload_handlers(kept, &self.handlers, handlers),
@@ -50,6 +52,11 @@ impl Config {
 fn reload_log(kept: &mut Kept, present: &Log, new: Log) -> Log {
     let Log { level, format } = new;
     Log { level, format: kept.keep("log.format", &present.format, format) }
+}
+
+fn reload_metrics(kept: &mut Kept, present: &Metrics, new: &Metrics) -> Metrics {
+    let &Metrics { address } = new;
+    Metrics { address: kept.keep("metrics.address", &present.address, address) }
 }
 
 fn reload_streaming(kept: &mut Kept, present: &Streaming, new: Streaming) -> Streaming {

@@ -45,6 +45,9 @@ socket = "/run/other.sock"
 level = "info,podvisor::pod=debug"
 format = "json"
 
+[metrics]
+address = "127.0.0.1:9471"
+
 [streaming]
 address = "0.0.0.0:10010"
 tls_cert = "/etc/podvisor/cert.pem"
@@ -146,6 +149,7 @@ fn every_key_is_read() {
     assert_eq!(config.root, Path::new("/srv/podvisor"));
     assert_eq!(config.socket, Path::new("/run/other.sock"));
     assert_eq!(config.log.format, LogFormat::Json);
+    assert_eq!(config.metrics.address, Some("127.0.0.1:9471".parse().unwrap()));
     assert_eq!(config.streaming.address, "0.0.0.0:10010".parse().unwrap());
     assert_eq!(config.streaming.idle_timeout, 3600);
     assert_eq!(config.runtime.cgroup_driver, CgroupDriver::Cgroupfs);
@@ -533,6 +537,7 @@ fn reload_keeps_and_names_what_cannot_change() {
         "run",
         "socket",
         "log.format",
+        "metrics.address",
         "streaming.address",
         "streaming.tls_cert",
         "streaming.tls_key",

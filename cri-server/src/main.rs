@@ -22,6 +22,7 @@ mod readings;
 mod serve;
 mod service;
 mod sessions;
+mod telemetry;
 mod trace;
 
 use std::process::ExitCode;

@@ -22,6 +22,7 @@ use crate::features::Kernel;
 use crate::id::{ContainerId, PodId};
 use crate::monitor::pool::Pool;
 use crate::pod::record::{PinnedRuntime, Records};
+use crate::telemetry::Telemetry;
 
 /// Everything that pods share. One per daemon.
 #[derive(Debug)]
@@ -35,6 +36,7 @@ pub(crate) struct Node {
     pub(crate) monitors: Pool,
     pub(crate) events: Events,
     pub(crate) cdi: crate::cdi::Registry,
+    pub(crate) telemetry: Telemetry,
     pub(crate) cgroups: Layout,
     pub(crate) driver: Driver,
     /// Asked by the systemd driver only.
@@ -95,6 +97,7 @@ impl Node {
             monitors: parts.monitors,
             events: Events::default(),
             cdi: crate::cdi::Registry::default(),
+            telemetry: Telemetry::default(),
             cgroups: parts.cgroups,
             driver: parts.driver,
             systemd: parts.systemd,

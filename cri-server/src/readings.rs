@@ -63,6 +63,11 @@ impl Readings {
         self.gather(views.collect(), move |view: &Arc<PodView>| read(view)).await
     }
 
+    /// How many pods hang.
+    pub(crate) fn hanging(&self) -> usize {
+        lock(&self.hanging).len()
+    }
+
     async fn gather<V: Send + 'static, T: Send + 'static>(
         &self,
         items: Vec<(PodId, V)>,

@@ -3,7 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use podvisor_cgroup::systemd::Systemd;
@@ -27,6 +27,7 @@ use crate::node::{Node, Parts, cgroup_driver, find_program};
 use crate::pod::Pods;
 use crate::service::Cri;
 use crate::sessions::Sessions;
+use crate::telemetry;
 use crate::trace::Trace;
 
 type LogLevel = reload::Handle<EnvFilter, tracing_subscriber::Registry>;
@@ -65,18 +66,26 @@ async fn run(file: Option<PathBuf>, config: Config, level: LogLevel) -> anyhow::
     // The image store's lock is what tells a second daemon on the same directories: before anything is touched.
     let node = open(config).await?;
     let pods = Arc::new(Pods::new(node.clone()));
+    let begin = Instant::now();
     pods.recover().await.context("cannot read the records of pods")?;
+    node.telemetry.recovered(pods.views().len(), begin.elapsed());
 
     let streaming = streaming(&node, &pods).await?;
     let meters = Arc::new(Meters::new(&node.config().root));
-    let cri = Cri { node: node.clone(), pods: pods.clone(), streaming: streaming.clone(), meters };
+    let cri =
+        Cri { node: node.clone(), pods: pods.clone(), streaming: streaming.clone(), meters: meters.clone() };
+    if let Some(address) = node.config().metrics.address {
+        let subjects = telemetry::Subjects { node: node.clone(), pods: pods.clone(), meters };
+        let served = telemetry::serve(address, subjects).await;
+        served.with_context(|| format!("cannot serve metrics at {address} (metrics.address)"))?;
+    }
     let listener = listen(&socket)?;
     let message = node.config().limits.grpc_message as usize;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
-        .layer(Trace)
+        .layer(Trace(node.clone()))
         .layer(Deadline)
         .add_service(RuntimeServiceServer::new(cri.clone()).max_decoding_message_size(message))
         .add_service(ImageServiceServer::new(cri).max_decoding_message_size(message))

@@ -1,6 +1,7 @@
-//! One layer around every RPC: a span with its name, and one line about its outcome and time.
+//! One layer around every RPC: a span with its name, and one line and one count of its outcome and time.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -8,18 +9,21 @@ use tonic::Code;
 use tower::{Layer, Service};
 use tracing::Instrument;
 
+use crate::node::Node;
+use crate::telemetry::Telemetry;
+
 /// Adds [`Traced`].
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Trace;
+#[derive(Debug, Clone)]
+pub(crate) struct Trace(pub(crate) Arc<Node>);
 
 /// A service whose calls are traced.
 #[derive(Debug, Clone)]
-pub(crate) struct Traced<S>(S);
+pub(crate) struct Traced<S>(S, Arc<Node>);
 
 impl<S> Layer<S> for Trace {
     type Service = Traced<S>;
     fn layer(&self, service: S) -> Traced<S> {
-        Traced(service)
+        Traced(service, self.0.clone())
     }
 }
 
@@ -42,10 +46,11 @@ where
         let span = tracing::info_span!("rpc", rpc);
         let begin = Instant::now();
         let answer = self.0.call(request);
+        let node = self.1.clone();
         let outcome = async move {
             let answer = answer.await;
             if let Ok(response) = &answer {
-                report(&rpc, response.headers(), begin);
+                report(&rpc, response.headers(), begin, &node.telemetry);
             }
             answer
         };
@@ -54,9 +59,10 @@ where
 }
 
 /// An error's code stands in the headers of the (body-less) response; success has none there yet.
-fn report(rpc: &str, headers: &http::HeaderMap, begin: Instant) {
+fn report(rpc: &str, headers: &http::HeaderMap, begin: Instant, telemetry: &Telemetry) {
     let code = headers.get("grpc-status").and_then(|code| code.to_str().ok()?.parse::<i32>().ok());
     let code = code.map_or(Code::Ok, Code::from_i32);
+    telemetry.rpc(rpc, code, begin.elapsed());
     let milliseconds = begin.elapsed().as_secs_f64() * 1000.0;
     let message = headers.get("grpc-message").and_then(|text| text.to_str().ok()).unwrap_or_default();
     // Kubelet polls these all the time.

@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -49,6 +49,7 @@ pub(crate) struct Layers {
     pub(crate) ingest: PathBuf,
     state: Mutex<State>,
     flights: Flights<Key, Outcome>,
+    received: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -89,6 +90,7 @@ impl Layers {
             ingest: root.join("ingest"),
             state: Mutex::new(State { present, ..State::default() }),
             flights: Flights::default(),
+            received: AtomicU64::new(0),
         })
     }
 
@@ -126,6 +128,11 @@ impl Layers {
         for diff_id in diff_ids {
             state.unsynced.remove(diff_id);
         }
+    }
+
+    /// Bytes that registries have sent of layers, since the store was opened.
+    pub(crate) fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
     }
 
     /// Sum of what the layers on disk use. One that only a snapshot knows of, after its row was lost, counts nothing.
@@ -197,6 +204,7 @@ impl Layers {
             });
             let downloaded = async {
                 while let Some(bytes) = blob.next().await? {
+                    self.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                     let length = u32::try_from(bytes.len().min(QUEUE)).unwrap_or(u32::MAX);
                     // Never closed, so there is always a permit in the end: what the thread has read, or given up, is
                     // dropped.

@@ -196,6 +196,11 @@ impl ImageStore {
         self.shared.snapshots.usage(key, &self.shared.options.root)
     }
 
+    /// Bytes of layers that registries have sent since the store was opened.
+    pub fn received_bytes(&self) -> u64 {
+        self.shared.layers.received()
+    }
+
     /// Use by images and by writable layers: CRI's two lists.
     pub fn fs_info(&self) -> (FsUsage, FsUsage) {
         let mountpoint = self.shared.options.root.clone();

@@ -9,6 +9,7 @@ pub mod cri;
 pub mod eventually;
 pub mod fixture;
 pub mod images;
+pub mod prometheus;
 pub mod world;
 
 pub use eventually::eventually;

@@ -53,6 +53,8 @@ pub fn resources(
     host: &HostFacts,
 ) -> Result<LinuxResources> {
     let mut resources = current.clone();
+    // Only of a new process can it be set; a value that cannot be is a mistake all the same.
+    wanted_oom_score_adj("linux", Some(update))?;
     merge("linux", &mut resources, update, host)?;
     Ok(resources)
 }
@@ -259,12 +261,7 @@ pub fn oom_score_adj(
     requested: Option<&cri::LinuxContainerResources>,
     host: &HostFacts,
 ) -> Result<i32> {
-    let requested = requested.map_or(0, |resources| resources.oom_score_adj);
-    let wanted = i32::try_from(requested).ok().filter(|value| (-1000..=1000).contains(value));
-    let Some(wanted) = wanted else {
-        let why = format!("{requested} is not between -1000 and 1000");
-        return Err(SpecError::invalid(format!("{field}.oom_score_adj"), why));
-    };
+    let wanted = wanted_oom_score_adj(field, requested)?;
     match host.oom_score_adj_floor {
         Some(floor) if floor > wanted => {
             tracing::info!(
@@ -276,6 +273,14 @@ pub fn oom_score_adj(
         }
         _ => Ok(wanted),
     }
+}
+
+fn wanted_oom_score_adj(field: &str, requested: Option<&cri::LinuxContainerResources>) -> Result<i32> {
+    let requested = requested.map_or(0, |resources| resources.oom_score_adj);
+    i32::try_from(requested).ok().filter(|value| (-1000..=1000).contains(value)).ok_or_else(|| {
+        let why = format!("{requested} is not between -1000 and 1000");
+        SpecError::invalid(format!("{field}.oom_score_adj"), why)
+    })
 }
 
 /// The inverse, for ContainerStatus.resources.

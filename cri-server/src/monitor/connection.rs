@@ -56,6 +56,11 @@ impl MonitorError {
         }
     }
 
+    /// What was refused does not fit what the container is by now.
+    pub(crate) fn is_wrong_state(&self) -> bool {
+        matches!(self, MonitorError::Refused { code: ErrorCode::WrongState, .. })
+    }
+
     /// What was refused was not there (any more).
     pub(crate) fn is_not_found(&self) -> bool {
         matches!(self, MonitorError::Refused { code: ErrorCode::NotFound, .. })

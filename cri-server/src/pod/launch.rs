@@ -16,6 +16,7 @@ use super::acquired::Acquisition;
 use super::files::files;
 use super::record::{Phase, PodRecord, ProcessIdentity, VERSION, Wire};
 use super::request::{annotation, cgroup_parent, namespace_request, network_sandbox};
+use super::resize::Sizes;
 use super::sandbox_container;
 use super::view::namespace_options;
 use crate::error::{Failure, PodError};
@@ -134,6 +135,7 @@ pub(crate) fn plan(
         cni_result: serde_json::Value::Null,
         monitor: None,
         init: None,
+        sizes: Sizes::default(),
         acquired,
     })
 }

@@ -20,6 +20,7 @@
 //! | `launch.rs` | how a sandbox is made |
 //! | `files.rs` | files that a pod's containers share |
 //! | `sandbox_container.rs` | the container that holds the others, where the OCI runtime wants one |
+//! | `resize.rs` | what kubelet says that a pod may use |
 //! | `build.rs` | how a container is made |
 //! | `specify.rs` | a container's OCI spec |
 //! | `volumes.rs` | sources of its mounts |
@@ -43,6 +44,7 @@ pub(crate) mod launch;
 pub(crate) mod record;
 pub(crate) mod recovery;
 pub(crate) mod request;
+pub(crate) mod resize;
 mod runtime_state;
 mod sandbox_container;
 pub(crate) mod signal;
@@ -265,6 +267,10 @@ impl Pod {
         resources: cri::LinuxContainerResources,
     ) -> Result<(), Failure> {
         self.ask(|reply| Command::Update { container, resources: Box::new(resources), reply }).await
+    }
+
+    pub(crate) async fn resize(&self, sizes: resize::Sizes) -> Result<(), Failure> {
+        self.ask(|reply| Command::Resize { sizes: Box::new(sizes), reply }).await
     }
 
     pub(crate) async fn stop(&self) -> Result<(), Failure> {

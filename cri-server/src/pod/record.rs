@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::acquired::Acquisition;
 use super::image_volumes::ImageVolume;
+use super::resize::Sizes;
 use super::state::Exit;
 use crate::id::{ContainerId, PodId};
 
@@ -98,6 +99,9 @@ pub(crate) struct PodRecord {
     pub(crate) monitor: Option<ProcessIdentity>,
     /// PID 1 of the pod's shared pid namespace.
     pub(crate) init: Option<ProcessIdentity>,
+    /// What kubelet has resized it to.
+    #[serde(default)]
+    pub(crate) sizes: Sizes,
     /// In the order in which they were acquired (and recorded before they were).
     pub(crate) acquired: Vec<Acquisition>,
 }

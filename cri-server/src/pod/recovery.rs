@@ -33,6 +33,7 @@ use super::image_volumes;
 use super::record::{
     ContainerPhase, ContainerRecord, Phase, PinnedRuntime, PodRecord, ProcessIdentity, VERSION, Wire, exit_of,
 };
+use super::resize::Sizes;
 use super::slot::Slot;
 use super::state::{Event, Exit, State};
 use super::task::{self, Beginning, Index, Task};
@@ -233,6 +234,7 @@ fn unreadable(node: &Node, id: &PodId, why: String) -> PodRecord {
         cni_result: serde_json::Value::Null,
         monitor: None,
         init: None,
+        sizes: Sizes::default(),
         acquired: vec![
             Acquisition::Directory(directory.clone()),
             Acquisition::Mount(directory.join("shm")),
@@ -451,6 +453,7 @@ pub(super) async fn monitor_lost(task: &mut Task) {
         return;
     }
     task.monitor = None;
+    task.node.telemetry.monitor_lost();
     let alive = task.record.monitor.is_some_and(process::lives);
     if alive && let Ok(processes) = reconnect(task).await {
         compare(task, &processes).await;

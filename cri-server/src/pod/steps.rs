@@ -346,10 +346,24 @@ impl Task {
         resources: cri::LinuxContainerResources,
         reply: Reply<()>,
     ) {
-        let Some(slot) = self.containers.get(&container) else {
+        let Some(slot) = self.containers.get_mut(&container) else {
             let _ = reply.send(Err(Arc::new(PodError::NoSuchContainer(container.to_string()))));
             return;
         };
+        match &slot.state {
+            // Made or started with what it has: the change comes after it.
+            State::Creating | State::Starting => {
+                let resources = Box::new(resources);
+                slot.queued.push_back(Command::Update { container, resources, reply });
+                return;
+            }
+            State::Removing { .. } | State::Removed | State::Unknown { .. } => {
+                let (id, state) = (container.to_string(), slot.state.name());
+                let _ = reply.send(Err(Arc::new(PodError::NotRunning { id, state })));
+                return;
+            }
+            State::Created | State::Running | State::Stopping { .. } | State::Exited(_) => {}
+        }
         let merged = match build::merge_resources(&self.node, &slot.record, &resources) {
             Ok(merged) => merged,
             Err(error) => {
@@ -366,7 +380,11 @@ impl Task {
                         container_id: container.to_string(),
                         resources: merged.to_string().into_bytes(),
                     });
-                    monitor.command(verb).await.map_err(|error| Arc::new(PodError::from(error)))
+                    match monitor.command(verb).await {
+                        // It ended meanwhile: as good as before.
+                        Err(error) if error.is_wrong_state() => Ok(()),
+                        updated => updated.map_err(|error| Arc::new(PodError::from(error))),
+                    }
                 }
                 // Nothing runs any more that could be limited.
                 _ => Ok(()),

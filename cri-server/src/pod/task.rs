@@ -13,6 +13,7 @@ use super::acquired::{Acquisition, release_all};
 use super::build::Built;
 use super::launch::{self, Launched};
 use super::record::{ContainerRecord, Phase, PodRecord, exit_of};
+use super::resize::Sizes;
 use super::slot::{Slot, answer};
 use super::state::{Event, Exit, State};
 use super::view::{PodView, Status};
@@ -51,6 +52,10 @@ pub(crate) enum Command {
     Update {
         container: ContainerId,
         resources: Box<cri::LinuxContainerResources>,
+        reply: Reply<()>,
+    },
+    Resize {
+        sizes: Box<Sizes>,
         reply: Reply<()>,
     },
     StopSandbox {
@@ -192,6 +197,7 @@ impl Task {
             }
             Command::Remove { container, reply } => self.request(container, Event::Remove, reply).await,
             Command::Update { container, resources, reply } => self.update(container, *resources, reply),
+            Command::Resize { sizes, reply } => self.resize(*sizes, reply).await,
             Command::StopSandbox { reply } => {
                 self.stopping.push(reply);
                 self.stop_all().await;

@@ -7,9 +7,9 @@ use podvisor_proto::cri;
 
 use crate::pod::image_volumes;
 use crate::pod::record::ContainerRecord;
-use crate::pod::request;
 use crate::pod::state::State;
 use crate::pod::view::{ContainerView, PodView};
+use crate::pod::{request, resize};
 
 pub(super) fn sandbox_state(view: &PodView) -> cri::PodSandboxState {
     if view.is_ready() { cri::PodSandboxState::SandboxReady } else { cri::PodSandboxState::SandboxNotready }
@@ -51,6 +51,7 @@ pub(super) fn sandbox_status(view: &PodView) -> cri::PodSandboxStatus {
 
 /// What `crictl inspectp` shows beside the status.
 pub(super) fn sandbox_info(view: &PodView) -> HashMap<String, String> {
+    let sizes = resize::of(view);
     let init = view.record.init.map(|process| process.pid);
     let info = serde_json::json!({
         "pid": init.or(view.record.monitor.map(|process| process.pid)),
@@ -61,8 +62,36 @@ pub(super) fn sandbox_info(view: &PodView) -> HashMap<String, String> {
         "why": view.why(),
         "hostname": request::hostname(view.config()),
         "cniResult": view.record.cni_result,
+        "overhead": sizes.overhead.map(|overhead| limits(&overhead.0)),
+        "resources": sizes.resources.map(|resources| limits(&resources.0)),
     });
     HashMap::from([("info".to_owned(), info.to_string())])
+}
+
+/// With the names of the CRI's JSON form; what is not given is left out.
+fn limits(resources: &cri::LinuxContainerResources) -> serde_json::Value {
+    let mut shown = serde_json::Map::new();
+    for (name, value) in [
+        ("cpuPeriod", resources.cpu_period),
+        ("cpuQuota", resources.cpu_quota),
+        ("cpuShares", resources.cpu_shares),
+        ("memoryLimitInBytes", resources.memory_limit_in_bytes),
+        ("memorySwapLimitInBytes", resources.memory_swap_limit_in_bytes),
+        ("oomScoreAdj", resources.oom_score_adj),
+    ] {
+        if value != 0 {
+            shown.insert(name.to_owned(), value.into());
+        }
+    }
+    for (name, value) in [("cpusetCpus", &resources.cpuset_cpus), ("cpusetMems", &resources.cpuset_mems)] {
+        if !value.is_empty() {
+            shown.insert(name.to_owned(), value.as_str().into());
+        }
+    }
+    if !resources.unified.is_empty() {
+        shown.insert("unified".to_owned(), serde_json::json!(resources.unified));
+    }
+    shown.into()
 }
 
 pub(super) fn container(view: &PodView, container: &ContainerView) -> cri::Container {
@@ -135,7 +164,7 @@ pub(super) fn container_resources(record: &ContainerRecord) -> Option<cri::Linux
 
 /// What kubelet said that the pod's containers may use together.
 pub(super) fn sandbox_resources(view: &PodView) -> Option<cri::LinuxContainerResources> {
-    view.config().linux.as_ref().and_then(|linux| linux.resources.clone())
+    resize::of(view).resources.map(|resources| resources.0)
 }
 
 /// The CRI's number of a signal of the kernel.

@@ -1,6 +1,7 @@
 //! The image service: every answer comes from the store's memory, only PullImage waits for anybody.
 
 use std::collections::HashMap;
+use std::time::Instant;
 
 use podvisor_image_store::{Credentials, ImageError};
 use podvisor_proto::cri;
@@ -68,8 +69,10 @@ pub(super) async fn pull_image(
         registry_token: auth.registry_token,
     });
     let credentials = credentials.filter(|credentials| *credentials != Credentials::default());
-    let pulled = node.images.pull(name, credentials).await.map_err(failed)?;
-    Ok(cri::PullImageResponse { image_ref: pulled.id })
+    let begin = Instant::now();
+    let pulled = node.images.pull(name, credentials).await;
+    node.telemetry.pull(&pulled, begin.elapsed());
+    Ok(cri::PullImageResponse { image_ref: pulled.map_err(failed)?.id })
 }
 
 pub(super) async fn remove_image(

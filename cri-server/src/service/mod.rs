@@ -23,6 +23,7 @@ mod stop_container;
 mod stop_pod_sandbox;
 mod streams;
 mod update_container_resources;
+mod update_pod_sandbox_resources;
 
 use std::sync::Arc;
 
@@ -285,7 +286,7 @@ impl RuntimeService for Cri {
         &self,
         _: Request<cri::CheckpointContainerRequest>,
     ) -> Answer<cri::CheckpointContainerResponse> {
-        Err(not_yet("checkpoints of containers"))
+        Err(not_yet("checkpoints of containers (CheckpointContainer)"))
     }
 
     async fn checkpoint_pod(
@@ -344,9 +345,11 @@ impl RuntimeService for Cri {
 
     async fn update_pod_sandbox_resources(
         &self,
-        _: Request<cri::UpdatePodSandboxResourcesRequest>,
+        request: Request<cri::UpdatePodSandboxResourcesRequest>,
     ) -> Answer<cri::UpdatePodSandboxResourcesResponse> {
-        Err(not_yet("resizing of pods"))
+        update_pod_sandbox_resources::update_pod_sandbox_resources(&self.pods, request.into_inner())
+            .await
+            .map(Response::new)
     }
 }
 

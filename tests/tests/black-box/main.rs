@@ -16,8 +16,10 @@ mod metrics;
 mod observing;
 mod pods;
 mod recovery;
+mod resize;
 mod resources;
 mod security;
+mod telemetry;
 mod userns;
 mod version;
 
@@ -104,6 +106,8 @@ fn main() -> Result<ExitCode> {
     input::add(&mut tests);
     observing::add(&mut tests);
     metrics::add(&mut tests);
+    resize::add(&mut tests);
+    telemetry::add(&mut tests);
     recovery::add(&mut tests);
     kills::add(&mut tests);
     gvisor::add(&mut tests);

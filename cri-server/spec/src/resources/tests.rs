@@ -210,6 +210,11 @@ fn update_merges() {
     let bad = cri::LinuxContainerResources { memory_swap_limit_in_bytes: 50, ..Default::default() };
     let error = resources(&current, &bad, &host).unwrap_err();
     assert_eq!(field_of(&error), "linux.memory_swap_limit_in_bytes");
+    // It cannot be applied to what runs, so it changes nothing; but nonsense is named.
+    let same = cri::LinuxContainerResources { oom_score_adj: -997, ..Default::default() };
+    assert_eq!(resources(&current, &same, &host).unwrap(), current);
+    let bad = cri::LinuxContainerResources { oom_score_adj: 1001, ..Default::default() };
+    assert_eq!(field_of(&resources(&current, &bad, &host).unwrap_err()), "linux.oom_score_adj");
 }
 
 /// What kubelet asks for by `unified`: memory QoS (KEP-2570), swap (KEP-2400), the end of all processes at once, from creation through
