@@ -78,6 +78,7 @@ arguments = ["--debug", "--log=\"x\\y\t\u007f"]
 [runtime.handlers.runsc]
 type = "oci"
 root = "/run/runsc"
+sandbox_container = true
 annotations = ["dev.gvisor.*", "example.com/exact"]
 
 [image]
@@ -162,7 +163,13 @@ fn every_key_is_read() {
     let handlers: Vec<_> = config.handlers.keys().map(String::as_str).collect();
     assert_eq!(handlers, ["runc", "runsc", "youki"]);
     let annotations = vec!["dev.gvisor.*".to_owned(), "example.com/exact".to_owned()];
-    assert_eq!(config.handlers["runsc"], Handler { kind: oci("runsc", "/run/runsc", &[]), annotations });
+    let kind = HandlerKind::Oci {
+        path: "runsc".into(),
+        root: "/run/runsc".into(),
+        arguments: Vec::new(),
+        sandbox_container: true,
+    };
+    assert_eq!(config.handlers["runsc"], Handler { kind, annotations });
     assert_eq!(config.handlers["youki"].kind, oci("youki", "/run/other/youki", &[]));
     let arguments = ["--debug", "--log=\"x\\y\t\u{7f}"];
     assert_eq!(config.handlers["runc"].kind, oci("/usr/local/bin/runc", "/run/other/runc", &arguments));
@@ -170,8 +177,9 @@ fn every_key_is_read() {
     // No line was without effect, and no key was forgotten above.
     let (changed, default) = (assignments(&config.to_toml()), assignments(&Config::default().to_toml()));
     for (key, value) in default.iter().filter(|(key, _)| changed.contains_key(*key)) {
-        let same =
-            ["runtime.handlers.runc.type", "runtime.handlers.runc.annotations"].contains(&key.as_str());
+        let same = ["type", "annotations", "sandbox_container"]
+            .iter()
+            .any(|shown_elsewhere| *key == format!("runtime.handlers.runc.{shown_elsewhere}"));
         assert!(same || changed[key] != *value, "{key} = {value}");
     }
 }
