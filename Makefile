@@ -4,7 +4,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 CRITEST := $(TARGET)/release/podvisor-critest
 
 .PHONY: all packages deps build images kernels test lint critest lab critest-lab test-lab demo bench clean
-.PHONY: critest-orders critest-peer test-gvisor bench-pull
+.PHONY: critest-orders critest-peer test-gvisor bench-pull test-faults bench-load
 
 all: build
 
@@ -35,6 +35,11 @@ lint: packages
 # Everything: lint, unit tests, black-box tests, conformance. The last line is the total.
 test: deps build images kernels
 	tests/scripts/test
+
+# All failure tests: kills at every stage and at random, runtimes, plugins and disks that fail. `make test` has a short form of them.
+test-faults: deps build images
+	cargo test --workspace --no-run
+	PODVISOR_FAULTS=full tests/scripts/cargo-test --workspace --test faults
 
 # The conformance suite alone, with each OCI runtime one by one or with those in HANDLER; ARGUMENTS go to it:
 # ARGUMENTS="--focus Streaming". Every run is compared with critest/expected/HANDLER.txt.
@@ -90,6 +95,12 @@ bench-pull: deps build
 	cargo build --release -p podvisor-tests --bin podvisor-bench-pull
 	mkdir -p $(TARGET)/tmp
 	TMPDIR=$(TARGET)/tmp $(CRITEST) sandbox -- $(TARGET)/release/podvisor-bench-pull
+
+# Lists, memory and leftovers of a node with 200 pods.
+bench-load: deps build
+	critest/tools/contents busybox
+	cargo build --release -p podvisor-tests --bin podvisor-load
+	$(CRITEST) sandbox -- $(TARGET)/release/podvisor-load
 
 clean:
 	rm -rf $(TARGET)

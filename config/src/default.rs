@@ -128,6 +128,7 @@ impl Default for Limits {
             log_line: 16384,
             pids: -1,
             drain_timeout: 30,
+            runtime_timeout: 120,
             grpc_message: 16 << 20,
         }
     }

@@ -217,6 +217,8 @@ pub struct Limits {
     pub pids: i64,
     /// How long SIGTERM waits for ExecSync calls in flight, seconds.
     pub drain_timeout: u32,
+    /// Time limit of one call of an OCI runtime, seconds.
+    pub runtime_timeout: u32,
     /// Largest gRPC message accepted, bytes. Default 16 MiB.
     pub grpc_message: u32,
 }

@@ -116,12 +116,14 @@ impl Config {
         let ranges: Vec<_> = subnets.iter().map(|(address, prefix)| format!("{address}/{prefix}")).collect();
         writeln!(f, "subnets = {}", array(&ranges))?;
 
-        let Limits { exec_sync_output, log_line, pids, drain_timeout, grpc_message } = limits;
+        let Limits { exec_sync_output, log_line, pids, drain_timeout, runtime_timeout, grpc_message } =
+            limits;
         writeln!(f, "\n[limits]")?;
         writeln!(f, "exec_sync_output = {exec_sync_output}")?;
         writeln!(f, "log_line = {log_line}")?;
         writeln!(f, "pids = {pids}")?;
         writeln!(f, "drain_timeout = {drain_timeout}")?;
+        writeln!(f, "runtime_timeout = {runtime_timeout}")?;
         writeln!(f, "grpc_message = {grpc_message}")
     }
 }

@@ -172,6 +172,7 @@ fn limits(document: &mut Document<'_>, root: &mut Section<'_>, config: &mut Conf
     document.set(section, "log_line", &mut limits.log_line, number(256..=1 << 20, "bytes"));
     document.set(section, "pids", &mut limits.pids, pids);
     document.set(section, "drain_timeout", &mut limits.drain_timeout, number(0..=600, "seconds"));
+    document.set(section, "runtime_timeout", &mut limits.runtime_timeout, number(1..=3600, "seconds"));
     document.set(section, "grpc_message", &mut limits.grpc_message, number(4 << 20..=64 << 20, "bytes"));
     document.leave(section);
 }

@@ -161,12 +161,13 @@ fn reload_network(kept: &mut Kept, present: &Network, new: Network) -> Network {
 }
 
 fn reload_limits(kept: &mut Kept, present: &Limits, new: &Limits) -> Limits {
-    let &Limits { exec_sync_output, log_line, pids, drain_timeout, grpc_message } = new;
+    let &Limits { exec_sync_output, log_line, pids, drain_timeout, runtime_timeout, grpc_message } = new;
     Limits {
         exec_sync_output,
         log_line,
         pids,
         drain_timeout,
+        runtime_timeout,
         grpc_message: kept.keep("limits.grpc_message", &present.grpc_message, grpc_message),
     }
 }

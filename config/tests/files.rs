@@ -104,6 +104,7 @@ exec_sync_output = 1024
 log_line = 4096
 pids = 512
 drain_timeout = 0
+runtime_timeout = 5
 grpc_message = 4194304
 "#;
 

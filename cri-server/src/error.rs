@@ -107,10 +107,11 @@ impl PodError {
             PodError::Monitor(error) => error.code(),
             PodError::Cdi(InjectError::Unknown { .. }) => Code::NotFound,
             PodError::Cdi(InjectError::Edits { .. }) => Code::FailedPrecondition,
+            PodError::Record(error) if error.is_full() => Code::ResourceExhausted,
+            PodError::Record(_) => Code::Internal,
             PodError::WillNotDie { .. } => Code::DeadlineExceeded,
             PodError::Network(_)
             | PodError::Namespaces(_)
-            | PodError::Record(_)
             | PodError::Release(_)
             | PodError::Cgroup(_)
             | PodError::Systemd(_)
@@ -147,6 +148,14 @@ impl From<PodError> for Status {
 /// What the client is told about a failure that others may wait for too.
 pub(crate) fn status(error: &Failure) -> Status {
     Status::new(error.code(), chain(error.as_ref()))
+}
+
+/// For requests that are fulfilled when what they are about is not there (any more).
+pub(crate) fn unless_gone(outcome: Result<(), Failure>) -> Result<(), Status> {
+    match outcome {
+        Err(failure) if matches!(*failure, PodError::NoSuchPod(_) | PodError::NoSuchContainer(_)) => Ok(()),
+        outcome => outcome.map_err(|failure| status(&failure)),
+    }
 }
 
 /// The whole chain of causes on one line.

@@ -225,12 +225,27 @@ impl Handlers {
     }
 }
 
+/// What a program answers to one argument. One that hangs is killed, and is not to hold up the start of the daemon.
 pub(crate) fn output(program: &Path, argument: &str) -> Result<String, String> {
-    let output = std::process::Command::new(program)
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+    const LIMIT: Duration = Duration::from_secs(10);
+    let child = Command::new(program)
         .arg(argument)
-        .stdin(std::process::Stdio::null())
-        .output()
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn()
         .map_err(|error| error.to_string())?;
+    let group = rustix::process::Pid::from_child(&child);
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(child.wait_with_output()));
+    let Ok(output) = receiver.recv_timeout(LIMIT) else {
+        let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        return Err(format!("it did not end within {LIMIT:?}"));
+    };
+    let output = output.map_err(|error| error.to_string())?;
     if output.status.success() {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     } else {

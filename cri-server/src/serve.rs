@@ -22,6 +22,7 @@ use tracing_subscriber::reload;
 
 use crate::deadline::Deadline;
 use crate::meters::Meters;
+use crate::monitor::connection::runtime_limit;
 use crate::monitor::pool::{Place, Pool, Template};
 use crate::node::{Node, Parts, cgroup_driver, find_program};
 use crate::pod::Pods;
@@ -169,7 +170,11 @@ async fn open(config: Config) -> anyhow::Result<Arc<Node>> {
     let driver = cgroup_driver(config.runtime.cgroup_driver);
     let systemd = Arc::new(Systemd::new());
     let place = monitors_place(&config, &cgroups, driver, &systemd).await?;
-    let template = Template { program: monitor_program(&config)?, place };
+    let template = Template {
+        program: monitor_program(&config)?,
+        place,
+        runtime_limit: runtime_limit(config.limits.runtime_timeout),
+    };
     let monitors = Pool::start(template, config.runtime.monitor_pool);
     Node::new(Parts { config, images, network, monitors, cgroups, driver, systemd })
         .context("cannot look at this machine")

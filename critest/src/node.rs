@@ -49,6 +49,11 @@ const FURTHER_HANDLERS: [(&str, &str); 2] = [
     ),
 ];
 
+/// The daemon as `cargo test` leaves it, with its failure points.
+pub fn debug_daemon_program() -> PathBuf {
+    std::env::var_os("PODVISOR_DEBUG").map_or_else(|| target_dir().join("debug/podvisor"), PathBuf::from)
+}
+
 /// What a node's configuration is made from.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -64,6 +69,8 @@ pub struct Options {
     pub log: String,
     /// `builtin` or `cni`.
     pub network: String,
+    /// The daemon's program.
+    pub program: PathBuf,
 }
 
 impl Default for Options {
@@ -75,6 +82,7 @@ impl Default for Options {
             more: String::new(),
             log: "info,podvisor=debug".to_owned(),
             network: "builtin".to_owned(),
+            program: daemon_program(),
         }
     }
 }
@@ -85,6 +93,7 @@ pub struct Node {
     directory: PathBuf,
     run: PathBuf,
     bridge: String,
+    program: PathBuf,
     _own: Option<TempDir>,
 }
 
@@ -97,6 +106,7 @@ impl Node {
             directory: own.path().to_owned(),
             run: own.path().join("run"),
             bridge: "podvisor0".to_owned(),
+            program: options.program.clone(),
             _own: Some(own),
         };
         node.configure(options)
@@ -109,6 +119,7 @@ impl Node {
             directory: directory.to_owned(),
             run: run.to_owned(),
             bridge: "podvisor0".to_owned(),
+            program: options.program.clone(),
             _own: None,
         };
         node.configure(options)
@@ -187,7 +198,12 @@ impl Node {
 
     /// Starts the daemon and returns when it serves.
     pub fn start(&self) -> Result<Daemon> {
-        let (mut daemon, notifications) = self.spawn()?;
+        self.start_with(&[])
+    }
+
+    /// The same with more in its environment.
+    pub fn start_with(&self, environment: &[(&str, &str)]) -> Result<Daemon> {
+        let (mut daemon, notifications) = self.spawn_with(environment)?;
         let deadline = Instant::now() + START;
         let mut message = [0_u8; 4096];
         loop {
@@ -212,6 +228,10 @@ impl Node {
 
     /// Starts the daemon without waiting for anything; its notifications (sd_notify(3)) come on the socket.
     pub fn spawn(&self) -> Result<(Daemon, UnixDatagram)> {
+        self.spawn_with(&[])
+    }
+
+    fn spawn_with(&self, environment: &[(&str, &str)]) -> Result<(Daemon, UnixDatagram)> {
         let notify = self.path("notify.sock");
         if notify.exists() {
             fs::remove_file(&notify).context("removing the last notification socket")?;
@@ -221,8 +241,9 @@ impl Node {
         notifications.set_read_timeout(Some(Duration::from_millis(100)))?;
         let log =
             File::options().create(true).append(true).open(self.log_file()).context("opening the log")?;
-        let mut command = Command::new(daemon_program());
+        let mut command = Command::new(&self.program);
         command
+            .envs(environment.iter().copied())
             .arg("--config")
             .arg(self.configuration_file())
             .arg("serve")
@@ -235,7 +256,7 @@ impl Node {
         }
         let process = command
             .spawn()
-            .with_context(|| format!("starting {} (`make build` makes it)", daemon_program().display()))?;
+            .with_context(|| format!("starting {} (`make build` makes it)", self.program.display()))?;
         Ok((Daemon { process }, notifications))
     }
 

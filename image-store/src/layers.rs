@@ -267,6 +267,7 @@ impl Layers {
             let expected = layer.diff_id.to_string();
             return Err(ImageError::WrongDiffId { digest: digest(), expected, found: unpacked.diff_id });
         }
+        podvisor_fault::point("pull.layer-unpacked");
         self.admit(scratch, layer, unpacked.size, unpacked.inodes)
     }
 
@@ -291,6 +292,7 @@ impl Layers {
         let blobs = BTreeSet::from([layer.digest.to_string()]);
         let record = LayerRecord { size, inodes, blobs };
         scratch.rename(&self.path(diff_id))?;
+        podvisor_fault::point("pull.layer-named");
         state.present.insert(diff_id.to_owned(), record.clone());
         state.unsynced.insert(diff_id.to_owned());
         Ok(record)

@@ -128,6 +128,7 @@ impl Shared {
                 .map_err(|error| ImageError::io("write to disk", root)(error.into()))?;
             self.layers.synced(&unsynced);
         }
+        podvisor_fault::point("pull.layers-durable");
         self.change(move |tables| {
             // A tag that has moved is no longer the old image's.
             for other in tables.images.values_mut() {
@@ -144,7 +145,9 @@ impl Shared {
                 // It means now what it says.
                 None => drop(tables.short_names.remove(&names.asked)),
             }
-        })
+        })?;
+        podvisor_fault::point("pull.recorded");
+        Ok(())
     }
 }
 

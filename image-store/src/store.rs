@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use podvisor_registry::{Credentials, Reference, Registry};
 use rustix::fs::{FlockOperation, flock};
@@ -17,6 +18,9 @@ use crate::flight::Flights;
 use crate::layers::Layers;
 use crate::snapshots::Snapshots;
 use crate::{FsUsage, Image, Options, Rootfs, idmap, mount, tree};
+
+/// How long a store may be held by what is left of a process that has ended.
+const LOCKED_WITHIN: Duration = Duration::from_secs(2);
 
 /// Name as it was asked for, and as whom.
 type PullKey = (String, Option<Credentials>);
@@ -104,7 +108,9 @@ impl ImageStore {
         let shared = self.shared.clone();
         blocking(move || {
             if shared.catalog.remove(|kept| shared.snapshots.needed(kept), &id)? {
+                podvisor_fault::point("remove-image.recorded");
                 shared.collect();
+                podvisor_fault::point("remove-image.collected");
                 return Ok(());
             }
             // First the room, on this thread, then the word.
@@ -267,7 +273,9 @@ fn make_directories(root: &Path) -> Result<(), ImageError> {
     Ok(())
 }
 
-/// One process at a time, open(2) + flock(2): the kernel gives the lock back however the process ends.
+/// One process at a time, open(2) + flock(2): the kernel gives the lock back however the process ends. A child that the last owner
+/// was just starting when it was killed still has the descriptor, until it executes its program: so a held lock is asked for
+/// again for a while.
 fn lock(root: &Path) -> Result<File, ImageError> {
     let path = root.join("lock");
     let file = File::options()
@@ -276,10 +284,16 @@ fn lock(root: &Path) -> Result<File, ImageError> {
         .write(true)
         .open(&path)
         .map_err(ImageError::io("open", &path))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(ImageError::Locked { root: root.to_owned() }),
-        Err(error) => Err(ImageError::io("lock", path)(error.into())),
+    let deadline = Instant::now() + LOCKED_WITHIN;
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(ImageError::Locked { root: root.to_owned() }),
+            Err(error) => return Err(ImageError::io("lock", path)(error.into())),
+        }
     }
 }
 

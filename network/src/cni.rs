@@ -86,6 +86,8 @@ pub(crate) struct Cni {
     loaded: Mutex<Loaded>,
     /// Held while STATUS is being asked.
     asking: tokio::sync::Mutex<()>,
+    /// Shared by additions, held alone by GC: an attachment that is being made is not yet in its list of those to keep.
+    attaching: tokio::sync::RwLock<()>,
 }
 
 /// Everything a sequence of calls has in common.
@@ -155,7 +157,13 @@ impl Cni {
         let cache = Cache::new(&options.cache_dir);
         let list = Err(format!("no CNI configuration in {}", options.config_dir.display()));
         let loaded = Mutex::new(Loaded { fingerprint: None, list, status: Status::Unknown });
-        Self { options, cache, loaded, asking: tokio::sync::Mutex::new(()) }
+        Self {
+            options,
+            cache,
+            loaded,
+            asking: tokio::sync::Mutex::default(),
+            attaching: tokio::sync::RwLock::default(),
+        }
     }
 
     fn loaded(&self) -> MutexGuard<'_, Loaded> {
@@ -243,6 +251,7 @@ impl Cni {
     pub(crate) async fn add(&self, sandbox: &Sandbox) -> Result<Attachment, CniError> {
         check(sandbox)?;
         let list = self.current().map_err(|reason| CniError::Unavailable { reason })?;
+        let _attaching = self.attaching.read().await;
         let session = self.session(&list, sandbox);
         let mut entry = Entry::new(&list, &sandbox.id, INTERFACE);
         entry.netns = sandbox.netns.display().to_string();
@@ -328,6 +337,7 @@ impl Cni {
         if list.version < Version::STATUS || list.disable_gc {
             return outcome;
         }
+        let _alone = self.attaching.write().await;
         let attachments: Vec<_> = self
             .cache
             .all(|_| true)?

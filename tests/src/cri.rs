@@ -7,11 +7,12 @@ use hyper_util::rt::TokioIo;
 use podvisor_proto::cri::image_service_client::ImageServiceClient;
 use podvisor_proto::cri::runtime_service_client::RuntimeServiceClient;
 use podvisor_proto::cri::{
-    Container, ContainerState, ContainerStatus, ContainerStatusRequest, CreateContainerRequest,
-    ExecSyncRequest, ExecSyncResponse, ImageSpec, ListContainersRequest, ListPodSandboxRequest, PodSandbox,
-    PodSandboxConfig, PodSandboxStatus, PodSandboxStatusRequest, PullImageRequest, RemoveContainerRequest,
+    AttachRequest, Container, ContainerState, ContainerStatus, ContainerStatusRequest,
+    CreateContainerRequest, ExecRequest, ExecSyncRequest, ExecSyncResponse, ImageSpec,
+    LinuxContainerResources, ListContainersRequest, ListPodSandboxRequest, PodSandbox, PodSandboxConfig,
+    PodSandboxStatus, PodSandboxStatusRequest, PullImageRequest, RemoveContainerRequest, RemoveImageRequest,
     RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
-    StopPodSandboxRequest,
+    StopPodSandboxRequest, UpdateContainerResourcesRequest,
 };
 use podvisor_proto::cri::{ContainerConfig, VersionRequest};
 use tokio::net::UnixStream;
@@ -66,6 +67,47 @@ impl Cri {
         let request =
             RunPodSandboxRequest { config: Some(config.clone()), ..RunPodSandboxRequest::default() };
         Ok(self.runtime.clone().run_pod_sandbox(request).await?.into_inner().pod_sandbox_id)
+    }
+
+    /// RunPodSandbox with a handler.
+    pub async fn run_pod_by(&self, config: &PodSandboxConfig, handler: &str) -> Result<String, Status> {
+        let request =
+            RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.to_owned() };
+        Ok(self.runtime.clone().run_pod_sandbox(request).await?.into_inner().pod_sandbox_id)
+    }
+
+    /// RemoveImage.
+    pub async fn remove_image(&self, image: &str) -> Result<(), Status> {
+        let request = RemoveImageRequest { image: Some(spec(image)) };
+        self.images.clone().remove_image(request).await.map(drop)
+    }
+
+    /// UpdateContainerResources.
+    pub async fn update(&self, container: &str, resources: LinuxContainerResources) -> Result<(), Status> {
+        let request = UpdateContainerResourcesRequest {
+            container_id: container.to_owned(),
+            linux: Some(resources),
+            ..UpdateContainerResourcesRequest::default()
+        };
+        self.runtime.clone().update_container_resources(request).await.map(drop)
+    }
+
+    /// A URL for an exec without input.
+    pub async fn exec_url(&self, container: &str, command: &[&str]) -> Result<String, Status> {
+        let request = ExecRequest {
+            container_id: container.to_owned(),
+            cmd: command.iter().map(ToString::to_string).collect(),
+            stdout: true,
+            ..ExecRequest::default()
+        };
+        Ok(self.runtime.clone().exec(request).await?.into_inner().url)
+    }
+
+    /// A URL to attach to a container's standard output.
+    pub async fn attach_url(&self, container: &str) -> Result<String, Status> {
+        let request =
+            AttachRequest { container_id: container.to_owned(), stdout: true, ..AttachRequest::default() };
+        Ok(self.runtime.clone().attach(request).await?.into_inner().url)
     }
 
     /// StopPodSandbox.

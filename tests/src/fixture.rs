@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use podvisor_critest::node::{Daemon, Node, Options};
@@ -11,6 +12,7 @@ use podvisor_proto::cri::{ContainerConfig, PodSandboxConfig};
 use crate::cri::Cri;
 use crate::images::{BUSYBOX, HOST, TestImages};
 use crate::world::{self, World};
+use crate::wrapper::Wrapper;
 use crate::{ask, eventually};
 
 /// A node of the test's own.
@@ -23,7 +25,8 @@ pub struct Fixture {
     /// Directories and configuration.
     pub node: Node,
     daemon: Option<Daemon>,
-    before: World,
+    /// What was on the machine before the daemon's first start.
+    pub before: World,
 }
 
 /// A pod that runs, with what it was made from.
@@ -61,6 +64,45 @@ impl Fixture {
         ensure!(self.daemon.is_none(), "the daemon runs already");
         self.daemon = Some(self.node.start()?);
         Ok(())
+    }
+
+    /// Adds to the daemon's configuration, and starts the daemon again.
+    pub fn configure(&mut self, name: &str, text: &str) -> Result<()> {
+        let directory = self.node.path("config.toml.d");
+        fs::create_dir_all(&directory)?;
+        fs::write(directory.join(format!("{name}.toml")), text)?;
+        self.stop()?;
+        self.start()
+    }
+
+    /// Adds handler `faulty`: runc behind a script that is told what to fail.
+    pub fn faulty_runtime(&mut self) -> Result<Wrapper> {
+        let runc = podvisor_critest::tools_dir().join("runc");
+        let wrapper = Wrapper::runtime(&self.node.path("faulty"), &runc)?;
+        let program = crate::wrapper::quoted(wrapper.program());
+        self.configure(
+            "faulty",
+            &format!(
+                "[runtime.handlers.faulty]\ntype = \"oci\"\npath = {program}\n[limits]\nruntime_timeout = 2\n"
+            ),
+        )?;
+        Ok(wrapper)
+    }
+
+    /// Starts the daemon, which dies at a failure point (of a debug build).
+    pub fn start_armed(&mut self, point: &str) -> Result<()> {
+        ensure!(self.daemon.is_none(), "the daemon runs already");
+        self.daemon = Some(self.node.start_with(&[(podvisor_fault::VARIABLE, point)])?);
+        Ok(())
+    }
+
+    /// Whether the daemon has died of SIGKILL by itself: it is given a moment for that. Any other end is an error.
+    pub fn has_died(&mut self, milliseconds: u64) -> Result<bool> {
+        use std::os::unix::process::ExitStatusExt;
+        let Ok(status) = self.daemon()?.wait(Duration::from_millis(milliseconds)) else { return Ok(false) };
+        self.daemon = None;
+        ensure!(status.signal() == Some(9), "the daemon ended with {status}\n{}", self.node.log_tail(40));
+        Ok(true)
     }
 
     /// SIGKILL for the daemon.

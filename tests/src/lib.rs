@@ -9,8 +9,14 @@ pub mod cri;
 pub mod eventually;
 pub mod fixture;
 pub mod images;
+pub mod load;
 pub mod prometheus;
+pub mod random;
+pub mod stream;
+pub mod trials;
 pub mod world;
+pub mod wrapper;
 
 pub use eventually::eventually;
 pub use fixture::Fixture;
+pub use trials::Tests;

@@ -48,6 +48,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     // Leaves.
     ("podvisor-proto", &[]),
     ("podvisor-config", &[]),
+    ("podvisor-fault", &[]),
     ("podvisor-cgroup", &[]),
     ("podvisor-registry", &[]),
     ("podvisor-unpack", &[]),
@@ -55,7 +56,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("podvisor-guest", &[]),
     ("podvisor-spec", &["podvisor-proto"]),
     ("podvisor-streaming", &["podvisor-proto"]),
-    ("podvisor-image-store", &["podvisor-registry", "podvisor-unpack"]),
+    ("podvisor-image-store", &["podvisor-fault", "podvisor-registry", "podvisor-unpack"]),
     ("podvisor-seccomp", &[]),
     // Containers in a guest, by the kernel alone.
     ("podvisor-container", &["podvisor-cgroup"]),
@@ -67,6 +68,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &[
             "podvisor-cgroup",
             "podvisor-config",
+            "podvisor-fault",
             "podvisor-guest",
             "podvisor-image-store",
             "podvisor-network",
@@ -78,7 +80,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     // The tools of the tests start the daemon as a process.
     ("podvisor-critest", &[]),
-    ("podvisor-tests", &["podvisor-critest", "podvisor-proto"]),
+    ("podvisor-tests", &["podvisor-critest", "podvisor-fault", "podvisor-proto"]),
 ];
 
 fn metadata() -> Value {

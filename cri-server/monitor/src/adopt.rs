@@ -30,6 +30,11 @@ pub(crate) fn adopt(monitor: &mut Monitor, request: Adopt) -> Answered {
         }
         return Err(Failure::wrong_state(format!("this monitor belongs to pod {}", pod.id)));
     }
+    // A daemon that died right after this request knows of no adoption when it starts again: it must find the socket, or no
+    // monitor. Had it lived until the socket is there, it would find that.
+    if !monitor.daemon_is_there() {
+        return Err(Failure::wrong_state("the daemon has gone"));
+    }
     let run_dir = PathBuf::from(request.run_dir);
     let state_dir = PathBuf::from(request.state_dir);
     for directory in [&run_dir, &state_dir] {

@@ -128,6 +128,16 @@ impl Monitor {
         }
     }
 
+    /// Whether the daemon that started this monitor still holds its end of the connection.
+    pub(crate) fn daemon_is_there(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, poll};
+        let Some(cradle) = self.connections.get(&self.cradle) else { return false };
+        let mut polled = [PollFd::new(&cradle.socket, PollFlags::RDHUP)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        poll(&mut polled, Some(&now)).is_ok() && !polled[0].revents().intersects(gone)
+    }
+
     fn is_over(&self) -> bool {
         if self.farewell {
             return self.connections.values().all(|connection| connection.queued() == 0);

@@ -84,29 +84,39 @@ pub(crate) struct Connection {
     requests: mpsc::Sender<Vec<u8>>,
     pending: Pending,
     next: Arc<AtomicU64>,
+    /// For verbs that call the OCI runtime.
+    runtime_limit: Duration,
 }
 
 /// For verbs that need no time of their own.
 const SOON: Duration = Duration::from_secs(10);
-/// For verbs that call the OCI runtime: its own limit (two minutes) and some more.
-const RUNTIME: Duration = Duration::from_secs(150);
+/// For verbs that call the OCI runtime, which has `seconds` for a call: a creation that fails is two, and the monitor needs a moment
+/// of its own. It keeps the limit itself; this one is for a monitor that does not run.
+pub(crate) fn runtime_limit(seconds: u32) -> Duration {
+    Duration::from_secs(u64::from(seconds) * 2) + SOON
+}
 
 impl Connection {
     /// Connects to a pod's monitor and greets it.
     pub(crate) async fn open(
         path: &Path,
+        runtime_limit: Duration,
         notices: impl Fn(Notice) + Send + Sync + 'static,
     ) -> Result<(Self, HelloReply), MonitorError> {
         let socket = UnixStream::connect(path)
             .await
             .map_err(|source| MonitorError::Connect { path: path.display().to_string(), source })?;
-        let connection = Self::over(socket, notices);
+        let connection = Self::over(socket, runtime_limit, notices);
         let hello = connection.hello().await?;
         Ok((connection, hello))
     }
 
     /// Speaks over a connected socket. `notices` is called from the reading task and must not block.
-    pub(crate) fn over(socket: UnixStream, notices: impl Fn(Notice) + Send + Sync + 'static) -> Self {
+    pub(crate) fn over(
+        socket: UnixStream,
+        runtime_limit: Duration,
+        notices: impl Fn(Notice) + Send + Sync + 'static,
+    ) -> Self {
         let (reader, writer) = socket.into_split();
         let pending: Pending = Arc::new(Mutex::new(Some(HashMap::new())));
         // Requests are small; a queue of a few is enough for a pod's worth of concurrency.
@@ -119,7 +129,7 @@ impl Connection {
             waiting.lock().expect("no panic under this lock").take();
             notices(Notice::Closed);
         });
-        Self { requests, pending, next: Arc::new(AtomicU64::new(1)) }
+        Self { requests, pending, next: Arc::new(AtomicU64::new(1)), runtime_limit }
     }
 
     pub(crate) async fn hello(&self) -> Result<HelloReply, MonitorError> {
@@ -131,7 +141,7 @@ impl Connection {
 
     /// Asks and waits for the answer, within the limit of the verb.
     pub(crate) async fn call(&self, verb: Verb) -> Result<Answer, MonitorError> {
-        let (name, limit) = limits(&verb);
+        let (name, limit) = self.limits(&verb);
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = oneshot::channel();
         match self.pending.lock().expect("no panic under this lock").as_mut() {
@@ -140,14 +150,15 @@ impl Connection {
         };
         let frame = frame(&Request { id, verb: Some(verb) });
         let waiting = Forget { pending: &self.pending, id };
-        if self.requests.send(frame).await.is_err() {
-            return Err(MonitorError::Gone);
-        }
+        let asked = async {
+            self.requests.send(frame).await.map_err(|_| MonitorError::Gone)?;
+            Ok(answer.await)
+        };
         let answer = match limit {
-            Some(limit) => tokio::time::timeout(limit, answer)
+            Some(limit) => tokio::time::timeout(limit, asked)
                 .await
-                .map_err(|_| MonitorError::Silent { verb: name, limit })?,
-            None => answer.await,
+                .map_err(|_| MonitorError::Silent { verb: name, limit })??,
+            None => asked.await?,
         };
         drop(waiting);
         match answer {
@@ -163,10 +174,33 @@ impl Connection {
 
     /// Asks for something that has nothing to tell.
     pub(crate) async fn command(&self, verb: Verb) -> Result<(), MonitorError> {
-        let (name, _) = limits(&verb);
+        let (name, _) = self.limits(&verb);
         match self.call(verb).await? {
             Answer::Done(_) => Ok(()),
             _ => Err(MonitorError::Confused { verb: name }),
+        }
+    }
+
+    fn limits(&self, verb: &Verb) -> (&'static str, Option<Duration>) {
+        let runtime = Some(self.runtime_limit);
+        match verb {
+            Verb::Hello(_) => ("hello", Some(SOON)),
+            Verb::Adopt(_) => ("adopt", Some(SOON)),
+            Verb::Subscribe(_) => ("subscribe", Some(SOON)),
+            Verb::ListProcesses(_) => ("list processes", Some(SOON)),
+            Verb::StartInit(_) => ("start init", Some(SOON)),
+            Verb::CreateContainer(_) => ("create container", runtime),
+            Verb::StartContainer(_) => ("start container", runtime),
+            Verb::KillContainer(_) => ("kill container", runtime),
+            Verb::DeleteContainer(_) => ("delete container", runtime),
+            Verb::UpdateContainer(_) => ("update container", runtime),
+            Verb::ReopenLog(_) => ("reopen log", Some(SOON)),
+            // The caller has its own limit, or wants none.
+            Verb::ExecSync(_) => ("exec", None),
+            Verb::Exec(_) => ("exec", runtime),
+            Verb::Attach(_) => ("attach", Some(SOON)),
+            Verb::Connect(_) => ("connect", Some(SOON)),
+            Verb::Shutdown(_) => ("shutdown", Some(SOON)),
         }
     }
 }
@@ -182,28 +216,6 @@ impl Drop for Forget<'_> {
         if let Some(pending) = self.pending.lock().expect("no panic under this lock").as_mut() {
             pending.remove(&self.id);
         }
-    }
-}
-
-fn limits(verb: &Verb) -> (&'static str, Option<Duration>) {
-    match verb {
-        Verb::Hello(_) => ("hello", Some(SOON)),
-        Verb::Adopt(_) => ("adopt", Some(SOON)),
-        Verb::Subscribe(_) => ("subscribe", Some(SOON)),
-        Verb::ListProcesses(_) => ("list processes", Some(SOON)),
-        Verb::StartInit(_) => ("start init", Some(SOON)),
-        Verb::CreateContainer(_) => ("create container", Some(RUNTIME)),
-        Verb::StartContainer(_) => ("start container", Some(RUNTIME)),
-        Verb::KillContainer(_) => ("kill container", Some(RUNTIME)),
-        Verb::DeleteContainer(_) => ("delete container", Some(RUNTIME)),
-        Verb::UpdateContainer(_) => ("update container", Some(RUNTIME)),
-        Verb::ReopenLog(_) => ("reopen log", Some(SOON)),
-        // The caller has its own limit, or wants none.
-        Verb::ExecSync(_) => ("exec", None),
-        Verb::Exec(_) => ("exec", Some(RUNTIME)),
-        Verb::Attach(_) => ("attach", Some(SOON)),
-        Verb::Connect(_) => ("connect", Some(SOON)),
-        Verb::Shutdown(_) => ("shutdown", Some(SOON)),
     }
 }
 

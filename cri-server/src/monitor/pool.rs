@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::Duration;
 
 use podvisor_cgroup::systemd::{Scope, Systemd};
 use podvisor_cgroup::{Cgroup, CgroupError};
@@ -41,6 +42,8 @@ pub(crate) struct Pool {
 pub(crate) struct Template {
     pub(crate) program: PathBuf,
     pub(crate) place: Place,
+    /// See [`super::connection::runtime_limit`].
+    pub(crate) runtime_limit: Duration,
 }
 
 /// Where they get their leaves.
@@ -68,7 +71,7 @@ impl Pool {
                 let Ok(place) = sender.reserve().await else { return };
                 let starting = template.clone();
                 let started = match tokio::task::spawn_blocking(move || starting.start()).await {
-                    Ok(Ok(started)) => started.connect(&template.place).await,
+                    Ok(Ok(started)) => started.connect(&template).await,
                     Ok(Err(error)) => Err(error),
                     Err(_) => return,
                 };
@@ -83,10 +86,11 @@ impl Pool {
         loop {
             let next = self.ready.lock().await.recv().await.ok_or(MonitorError::Gone)?;
             // One that has died while waiting is of no use.
-            if next.as_ref().is_ok_and(|idle| !super::process::lives(idle.process)) {
-                continue;
+            match next {
+                // Asked, not looked for: one that has just been killed still looks alive. A turn takes some tens of microseconds.
+                Ok(idle) if idle.connection.hello().await.is_err() => self.place.forget(idle.cgroup),
+                next => return next,
             }
-            return next;
         }
     }
 }
@@ -111,22 +115,7 @@ impl Pool {
             let Ok(Idle { connection, notices, process, cgroup }) = next else { continue };
             drop((connection, notices));
             super::process::kill(process);
-            let name = cgroup.rsplit('/').next().unwrap_or_default();
-            // Both wait for the process to be gone.
-            let removed: Result<(), Box<dyn std::error::Error + Send + Sync>> = match &self.place {
-                Place::Slice { systemd, .. } => systemd.stop_unit(name).await.map_err(Into::into),
-                Place::Below(parent) => {
-                    let leaf = parent.child(name);
-                    let removing = tokio::task::spawn_blocking(move || leaf.remove());
-                    removing.await.map_or(Ok(()), |removed| removed.map_err(Into::into))
-                }
-            };
-            if let Err(error) = removed {
-                tracing::debug!(
-                    error = crate::error::chain(error.as_ref()),
-                    "a monitor's cgroup stays until the next start"
-                );
-            }
+            self.place.remove(&cgroup).await;
         }
         if let Place::Below(parent) = &self.place {
             for directory in parent.directories() {
@@ -171,6 +160,32 @@ impl Template {
 }
 
 impl Place {
+    /// Takes a leaf away when the process in it has gone.
+    async fn remove(&self, cgroup: &str) {
+        let name = cgroup.rsplit('/').next().unwrap_or_default();
+        // Both wait for the process to be gone.
+        let removed: Result<(), Box<dyn std::error::Error + Send + Sync>> = match self {
+            Self::Slice { systemd, .. } => systemd.stop_unit(name).await.map_err(Into::into),
+            Self::Below(parent) => {
+                let leaf = parent.child(name);
+                let removing = tokio::task::spawn_blocking(move || leaf.remove());
+                removing.await.map_or(Ok(()), |removed| removed.map_err(Into::into))
+            }
+        };
+        if let Err(error) = removed {
+            tracing::debug!(
+                error = crate::error::chain(error.as_ref()),
+                "a monitor's cgroup stays until the next start"
+            );
+        }
+    }
+
+    /// The same beside what goes on: its monitor has died before it had a pod.
+    fn forget(&self, cgroup: String) {
+        let place = self.clone();
+        tokio::spawn(async move { place.remove(&cgroup).await });
+    }
+
     /// Moves a process into a leaf of its own; returns the leaf's path, which it has not reached when that fails.
     async fn put(&self, pid: i32) -> String {
         let (path, outcome): (_, Result<(), Box<dyn std::error::Error + Send + Sync>>) = match self {
@@ -203,15 +218,18 @@ impl Place {
 }
 
 impl Started {
-    async fn connect(self, place: &Place) -> Result<Idle, MonitorError> {
-        let cgroup = place.put(self.process.pid).await;
+    async fn connect(self, template: &Template) -> Result<Idle, MonitorError> {
+        let cgroup = template.place.put(self.process.pid).await;
         let socket = UnixStream::from_std(self.ours)
             .map_err(|source| MonitorError::Connect { path: "its control connection".into(), source })?;
         let (sender, notices) = mpsc::unbounded_channel();
-        let connection = Connection::over(socket, move |notice| {
+        let connection = Connection::over(socket, template.runtime_limit, move |notice| {
             let _ = sender.send(notice);
         });
-        connection.hello().await?;
+        if let Err(error) = connection.hello().await {
+            template.place.forget(cgroup);
+            return Err(error);
+        }
         Ok(Idle { connection, notices, process: self.process, cgroup })
     }
 }

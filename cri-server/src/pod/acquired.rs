@@ -53,6 +53,20 @@ pub(crate) enum ReleaseError {
 }
 
 impl Acquisition {
+    /// The failure point after its release.
+    fn fault(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Directory(_) => "release.directory",
+            Self::Mount(_) => "release.mount",
+            Self::Namespaces(_) => "release.namespaces",
+            Self::Network { .. } => "release.network",
+            Self::Cgroup(_) => "release.cgroup",
+            Self::Snapshot(_) => "release.snapshot",
+            // The failure tests run on runc, which has none.
+            Self::SandboxContainer { .. } => return None,
+        })
+    }
+
     /// Gives it back. Idempotent.
     pub(crate) async fn release(&self, node: &Node) -> Result<(), ReleaseError> {
         match self {
@@ -113,6 +127,8 @@ pub(crate) async fn release_all(node: &Node, acquired: &mut Vec<Acquisition>) ->
         if let Err(error) = released.unwrap_or(Err(ReleaseError::TimedOut(LIMIT))) {
             failures.push(error);
             kept.push(acquisition);
+        } else if let Some(name) = acquisition.fault() {
+            podvisor_fault::point(name);
         }
     }
     kept.reverse();

@@ -187,6 +187,7 @@ pub(crate) async fn build(
     let snapshot =
         node.images.prepare(record.id.as_str(), &image.id, false).await.map_err(PodError::Image)?;
     let prepared = image_volumes::prepare(node, &record.id, &record.image_volumes).await?;
+    podvisor_fault::point("create.snapshot");
     let (spec, user) = {
         let (node, pod, record, image, bundle, rootfs) =
             (node.clone(), pod.clone(), record.clone(), image.clone(), bundle.clone(), rootfs.clone());
@@ -194,6 +195,7 @@ pub(crate) async fn build(
             make_bundle(&bundle, &rootfs)?;
             mount(&node, &pod, &snapshot, &rootfs).map_err(PodError::Image)?;
             image_volumes::mount(&node, &pod, &record, &prepared)?;
+            podvisor_fault::point("create.mounted");
             let (spec, user) = specify(&node, &pod, &record, &image, rootfs, target)?;
             let path = bundle.join("config.json");
             let text = serde_json::to_vec(&spec).map_err(|error| PodError::File {
@@ -212,9 +214,10 @@ pub(crate) async fn build(
         .map_err(|_| PodError::TaskGone)??
     };
 
+    podvisor_fault::point("create.specified");
     let verb = Verb::CreateContainer(CreateContainer {
         container_id: record.id.to_string(),
-        runtime: Some(runtime(&pod.runtime)),
+        runtime: Some(runtime(&pod.runtime, node.config().limits.runtime_timeout)),
         bundle: bundle.display().to_string(),
         terminal: config.tty,
         stdin: config.stdin,
@@ -223,7 +226,9 @@ pub(crate) async fn build(
         log_line: node.config().limits.log_line,
         place: if pod.runtime.sandbox_container { Place::Inside } else { Place::Own }.into(),
     });
-    let Answer::Started(started) = monitor.call(verb).await? else {
+    let answer = monitor.call(verb).await?;
+    podvisor_fault::point("create.called");
+    let Answer::Started(started) = answer else {
         return Err(MonitorError::Confused { verb: "create container" }.into());
     };
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
@@ -264,13 +269,13 @@ pub(super) fn mount(
     node.images.mount_with_ids(snapshot, target, user.as_fd())
 }
 
-pub(super) fn runtime(pinned: &PinnedRuntime) -> Runtime {
+pub(super) fn runtime(pinned: &PinnedRuntime, seconds: u32) -> Runtime {
     Runtime {
         path: pinned.path.display().to_string(),
         root: pinned.root.display().to_string(),
         arguments: pinned.arguments.clone(),
         systemd_cgroup: pinned.systemd_cgroup,
-        timeout_ms: 0,
+        timeout_ms: seconds.saturating_mul(1000),
     }
 }
 

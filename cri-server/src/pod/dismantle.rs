@@ -51,7 +51,9 @@ impl Dismantling {
             Err(MonitorError::Gone | MonitorError::Connect { .. }) => self.without_monitor(node).await?,
             Err(error) => return Err(error.into()),
         }
+        podvisor_fault::point("remove.deleted");
         release_all(node, &mut self.acquired).await?;
+        podvisor_fault::point("remove.released");
         let records = node.records.clone();
         tokio::task::spawn_blocking(move || records.remove_container(&self.pod, &self.id))
             .await
@@ -69,7 +71,14 @@ impl Dismantling {
             tokio::task::spawn_blocking(move || cgroup.kill()).await.map_err(|_| PodError::TaskGone)??;
         }
         runtime_state::forget(&self.runtime, self.id.as_str()).await;
-        // What the runtime could not remove.
+        let state = self.runtime.root.join(self.id.as_str());
+        // What the runtime could not remove, its own state above all: the directory is ours.
+        match std::fs::remove_dir_all(&state) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!(container = %self.id, %error, "the runtime's state of a container stays");
+            }
+            _ => {}
+        }
         Acquisition::Cgroup(self.cgroup.clone()).release(node).await?;
         Ok(())
     }

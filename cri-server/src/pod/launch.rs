@@ -162,7 +162,11 @@ pub(crate) async fn launch(
     }
     // All to their end, also when one fails: what is half-way cannot be given back.
     let (made, adopted, attachment) = tokio::join!(
-        async { files(record, &directory, user) },
+        async {
+            let made = files(record, &directory, user);
+            podvisor_fault::point("run.files");
+            made
+        },
         adopt(node, record, &directory, notices),
         async {
             namespaces(request).await?;
@@ -221,6 +225,7 @@ async fn namespaces(request: Option<namespace::Request>) -> Result<(), PodError>
             .await
             .map_err(|_| PodError::TaskGone)?
             .map_err(refused)?;
+        podvisor_fault::point("run.namespaces");
     }
     Ok(())
 }
@@ -231,7 +236,9 @@ async fn connect(
 ) -> Result<Option<podvisor_network::Attachment>, PodError> {
     for acquisition in &record.acquired {
         if let Acquisition::Network { sandbox, .. } = acquisition {
-            return node.network.setup(sandbox).await.map(Some).map_err(PodError::Network);
+            let attached = node.network.setup(sandbox).await.map(Some).map_err(PodError::Network);
+            podvisor_fault::point("run.network");
+            return attached;
         }
     }
     Ok(None)
@@ -256,6 +263,7 @@ async fn adopt(
     notices: impl Fn(crate::monitor::Notice) + Send + Sync + 'static,
 ) -> Result<(Idle, Option<ProcessIdentity>), PodError> {
     let monitor = node.monitors.take().await?;
+    podvisor_fault::point("run.monitor-taken");
     let cgroup = monitor.cgroup.clone();
     let (process, connection) = (monitor.process, monitor.connection.clone());
     match prepare(node, record, directory, monitor, notices).await {
@@ -292,13 +300,18 @@ async fn prepare(
             network_namespace: netns.map(|path| path.display().to_string()).unwrap_or_default(),
         }))
         .await?;
+    podvisor_fault::point("run.adopted");
     connection.command(Verb::Subscribe(Subscribe {})).await?;
     let init_cgroup = record.acquired.iter().find_map(|acquisition| match acquisition {
         Acquisition::Cgroup(path) if !record.runtime.sandbox_container => Some(path),
         _ => None,
     });
     let init = match init_cgroup {
-        Some(path) => Some(start_init(node, record, &connection, path).await?),
+        Some(path) => {
+            let init = start_init(node, record, &connection, path).await?;
+            podvisor_fault::point("run.init");
+            Some(init)
+        }
         None => None,
     };
     Ok((monitor, init))

@@ -109,10 +109,10 @@ impl Pods {
                 Status::Ready => Ok(pod.id),
                 // One that an earlier daemon had begun, rolled back meanwhile: its name is free.
                 Status::Removed if !ours => continue,
-                _ if ours => Err(Arc::new(PodError::NotReady {
-                    id: pod.id.to_string(),
-                    why: "it stopped while it was being created".into(),
-                })),
+                _ if ours => {
+                    let why = pod.view().why().to_owned();
+                    Err(Arc::new(PodError::NotReady { id: pod.id.to_string(), why }))
+                }
                 _ => Err(Arc::new(taken(&pod))),
             };
         }
@@ -234,8 +234,16 @@ impl Pod {
 
     async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, Failure> {
         let (reply, answer) = oneshot::channel();
-        self.commands.send(command(reply)).map_err(|_| Arc::new(PodError::TaskGone))?;
-        answer.await.map_err(|_| Arc::new(PodError::TaskGone))?
+        self.commands.send(command(reply)).map_err(|_| self.gone())?;
+        answer.await.map_err(|_| self.gone())?
+    }
+
+    /// Why nobody answers: another request has removed the pod meanwhile, or something is wrong.
+    fn gone(&self) -> Failure {
+        Arc::new(match self.view.borrow().status {
+            Status::Removed | Status::Failed(_) => PodError::NoSuchPod(self.id.to_string()),
+            Status::Creating | Status::Ready | Status::NotReady => PodError::TaskGone,
+        })
     }
 
     pub(crate) async fn create_container(

@@ -166,12 +166,22 @@ pub(crate) struct ContainerRecord {
 pub(crate) enum RecordError {
     #[error("cannot write record {path}")]
     Write { path: PathBuf, source: std::io::Error },
+    #[error("cannot remove record {path}")]
+    Remove { path: PathBuf, source: std::io::Error },
     #[error("cannot read record {path}")]
     Read { path: PathBuf, source: std::io::Error },
     #[error("record {path} is damaged")]
     Damaged { path: PathBuf, source: serde_json::Error },
     #[error("record {path} has version {version}, this podvisor knows up to {VERSION}")]
     Newer { path: PathBuf, version: u32 },
+}
+
+impl RecordError {
+    /// There is no room for it.
+    pub(crate) fn is_full(&self) -> bool {
+        use std::io::ErrorKind;
+        matches!(self, Self::Write { source, .. } if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+    }
 }
 
 /// The directory of all pods' records: `<root>/pods/<pod>/{pod.json,containers/<id>.json,exits/}`.
@@ -207,6 +217,7 @@ impl Records {
             let sub = directory.join(sub);
             std::fs::create_dir_all(&sub).map_err(|source| RecordError::Write { path: sub, source })?;
         }
+        podvisor_fault::point("record.directory");
         replace(&path, record)?;
         if fresh {
             sync_directory(&self.root).map_err(|source| RecordError::Write { path, source })?;
@@ -225,10 +236,11 @@ impl Records {
         for path in [self.container_path(pod, container), exit] {
             match std::fs::remove_file(&path) {
                 Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(RecordError::Write { path, source });
+                    return Err(RecordError::Remove { path, source });
                 }
                 _ => {}
             }
+            podvisor_fault::point("remove.record-gone");
         }
         Ok(())
     }
@@ -242,21 +254,26 @@ impl Records {
                 if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
             match removed {
                 Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(RecordError::Write { path, source });
+                    return Err(RecordError::Remove { path, source });
                 }
                 _ => {}
             }
+            podvisor_fault::point("remove-pod.record-gone");
         }
         Ok(())
     }
 
-    /// Ids of all pods that have a directory.
+    /// Ids of all pods that have a record. A directory in which nothing is recorded is one that a crash left, before the first record
+    /// or after the last: it is taken away.
     pub(crate) fn pods(&self) -> std::io::Result<Vec<PodId>> {
         std::fs::create_dir_all(&self.root)?;
         let mut pods = Vec::new();
         for entry in std::fs::read_dir(&self.root)? {
-            if let Some(id) = entry?.file_name().to_str().and_then(|n| n.parse().ok()) {
+            let Some(id) = entry?.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };
+            if self.pod_dir(&id).join("pod.json").exists() || !self.containers(&id).is_empty() {
                 pods.push(id);
+            } else if let Err(error) = self.remove_pod(&id) {
+                tracing::warn!(pod = %id, error = crate::error::chain(&error), "cannot remove a directory without records");
             }
         }
         Ok(pods)
@@ -328,7 +345,9 @@ fn replace<R: Serialize>(path: &Path, record: &R) -> Result<(), RecordError> {
         let mut file = File::create(&temporary)?;
         file.write_all(&serde_json::to_vec(record)?)?;
         file.sync_data()?;
+        podvisor_fault::point("record.written");
         std::fs::rename(&temporary, path)?;
+        podvisor_fault::point("record.replaced");
         sync_directory(path.parent().unwrap_or(Path::new("/")))
     };
     write().map_err(|source| {

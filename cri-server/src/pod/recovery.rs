@@ -33,20 +33,24 @@ use super::image_volumes;
 use super::record::{
     ContainerPhase, ContainerRecord, Phase, PinnedRuntime, PodRecord, ProcessIdentity, VERSION, Wire, exit_of,
 };
+use super::request::{cgroup_parent, network_sandbox};
 use super::resize::Sizes;
 use super::slot::Slot;
-use super::state::{Event, Exit, State};
+use super::state::{Effect, Event, Exit, State};
 use super::task::{self, Beginning, Index, Task};
 use super::view::Status;
+use super::volumes::volumes;
 use crate::id::{ContainerId, PodId};
+use crate::monitor::connection::runtime_limit;
 use crate::monitor::{Connection, MonitorError, process};
 use crate::node::{Node, now};
 
 /// Why nothing of a pod runs any more when the boot id is another one.
 const REBOOTED: &str = "the machine was restarted";
 
-/// How long a monitor may take to answer at a start.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a monitor may take to answer at a start. Lists do not wait for it, and whoever gives up kills the pod: so it is long, for
+/// a machine that has more to do than it can.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A pod as its records say.
 #[derive(Debug)]
@@ -91,8 +95,10 @@ pub(crate) async fn recover(node: &Arc<Node>, index: &Index) -> std::io::Result<
                 _ => None,
             }));
         }
+        // Under the lock: a pod whose removal ends at once takes itself out again.
+        let mut pods = index.write().expect("no panic under this lock");
         let pod = task::spawn(node.clone(), index.clone(), Beginning::Recover(Box::new(found)));
-        index.write().expect("no panic under this lock").insert(id.clone(), pod);
+        pods.insert(id.clone(), pod);
     }
     tracing::info!(pods = ids.len(), "took over what an earlier daemon left");
     for key in node.images.snapshots() {
@@ -106,13 +112,29 @@ pub(crate) async fn recover(node: &Arc<Node>, index: &Index) -> std::io::Result<
             );
         }
     }
-    if let Err(error) = node.network.retain(&sandboxes).await {
-        tracing::warn!(error = crate::error::chain(&error), "cannot clear the network of pods that are gone");
-    }
+    retain_networks(node, sandboxes).await;
     let pods: Vec<_> = ids.iter().map(ToString::to_string).collect();
     sweep(&node.run.join("pods"), &pods);
     sweep(&node.run.join("containers"), &containers);
     Ok(())
+}
+
+/// Disconnects pods that are gone. A plugin that hangs holds up the start for a moment only, then it is waited for beside it: what
+/// belongs to nobody has been listed by then, new pods are not among it.
+async fn retain_networks(node: &Arc<Node>, sandboxes: Vec<podvisor_network::Sandbox>) {
+    const MOMENT: Duration = Duration::from_secs(3);
+    let node = node.clone();
+    let retaining = tokio::spawn(async move {
+        if let Err(error) = node.network.retain(&sandboxes).await {
+            tracing::warn!(
+                error = crate::error::chain(&error),
+                "cannot clear the network of pods that are gone"
+            );
+        }
+    });
+    if tokio::time::timeout(MOMENT, retaining).await.is_err() {
+        tracing::warn!("clearing the network of pods that are gone takes long");
+    }
 }
 
 /// Directories of pods and containers without a record: only damage can leave them.
@@ -159,7 +181,7 @@ fn read(node: &Node, id: &PodId) -> Found {
             Err(error) => {
                 let why = crate::error::chain(&error);
                 tracing::error!(%container, why, "a container's record cannot be read: it can only be stopped and removed");
-                containers.push((unreadable_container(node, container), State::Unknown { why }));
+                containers.push((unreadable_container(node, &record, container), State::Unknown { why }));
             }
         }
     }
@@ -174,6 +196,12 @@ fn recorded_state(node: &Node, pod: &PodRecord, record: &ContainerRecord) -> Sta
     match &record.phase {
         ContainerPhase::Creating => State::Creating,
         ContainerPhase::Created | ContainerPhase::Started if rebooted => ended(State::Exited(lost(REBOOTED))),
+        // Its end could not be written down, and nothing of a stopped sandbox runs.
+        ContainerPhase::Created | ContainerPhase::Started
+            if matches!(pod.phase, Phase::Stopped | Phase::Removing) =>
+        {
+            ended(State::Exited(lost("it ended with its sandbox")))
+        }
         ContainerPhase::Created => ended(State::Created),
         ContainerPhase::Started => ended(State::Running),
         ContainerPhase::Exited(exit) => State::Exited(exit.clone()),
@@ -195,7 +223,7 @@ const ANY_IDS: UserMappings = {
     UserMappings { uids: range, gids: range }
 };
 
-/// A stand-in for a record that cannot be read, with everything that a pod of this id may hold.
+/// A stand-in for a record that cannot be read, with everything that a pod of this id may hold on this node.
 fn unreadable(node: &Node, id: &PodId, why: String) -> PodRecord {
     let directory = node.pod_directory(id);
     let request = podvisor_network::namespace::Request {
@@ -213,41 +241,53 @@ fn unreadable(node: &Node, id: &PodId, why: String) -> PodRecord {
         namespace: "unknown".into(),
         attempt: 0,
     };
+    let config = cri::PodSandboxConfig { metadata: Some(metadata), ..Default::default() };
+    let mut acquired = vec![
+        Acquisition::Directory(directory.clone()),
+        Acquisition::Mount(directory.join("shm")),
+        Acquisition::Namespaces(namespaces.clone()),
+    ];
+    if let Some(netns) = &namespaces.net
+        && let Ok(sandbox) = network_sandbox(id, &config, netns, String::new())
+    {
+        acquired.push(Acquisition::Network { kind: node.network.kind(), sandbox: Box::new(sandbox) });
+    }
+    let handler = node.config().runtime.trusted_handler.clone();
     PodRecord {
         version: VERSION,
         id: id.clone(),
         boot_id: node.boot_id.clone(),
         created_at: now(),
         requested_handler: String::new(),
-        handler: String::new(),
-        runtime: PinnedRuntime {
+        // The likeliest: only asked where the monitor is gone too.
+        runtime: node.pinned_runtime(&handler).unwrap_or_else(|| PinnedRuntime {
             path: PathBuf::from("runc"),
             root: PathBuf::from("/nonexistent"),
             arguments: Vec::new(),
             systemd_cgroup: false,
             sandbox_container: false,
             annotations: Vec::new(),
-        },
-        config: Wire(cri::PodSandboxConfig { metadata: Some(metadata), ..Default::default() }),
+        }),
+        handler,
+        config: Wire(config),
         phase: Phase::Failed { why },
         addresses: Vec::new(),
         cni_result: serde_json::Value::Null,
         monitor: None,
         init: None,
         sizes: Sizes::default(),
-        acquired: vec![
-            Acquisition::Directory(directory.clone()),
-            Acquisition::Mount(directory.join("shm")),
-            Acquisition::Namespaces(namespaces),
-        ],
+        acquired,
     }
 }
 
-fn unreadable_container(node: &Node, id: ContainerId) -> ContainerRecord {
+fn unreadable_container(node: &Node, pod: &PodRecord, id: ContainerId) -> ContainerRecord {
+    let cgroup = node.driver.container_cgroup(&cgroup_parent(&pod.config.0), id.as_str());
     let bundle = node.bundle(&id);
     let metadata = cri::ContainerMetadata { name: format!("unreadable-{id}"), attempt: 0 };
     let mut acquired = vec![
         Acquisition::Directory(bundle.clone()),
+        Acquisition::Cgroup(cgroup.clone()),
+        Acquisition::Directory(volumes(node, pod, &id)),
         Acquisition::Snapshot(id.to_string()),
         Acquisition::Mount(bundle.join("rootfs")),
     ];
@@ -263,7 +303,7 @@ fn unreadable_container(node: &Node, id: ContainerId) -> ContainerRecord {
         image_volumes: Vec::new(),
         log_path: String::new(),
         stop_signal: 15,
-        cgroup: String::new(),
+        cgroup,
         process: None,
         user: None,
         resources: serde_json::Value::Null,
@@ -281,8 +321,7 @@ pub(super) async fn observe(task: &mut Task) {
     let rebooted = task.record.boot_id != task.node.boot_id;
     match &task.record.phase {
         Phase::Creating => {
-            task.roll_back().await;
-            task.status = Status::Removed;
+            task.roll_back("its creation was interrupted", Status::Removed).await;
             return;
         }
         Phase::Stopped | Phase::Removing => {}
@@ -311,8 +350,9 @@ pub(super) async fn observe(task: &mut Task) {
 /// Connects to the pod's monitor and asks what runs.
 async fn reconnect(task: &mut Task) -> Result<Vec<wire::Process>, MonitorError> {
     let path = socket(&task.node, &task.record.id);
+    let limit = runtime_limit(task.node.config().limits.runtime_timeout);
     let ask = async {
-        let (connection, hello) = Connection::open(&path, task.notices()).await?;
+        let (connection, hello) = Connection::open(&path, limit, task.notices()).await?;
         if hello.pod_id != task.record.id.as_str() {
             return Err(MonitorError::Confused { verb: "hello" });
         }
@@ -328,12 +368,30 @@ async fn reconnect(task: &mut Task) -> Result<Vec<wire::Process>, MonitorError> 
         .unwrap_or(Err(MonitorError::Silent { verb: "hello", limit: PATIENCE }))?;
     task.monitor = Some(connection);
     task.record.monitor = process::identify(pid).or(task.record.monitor);
+    hold_cgroup(task, pid);
     Ok(processes)
+}
+
+/// The cgroup of a process of the pod's own is given back with the pod, also where its record could not say so.
+fn hold_cgroup(task: &mut Task, pid: i32) {
+    let ours = task.node.cgroups.of_process(std::process::id().cast_signed()).map(|cgroup| cgroup.path());
+    let Ok(path) = task.node.cgroups.of_process(pid).map(|cgroup| cgroup.path()) else { return };
+    let held = Acquisition::Cgroup(path.clone());
+    // Where leaves cannot be made a monitor stays in the daemon's.
+    if path != "/" && ours.is_ok_and(|ours| ours != path) && !task.record.acquired.contains(&held) {
+        task.record.acquired.push(held);
+    }
 }
 
 /// The monitor's word about each container.
 async fn compare(task: &mut Task, processes: &[wire::Process]) {
     let by_id: BTreeMap<&str, &wire::Process> = processes.iter().map(|p| (p.id.as_str(), p)).collect();
+    if task.record.init.is_none()
+        && let Some(init) = by_id.get(task.record.id.as_str())
+    {
+        task.record.init = Some(ProcessIdentity { pid: init.pid, start_time: init.start_time });
+        hold_cgroup(task, init.pid);
+    }
     if let Some(init) = task.record.init {
         match by_id.get(task.record.id.as_str()) {
             Some(found) if found.state() != ProcessState::Exited => {}
@@ -362,7 +420,13 @@ async fn compare(task: &mut Task, processes: &[wire::Process]) {
         slot.record.process = Some(ProcessIdentity { pid: found.pid, start_time: found.start_time });
         match found.state() {
             ProcessState::Running => slot.state = State::Running,
-            // A start that was recorded but did not happen: kubelet asks again.
+            // A start was asked for, and may be under way: it goes on (the monitor joins the two). Called off, the container could
+            // still begin to run while kubelet, which was told of a failure, makes another one.
+            ProcessState::Created if slot.record.phase == ContainerPhase::Started => {
+                slot.state = State::Starting;
+                slot.resumed = true;
+                task.perform(&id, Effect::Start);
+            }
             ProcessState::Created => {
                 slot.state = State::Created;
                 slot.record.phase = ContainerPhase::Created;
@@ -467,7 +531,7 @@ pub(super) async fn monitor_lost(task: &mut Task) {
 pub(super) async fn end_monitor(task: &mut Task) {
     let ending = Ending::of(task);
     task.monitor = None;
-    ending.end(&task.node).await;
+    ending.end().await;
     task.record.monitor = None;
     task.record.init = None;
 }
@@ -480,6 +544,9 @@ pub(super) struct Ending {
     monitor: Option<ProcessIdentity>,
     init: Option<ProcessIdentity>,
     containers: Vec<String>,
+    /// It holds the others, so it goes last.
+    sandbox_container: Option<String>,
+    runtime_limit: Duration,
 }
 
 impl Ending {
@@ -489,31 +556,35 @@ impl Ending {
             socket: socket(&task.node, &task.record.id),
             monitor: task.record.monitor,
             init: task.record.init,
-            // The sandbox container last: it holds the others.
-            containers: task
-                .containers
-                .keys()
-                .map(ToString::to_string)
-                .chain(task.record.runtime.sandbox_container.then(|| task.record.id.to_string()))
-                .collect(),
+            containers: task.containers.keys().map(ToString::to_string).collect(),
+            sandbox_container: task.record.runtime.sandbox_container.then(|| task.record.id.to_string()),
+            runtime_limit: runtime_limit(task.node.config().limits.runtime_timeout),
         }
     }
 
-    pub(super) async fn end(self, _node: &Arc<Node>) {
+    pub(super) async fn end(self) {
         let connection = match self.connection {
             Some(connection) => Some(connection),
             // Not known to this daemon, but it may be there: the record was written before the monitor was adopted.
-            None if self.socket.exists() => Connection::open(&self.socket, |_| {}).await.ok().map(|(c, _)| c),
+            None if self.socket.exists() => {
+                Connection::open(&self.socket, self.runtime_limit, |_| {}).await.ok().map(|(c, _)| c)
+            }
             None => None,
         };
         if let Some(connection) = connection {
-            for container in self.containers {
+            let connection = &connection;
+            let delete = |container: String| async move {
                 let verb = Verb::DeleteContainer(wire::DeleteContainer { container_id: container.clone() });
                 if let Err(error) = connection.command(verb).await
                     && !error.is_not_found()
                 {
                     tracing::warn!(%container, error = crate::error::chain(&error), "the monitor could not delete a container");
                 }
+            };
+            // All at once: an OCI runtime that hangs is waited for only once.
+            futures_util::future::join_all(self.containers.into_iter().map(delete)).await;
+            if let Some(container) = self.sandbox_container {
+                delete(container).await;
             }
             match connection.command(Verb::Shutdown(Shutdown {})).await {
                 Ok(()) | Err(MonitorError::Gone) => return,

@@ -91,7 +91,7 @@ pub(super) async fn start(
     let id = record.id.to_string();
     let create = Verb::CreateContainer(CreateContainer {
         container_id: id.clone(),
-        runtime: Some(super::build::runtime(&record.runtime)),
+        runtime: Some(super::build::runtime(&record.runtime, node.config().limits.runtime_timeout)),
         bundle: bundle.display().to_string(),
         place: Place::Sandbox.into(),
         ..CreateContainer::default()

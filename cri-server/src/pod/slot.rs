@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use podvisor_proto::cri;
 use tokio::task::AbortHandle;
 
 use super::record::{ContainerPhase, ContainerRecord};
@@ -23,6 +24,12 @@ pub(super) struct Slot {
     pub(super) starting: Vec<Reply<()>>,
     pub(super) stopping: Vec<Reply<()>>,
     pub(super) removing: Vec<Reply<()>>,
+    /// A start that an earlier daemon had begun: until its outcome is known the container is shown as its record had it.
+    pub(super) resumed: bool,
+    /// The runtime is changing its resources.
+    pub(super) updating: bool,
+    /// Changes that wait for that one: each is merged over what the one before has made.
+    pub(super) updates: VecDeque<(cri::LinuxContainerResources, Reply<()>)>,
     /// Counts deadlines: one that was armed before the last is void.
     pub(super) deadline: u64,
     /// The running clock of a stop: the grace period, or the patience after SIGKILL.
@@ -39,6 +46,9 @@ impl Slot {
             starting: Vec::new(),
             stopping: Vec::new(),
             removing: Vec::new(),
+            resumed: false,
+            updating: false,
+            updates: VecDeque::new(),
             deadline: 0,
             timer: None,
         }
@@ -52,7 +62,11 @@ impl Slot {
     }
 
     pub(super) fn view(&self) -> Arc<ContainerView> {
-        Arc::new(ContainerView { record: self.record.clone(), state: self.state.clone() })
+        let state = match &self.state {
+            State::Starting if self.resumed => State::Running,
+            state => state.clone(),
+        };
+        Arc::new(ContainerView { record: self.record.clone(), state })
     }
 
     /// The durable phase that belongs to the live state; `None` where the present one stays.

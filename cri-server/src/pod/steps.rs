@@ -67,6 +67,7 @@ impl Task {
             let _ = reply.send(Err(failure));
             return;
         }
+        podvisor_fault::point("create.recorded");
         let container = plan.record.id.clone();
         let mut slot = Slot::new(plan.record.clone(), State::Creating);
         slot.creating.push(reply);
@@ -82,6 +83,7 @@ impl Task {
 
     pub(super) async fn built(&mut self, container: ContainerId, built: Result<Box<Built>, Failure>) {
         let Some(slot) = self.containers.get_mut(&container) else { return };
+        podvisor_fault::point("create.built");
         match built {
             Ok(built) => {
                 built.apply(&mut slot.record);
@@ -145,6 +147,9 @@ impl Task {
                 return;
             }
         };
+        if matches!(event, Event::Exited(_)) {
+            podvisor_fault::point("exit.heard");
+        }
         let before = std::mem::replace(&mut slot.state, next);
         let changed = before != slot.state;
         match &event {
@@ -162,8 +167,18 @@ impl Task {
                     let exit = failed_start(&error);
                     return Box::pin(self.advance(container, Event::StartFailed(exit), Some(error))).await;
                 }
+                if event == Event::CreateDone
+                    && let Some(slot) = self.containers.get_mut(container)
+                {
+                    // What is not written down does not survive the daemon: it must not be given out.
+                    (slot.state, slot.record.phase) = (before, ContainerPhase::Creating);
+                    return Box::pin(self.advance(container, Event::CreateFailed, Some(error))).await;
+                }
                 tracing::error!(%container, error = crate::error::chain(error.as_ref()), "cannot record a container's state");
             }
+        }
+        if let Some(name) = fault_after(&event) {
+            podvisor_fault::point(name);
         }
         for effect in effects {
             self.perform(container, effect);
@@ -267,8 +282,22 @@ impl Task {
         self.unsettled = true;
     }
 
+    /// Lets the monitor end whatever creation is under way: a sandbox that is to stop waits for no OCI runtime that hangs.
+    pub(super) fn cancel_creations(&self) {
+        let creating = self.containers.iter().filter(|(_, slot)| slot.state == State::Creating);
+        for (container, monitor) in creating.filter_map(|(id, _)| Some((id.clone(), self.monitor.clone()?))) {
+            tokio::spawn(async move {
+                let verb =
+                    Verb::DeleteContainer(wire::DeleteContainer { container_id: container.to_string() });
+                if let Err(error) = monitor.command(verb).await {
+                    tracing::debug!(%container, error = crate::error::chain(&error), "a creation was not cancelled");
+                }
+            });
+        }
+    }
+
     /// Starts an effect; its outcome comes back as a command.
-    fn perform(&mut self, container: &ContainerId, effect: Effect) {
+    pub(super) fn perform(&mut self, container: &ContainerId, effect: Effect) {
         let Some(slot) = self.containers.get_mut(container) else { return };
         let (mailbox, monitor, container) = (self.mailbox.clone(), self.monitor.clone(), container.clone());
         let id = container.to_string();
@@ -278,7 +307,9 @@ impl Task {
                     let started = match monitor {
                         Some(monitor) => {
                             let verb = Verb::StartContainer(wire::StartContainer { container_id: id });
-                            monitor.command(verb).await.map_err(PodError::from)
+                            let started = monitor.command(verb).await.map_err(PodError::from);
+                            podvisor_fault::point("start.called");
+                            started
                         }
                         None => Err(PodError::from(crate::monitor::MonitorError::Gone)),
                     };
@@ -364,6 +395,10 @@ impl Task {
             }
             State::Created | State::Running | State::Stopping { .. } | State::Exited(_) => {}
         }
+        if slot.updating {
+            slot.updates.push_back((resources, reply));
+            return;
+        }
         let merged = match build::merge_resources(&self.node, &slot.record, &resources) {
             Ok(merged) => merged,
             Err(error) => {
@@ -371,6 +406,7 @@ impl Task {
                 return;
             }
         };
+        slot.updating = true;
         let applies = matches!(slot.state, State::Created | State::Running | State::Stopping { .. });
         let (monitor, mailbox) = (self.monitor.clone(), self.mailbox.clone());
         tokio::spawn(async move {
@@ -380,7 +416,9 @@ impl Task {
                         container_id: container.to_string(),
                         resources: merged.to_string().into_bytes(),
                     });
-                    match monitor.command(verb).await {
+                    let updated = monitor.command(verb).await;
+                    podvisor_fault::point("update.called");
+                    match updated {
                         // It ended meanwhile: as good as before.
                         Err(error) if error.is_wrong_state() => Ok(()),
                         updated => updated.map_err(|error| Arc::new(PodError::from(error))),
@@ -389,12 +427,60 @@ impl Task {
                 // Nothing runs any more that could be limited.
                 _ => Ok(()),
             };
-            if outcome.is_ok() {
-                let _ = mailbox.send(Command::Updated { container, resources: merged });
-            }
-            let _ = reply.send(outcome);
+            let outcome = outcome.map(|()| merged);
+            let _ = mailbox.send(Command::Updated { container, outcome, reply });
         });
     }
+
+    /// The runtime has changed a container's resources, or could not: written down before it is told, as the next change
+    /// is merged over this one, also after a start.
+    pub(super) async fn updated(
+        &mut self,
+        container: ContainerId,
+        outcome: Result<serde_json::Value, Failure>,
+        reply: Reply<()>,
+    ) {
+        let Some(slot) = self.containers.get_mut(&container) else {
+            let _ = reply.send(Err(Arc::new(PodError::NoSuchContainer(container.to_string()))));
+            return;
+        };
+        slot.updating = false;
+        let outcome = match outcome {
+            Ok(resources) => {
+                slot.record.resources = resources;
+                let record = slot.record.clone();
+                let written = self.write(record).await;
+                podvisor_fault::point("update.recorded");
+                self.publish();
+                written
+            }
+            Err(failure) => Err(failure),
+        };
+        let _ = reply.send(outcome);
+        while let Some(slot) = self.containers.get_mut(&container)
+            && !slot.updating
+            && let Some((resources, reply)) = slot.updates.pop_front()
+        {
+            self.update(container.clone(), resources, reply);
+        }
+    }
+}
+
+/// The failure point that a container's step comes by when it is recorded.
+fn fault_after(event: &Event) -> Option<&'static str> {
+    Some(match event {
+        Event::CreateDone => "create.done",
+        Event::CreateFailed => "create.failed",
+        Event::Start => "start.recorded",
+        Event::StartDone => "start.done",
+        Event::StartFailed(_) => "start.failed",
+        Event::Stop { .. } => "stop.ask",
+        Event::Deadline => "stop.deadline",
+        Event::Exited(_) => "exit.recorded",
+        Event::Remove => "remove.recorded",
+        Event::Removed => "remove.done",
+        Event::RemoveFailed { .. } => return None,
+    })
 }
 
 /// How a container that could not be started ended: containerd's code and reason, which kubelet shows as they are.
@@ -405,7 +491,9 @@ fn failed_start(failure: &Failure) -> Exit {
 async fn send_signal(monitor: Option<Connection>, id: String, signal: i32, all: bool) {
     let Some(monitor) = monitor else { return };
     let verb = Verb::KillContainer(wire::KillContainer { container_id: id.clone(), signal, all });
-    if let Err(error) = monitor.command(verb).await
+    let sent = monitor.command(verb).await;
+    podvisor_fault::point(if all { "stop.killed" } else { "stop.signalled" });
+    if let Err(error) = sent
         && !error.is_not_found()
     {
         tracing::warn!(container = id, signal, error = crate::error::chain(&error), "cannot send a signal");

@@ -88,10 +88,11 @@ pub(crate) enum Command {
     },
     /// From the monitor.
     Notice(Notice),
-    /// The container's resources were changed.
+    /// The container's resources were changed, or could not be.
     Updated {
         container: ContainerId,
-        resources: serde_json::Value,
+        outcome: Result<serde_json::Value, Failure>,
+        reply: Reply<()>,
     },
     /// All that a stopped sandbox has to give back was tried.
     Released {
@@ -219,13 +220,7 @@ impl Task {
             Command::Unkillable { container } => self.unkillable(&container),
             Command::Notice(Notice::Event(news)) => self.news(news).await,
             Command::Notice(Notice::Closed) => recovery::monitor_lost(self).await,
-            Command::Updated { container, resources } => {
-                if let Some(slot) = self.containers.get_mut(&container) {
-                    slot.record.resources = resources;
-                    self.persist_container(&container).await;
-                    self.publish();
-                }
-            }
+            Command::Updated { container, outcome, reply } => self.updated(container, outcome, reply).await,
             Command::Released { acquired, outcome } => self.released(acquired, outcome).await,
         }
     }
@@ -297,6 +292,7 @@ impl Task {
             let _ = self.mailbox.send(Command::Launched(Err(failure)));
             return;
         }
+        podvisor_fault::point("run.recorded");
         let (node, record, mailbox, notices) =
             (self.node.clone(), self.record.clone(), self.mailbox.clone(), self.notices());
         tokio::spawn(async move {
@@ -315,8 +311,10 @@ impl Task {
                 self.record.cni_result = launched.cni_result;
                 self.record.acquired.push(Acquisition::Cgroup(launched.monitor.cgroup.clone()));
                 self.record.phase = Phase::Ready;
+                podvisor_fault::point("run.launched");
                 match self.persist().await {
                     Ok(()) => {
+                        podvisor_fault::point("run.ready");
                         self.status = Status::Ready;
                         self.publish();
                         self.announce(None, cri::ContainerEventType::ContainerCreatedEvent);
@@ -328,28 +326,40 @@ impl Task {
             }
             Err(failure) => failure,
         };
-        self.roll_back().await;
-        self.status = Status::Failed(failure);
+        let why = crate::error::chain(failure.as_ref());
+        self.roll_back(&why, Status::Failed(failure)).await;
         self.publish();
     }
 
-    /// Gives everything back and forgets the pod; what cannot be given back is left to the next start.
-    pub(super) async fn roll_back(&mut self) {
+    /// Gives everything back and forgets the pod, which is then `gone`. What cannot be given back keeps it in lists, not ready: so
+    /// kubelet stops and removes it, which tries again, and nothing is left that nobody knows of.
+    pub(super) async fn roll_back(&mut self, why: &str, gone: Status) {
+        podvisor_fault::point("run.failed");
         recovery::end_monitor(self).await;
         let mut acquired = std::mem::take(&mut self.record.acquired);
         let released = release_all(&self.node, &mut acquired).await;
         self.record.acquired = acquired;
+        podvisor_fault::point("run.released");
+        let (records, id) = (self.node.records.clone(), self.record.id.clone());
         let forgotten = match released {
-            Ok(()) => {
-                let (records, id) = (self.node.records.clone(), self.record.id.clone());
-                tokio::task::spawn_blocking(move || records.remove_pod(&id)).await.ok();
-                return;
-            }
-            Err(error) => error,
+            Ok(()) => match tokio::task::spawn_blocking(move || records.remove_pod(&id)).await {
+                Ok(removed) => removed.map_err(PodError::from),
+                Err(_) => Err(PodError::TaskGone),
+            },
+            Err(error) => Err(PodError::from(error)),
         };
-        let pod = &self.record.id;
-        tracing::error!(%pod, error = crate::error::chain(&forgotten), "a failed sandbox left something behind, kept for the next start");
-        let _ = self.persist().await;
+        let Err(error) = forgotten else {
+            podvisor_fault::point("run.rolled-back");
+            self.status = gone;
+            return;
+        };
+        let left = crate::error::chain(&error);
+        tracing::error!(pod = %self.record.id, error = left, "something of a failed sandbox is left until it is stopped and removed");
+        self.record.phase = Phase::Failed { why: format!("{why}; and something of it is left: {left}") };
+        self.status = Status::NotReady;
+        if let Err(error) = self.persist().await {
+            tracing::error!(pod = %self.record.id, error = crate::error::chain(error.as_ref()), "cannot record a sandbox's state");
+        }
     }
 
     /// What the last steps of containers mean for a stop or removal of the sandbox.
@@ -372,6 +382,7 @@ impl Task {
         for id in running {
             self.advance(&id, Event::Stop { grace: Duration::ZERO }, None).await;
         }
+        self.cancel_creations();
         self.try_release().await;
     }
 
@@ -406,12 +417,15 @@ impl Task {
             self.status = Status::NotReady;
             self.publish();
         }
+        podvisor_fault::point("stop-pod.not-ready");
         let (node, mailbox, mut acquired) =
             (self.node.clone(), self.mailbox.clone(), self.record.acquired.clone());
         let ending = recovery::Ending::of(self);
         tokio::spawn(async move {
-            ending.end(&node).await;
+            ending.end().await;
+            podvisor_fault::point("stop-pod.monitor-ended");
             let outcome = release_all(&node, &mut acquired).await.map_err(|e| Arc::new(PodError::from(e)));
+            podvisor_fault::point("stop-pod.released");
             let _ = mailbox.send(Command::Released { acquired, outcome });
         });
     }
@@ -427,7 +441,13 @@ impl Task {
                 // Given back: another pod may have them by now.
                 self.record.addresses.clear();
                 self.record.phase = Phase::Stopped;
-                self.persist().await
+                // It is stopped whether that can be written down or not, and a full disk is what pods are stopped for: the
+                // record that there is says that it is not ready, and to give things back twice does no harm.
+                if let Err(error) = self.persist().await {
+                    tracing::error!(pod = %self.record.id, error = crate::error::chain(error.as_ref()), "cannot record that a sandbox is stopped");
+                }
+                podvisor_fault::point("stop-pod.recorded");
+                Ok(())
             }
             failed => {
                 let _ = self.persist().await;
@@ -453,9 +473,11 @@ impl Task {
         }
         if self.record.phase != Phase::Removing {
             self.record.phase = Phase::Removing;
-            if let Err(failure) = self.persist().await {
-                return answer(&mut self.removing, &Err(failure));
+            // A full disk must not keep what fills it: unwritten, a crash only means that kubelet asks again.
+            if let Err(error) = self.persist().await {
+                tracing::warn!(pod = %self.record.id, error = crate::error::chain(error.as_ref()), "cannot record that a sandbox is being removed");
             }
+            podvisor_fault::point("remove-pod.recorded");
         }
         let left: Vec<_> = self
             .containers
@@ -473,6 +495,7 @@ impl Task {
         let removed = tokio::task::spawn_blocking(move || records.remove_pod(&id)).await;
         match removed {
             Ok(Ok(())) => {
+                podvisor_fault::point("remove-pod.forgotten");
                 self.announce(None, cri::ContainerEventType::ContainerDeletedEvent);
                 self.status = Status::Removed;
                 // Out of every list before the caller hears of it.

@@ -30,7 +30,10 @@ pub(super) async fn exec_sync(
         timeout_ms: seconds.saturating_mul(1000),
         output_limit: node.config().limits.exec_sync_output,
     });
-    match monitor.call(verb).await.map_err(PodError::from)? {
+    podvisor_fault::point("exec.ask");
+    let answer = monitor.call(verb).await.map_err(PodError::from)?;
+    podvisor_fault::point("exec.answered");
+    match answer {
         Answer::ExecSync(done) if done.timed_out => Err(Status::deadline_exceeded(format!(
             "command {:?} did not end within {:?}",
             request.cmd,

@@ -72,6 +72,7 @@ pub(super) async fn pull_image(
     let begin = Instant::now();
     let pulled = node.images.pull(name, credentials).await;
     node.telemetry.pull(&pulled, begin.elapsed());
+    podvisor_fault::point("pull.done");
     Ok(cri::PullImageResponse { image_ref: pulled.map_err(failed)?.id })
 }
 

@@ -3,7 +3,7 @@
 use podvisor_proto::cri;
 use tonic::Status;
 
-use crate::error::{PodError, status};
+use crate::error::{PodError, unless_gone};
 use crate::pod::Pods;
 
 pub(super) async fn remove_container(
@@ -12,7 +12,7 @@ pub(super) async fn remove_container(
 ) -> Result<cri::RemoveContainerResponse, Status> {
     match pods.find_container(&request.container_id) {
         Ok((pod, container)) => {
-            pod.remove_container(container.record.id.clone()).await.map_err(|failure| status(&failure))?;
+            unless_gone(pod.remove_container(container.record.id.clone()).await)?;
         }
         Err(PodError::NoSuchContainer(_)) => {}
         Err(error) => return Err(error.into()),

@@ -3,7 +3,7 @@
 use podvisor_proto::cri;
 use tonic::Status;
 
-use crate::error::{PodError, status};
+use crate::error::{PodError, unless_gone};
 use crate::pod::Pods;
 
 pub(super) async fn remove_pod_sandbox(
@@ -11,7 +11,7 @@ pub(super) async fn remove_pod_sandbox(
     request: cri::RemovePodSandboxRequest,
 ) -> Result<cri::RemovePodSandboxResponse, Status> {
     match pods.find(&request.pod_sandbox_id) {
-        Ok(pod) => pod.remove().await.map_err(|failure| status(&failure))?,
+        Ok(pod) => unless_gone(pod.remove().await)?,
         Err(PodError::NoSuchPod(_)) => {}
         Err(error) => return Err(error.into()),
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use podvisor_proto::cri;
 use tonic::Status;
 
-use crate::error::{PodError, status};
+use crate::error::{PodError, unless_gone};
 use crate::pod::Pods;
 
 pub(super) async fn stop_container(
@@ -19,9 +19,7 @@ pub(super) async fn stop_container(
             let grace = Duration::from_secs(seconds);
             // Longer than a year is a mistake of units, and more than a timer can hold.
             let grace = grace.min(Duration::from_secs(365 * 24 * 3600));
-            pod.stop_container(container.record.id.clone(), grace)
-                .await
-                .map_err(|failure| status(&failure))?;
+            unless_gone(pod.stop_container(container.record.id.clone(), grace).await)?;
         }
         Err(PodError::NoSuchContainer(_)) => {}
         Err(error) => return Err(error.into()),

@@ -3,7 +3,7 @@
 use podvisor_proto::cri;
 use tonic::Status;
 
-use crate::error::{PodError, status};
+use crate::error::{PodError, unless_gone};
 use crate::pod::Pods;
 
 pub(super) async fn stop_pod_sandbox(
@@ -11,7 +11,7 @@ pub(super) async fn stop_pod_sandbox(
     request: cri::StopPodSandboxRequest,
 ) -> Result<cri::StopPodSandboxResponse, Status> {
     match pods.find(&request.pod_sandbox_id) {
-        Ok(pod) => pod.stop().await.map_err(|failure| status(&failure))?,
+        Ok(pod) => unless_gone(pod.stop().await)?,
         Err(PodError::NoSuchPod(_)) => {}
         Err(error) => return Err(error.into()),
     }

@@ -82,6 +82,8 @@ impl Monitor {
             memory: None,
             oom_kills: 0,
             removal: Removal::NotBegun,
+            started: false,
+            starts: Vec::new(),
             deletes: Vec::new(),
         };
         self.containers.insert(key, container);

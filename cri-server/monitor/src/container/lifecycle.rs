@@ -17,9 +17,18 @@ impl Monitor {
         let id = &request.container_id;
         let key = self.find_container(id).ok_or_else(|| Failure::no_container(id))?;
         let Some(container) = self.containers.get_mut(&key) else { return Err(Failure::no_container(id)) };
-        let State::Created { starting: false, .. } = container.state else {
-            return Err(container.wrong_state("created and waiting to be started"));
-        };
+        match container.state {
+            State::Created { starting: false, .. } => {}
+            // A daemon that was started again repeats what the one before it had begun.
+            State::Created { starting: true, .. } => {
+                container.starts.push(to);
+                return Ok(Answer::Later);
+            }
+            State::Running { .. } | State::Ending(_) | State::Exited { .. } if container.started => {
+                return Ok(Answer::DONE);
+            }
+            _ => return Err(container.wrong_state("created and waiting to be started")),
+        }
         let (runtime, ends) = (container.runtime.clone(), container.held.take());
         self.call(&runtime, "start", &[id.into()], ends, Purpose::Start(key, to))?;
         if let Some(State::Created { starting, .. }) = self.containers.get_mut(&key).map(|it| &mut it.state) {
@@ -30,7 +39,10 @@ impl Monitor {
 
     /// The runtime's `start` has ended.
     pub(crate) fn start_ended(&mut self, key: u64, to: ReplyTo, outcome: Result<(), Failure>) {
+        let mut waiting = vec![to];
         if let Some(container) = self.containers.get_mut(&key) {
+            container.started |= outcome.is_ok();
+            waiting.append(&mut container.starts);
             let state = std::mem::replace(&mut container.state, State::nothing());
             container.state = match state {
                 State::Created { child, .. } if outcome.is_ok() => State::Running { child },
@@ -43,7 +55,9 @@ impl Monitor {
             };
         }
         let started = outcome.is_ok();
-        self.reply(to, outcome.map(|()| reply::Result::Done(proto::Done {})));
+        for to in waiting {
+            self.reply(to, outcome.clone().map(|()| reply::Result::Done(proto::Done {})));
+        }
         if started && self.containers.get(&key).is_some_and(|container| container.place == Place::Inside) {
             self.begin_wait(key);
         }

@@ -59,6 +59,10 @@ pub(crate) struct Container {
     memory: Option<MemoryWatch>,
     oom_kills: u64,
     removal: Removal,
+    /// Its program has been started.
+    started: bool,
+    /// Who waits for the `start` that is under way, besides the first who asked.
+    starts: Vec<ReplyTo>,
     /// Who waits for it to be deleted.
     deletes: Vec<ReplyTo>,
 }
