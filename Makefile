@@ -14,7 +14,7 @@ packages:
 
 # The same, and the pinned Go programs.
 deps: packages
-	critest/tools/build crictl ginkgo runc
+	critest/tools/build crictl ginkgo nri-plugin runc
 
 build: packages
 	cargo build --release -p podvisor -p podvisor-monitor -p podvisor-critest

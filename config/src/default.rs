@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     CgroupDriver, Config, Handler, HandlerKind, Image, Limits, Log, LogFormat, Metrics, Network, NetworkMode,
-    Runtime, Streaming, Trust,
+    Nri, Runtime, Streaming, Trust,
 };
 
 /// Names of the handlers that exist when no file says anything.
@@ -32,6 +32,7 @@ impl Default for Config {
             handlers: HANDLERS.map(|name| (name.to_owned(), handler(name, &run))).into(),
             image: Image::default(),
             network: Network::default(),
+            nri: Nri::default(),
             limits: Limits::default(),
             run,
         }
@@ -117,6 +118,21 @@ impl Default for Network {
                 (IpAddr::V4(Ipv4Addr::new(10, 88, 0, 0)), 16),
                 (IpAddr::V6(Ipv6Addr::new(0xfd70, 0x6f64, 0x7600, 0, 0, 0, 0, 0)), 64),
             ],
+        }
+    }
+}
+
+/// What containerd and CRI-O have, so that plugins find podvisor where they look.
+impl Default for Nri {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            socket: "/var/run/nri/nri.sock".into(),
+            plugin_dir: "/opt/nri/plugins".into(),
+            plugin_config_dir: "/etc/nri/conf.d".into(),
+            registration_timeout: 5,
+            request_timeout: 2,
+            disable_connections: false,
         }
     }
 }

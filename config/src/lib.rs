@@ -45,6 +45,8 @@ pub struct Config {
     pub image: Image,
     /// `[network]`
     pub network: Network,
+    /// `[nri]`
+    pub nri: Nri,
     /// `[limits]`
     pub limits: Limits,
 }
@@ -204,6 +206,25 @@ pub enum NetworkMode {
     Cni,
     /// podvisor's own bridge.
     Builtin,
+}
+
+/// `[nri]`: plugins that see, and may change, every pod and container (Node Resource Interface).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Nri {
+    /// Plugins take part at all.
+    pub enabled: bool,
+    /// Where plugins connect to.
+    pub socket: PathBuf,
+    /// Plugins that are started with the daemon: executable files named INDEX-NAME.
+    pub plugin_dir: PathBuf,
+    /// Their configuration: INDEX-NAME.conf, else NAME.conf.
+    pub plugin_config_dir: PathBuf,
+    /// From a plugin's start or connection until it has registered, seconds.
+    pub registration_timeout: u32,
+    /// Each call of a plugin, seconds.
+    pub request_timeout: u32,
+    /// Only plugins in `plugin_dir`, none that connect.
+    pub disable_connections: bool,
 }
 
 /// `[limits]`

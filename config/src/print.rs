@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     CgroupDriver, Config, Handler, HandlerKind, Image, Limits, Log, LogFormat, Metrics, Network, NetworkMode,
-    Runtime, Streaming, Trust, default,
+    Nri, Runtime, Streaming, Trust, default,
 };
 
 impl Config {
@@ -18,8 +18,20 @@ impl Config {
     }
 
     fn write(&self, f: &mut String) -> fmt::Result {
-        let Self { root, run, socket, log, metrics, streaming, runtime, handlers, image, network, limits } =
-            self;
+        let Self {
+            root,
+            run,
+            socket,
+            log,
+            metrics,
+            streaming,
+            runtime,
+            handlers,
+            image,
+            network,
+            nri,
+            limits,
+        } = self;
         writeln!(f, "root = {}", path(root))?;
         writeln!(f, "run = {}", path(run))?;
         writeln!(f, "socket = {}", path(socket))?;
@@ -115,6 +127,24 @@ impl Config {
         writeln!(f, "bridge = {}", quoted(bridge))?;
         let ranges: Vec<_> = subnets.iter().map(|(address, prefix)| format!("{address}/{prefix}")).collect();
         writeln!(f, "subnets = {}", array(&ranges))?;
+
+        let Nri {
+            enabled,
+            socket,
+            plugin_dir,
+            plugin_config_dir,
+            registration_timeout,
+            request_timeout,
+            disable_connections,
+        } = nri;
+        writeln!(f, "\n[nri]")?;
+        writeln!(f, "enabled = {enabled}")?;
+        writeln!(f, "socket = {}", path(socket))?;
+        writeln!(f, "plugin_dir = {}", path(plugin_dir))?;
+        writeln!(f, "plugin_config_dir = {}", path(plugin_config_dir))?;
+        writeln!(f, "registration_timeout = {registration_timeout}")?;
+        writeln!(f, "request_timeout = {request_timeout}")?;
+        writeln!(f, "disable_connections = {disable_connections}")?;
 
         let Limits { exec_sync_output, log_line, pids, drain_timeout, runtime_timeout, grpc_message } =
             limits;

@@ -28,6 +28,7 @@ pub(crate) fn all(document: &mut Document<'_>, mut root: Section<'_>, config: &m
     runtime(document, &mut root, config);
     image(document, &mut root, config);
     network(document, &mut root, config);
+    nri(document, &mut root, config);
     limits(document, &mut root, config);
     document.leave(&root);
 }
@@ -161,6 +162,19 @@ fn network(document: &mut Document<'_>, root: &mut Section<'_>, config: &mut Con
     document.set(section, "cni_timeout", &mut network.cni_timeout, number(1..=600, "seconds"));
     document.set(section, "bridge", &mut network.bridge, interface);
     document.set(section, "subnets", &mut network.subnets, subnets);
+    document.leave(section);
+}
+
+fn nri(document: &mut Document<'_>, root: &mut Section<'_>, config: &mut Config) {
+    let section = &mut document.section(root, "nri");
+    let nri = &mut config.nri;
+    document.set(section, "enabled", &mut nri.enabled, boolean);
+    document.set(section, "socket", &mut nri.socket, socket_path);
+    document.set(section, "plugin_dir", &mut nri.plugin_dir, absolute_path);
+    document.set(section, "plugin_config_dir", &mut nri.plugin_config_dir, absolute_path);
+    document.set(section, "registration_timeout", &mut nri.registration_timeout, number(1..=600, "seconds"));
+    document.set(section, "request_timeout", &mut nri.request_timeout, number(1..=600, "seconds"));
+    document.set(section, "disable_connections", &mut nri.disable_connections, boolean);
     document.leave(section);
 }
 

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{Config, Handler, HandlerKind, Image, Limits, Log, Metrics, Network, Runtime, Streaming};
+use crate::{Config, Handler, HandlerKind, Image, Limits, Log, Metrics, Network, Nri, Runtime, Streaming};
 
 /// Puts the present value back where the new one differs, and names the key.
 struct Kept {
@@ -29,8 +29,20 @@ impl Config {
     /// dotted keys.
     pub fn reload(&self, new: Config) -> (Config, Vec<String>) {
         // Taken apart completely, here and below: who adds a key has to decide.
-        let Config { root, run, socket, log, metrics, streaming, runtime, handlers, image, network, limits } =
-            new;
+        let Config {
+            root,
+            run,
+            socket,
+            log,
+            metrics,
+            streaming,
+            runtime,
+            handlers,
+            image,
+            network,
+            nri,
+            limits,
+        } = new;
         let kept = &mut Kept { keys: Vec::new() };
         let config = Config {
             root: kept.keep("root", &self.root, root),
@@ -43,6 +55,7 @@ impl Config {
             handlers: reload_handlers(kept, &self.handlers, handlers),
             image: reload_image(kept, &self.image, image),
             network: reload_network(kept, &self.network, network),
+            nri: reload_nri(kept, &self.nri, nri),
             limits: reload_limits(kept, &self.limits, &limits),
         };
         (config, std::mem::take(&mut kept.keys))
@@ -157,6 +170,35 @@ fn reload_network(kept: &mut Kept, present: &Network, new: Network) -> Network {
         cni_timeout: kept.keep("network.cni_timeout", &present.cni_timeout, cni_timeout),
         bridge: kept.keep("network.bridge", &present.bridge, bridge),
         subnets: kept.keep("network.subnets", &present.subnets, subnets),
+    }
+}
+
+fn reload_nri(kept: &mut Kept, present: &Nri, new: Nri) -> Nri {
+    let Nri {
+        enabled,
+        socket,
+        plugin_dir,
+        plugin_config_dir,
+        registration_timeout,
+        request_timeout,
+        disable_connections,
+    } = new;
+    Nri {
+        enabled: kept.keep("nri.enabled", &present.enabled, enabled),
+        socket: kept.keep("nri.socket", &present.socket, socket),
+        plugin_dir: kept.keep("nri.plugin_dir", &present.plugin_dir, plugin_dir),
+        plugin_config_dir: kept.keep("nri.plugin_config_dir", &present.plugin_config_dir, plugin_config_dir),
+        registration_timeout: kept.keep(
+            "nri.registration_timeout",
+            &present.registration_timeout,
+            registration_timeout,
+        ),
+        request_timeout: kept.keep("nri.request_timeout", &present.request_timeout, request_timeout),
+        disable_connections: kept.keep(
+            "nri.disable_connections",
+            &present.disable_connections,
+            disable_connections,
+        ),
     }
 }
 

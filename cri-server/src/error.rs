@@ -67,6 +67,14 @@ pub(crate) enum PodError {
     Systemd(#[from] podvisor_cgroup::systemd::SystemdError),
     #[error("cannot {operation} {path}")]
     File { operation: &'static str, path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Refused(#[from] podvisor_nri::Refused),
+    #[error("cannot do what NRI plugins ask for")]
+    Adjust(#[from] podvisor_nri::AdjustError),
+    #[error("cannot update container {id} as an NRI plugin asks for")]
+    ByPlugin { id: String, source: Failure },
+    #[error("container {id} was not changed within {seconds} s")]
+    NotChanged { id: String, seconds: u64 },
     #[error("container {id} did not end within {seconds} s of SIGKILL")]
     WillNotDie { id: String, seconds: u64 },
     #[error("the pod's task has ended")]
@@ -109,7 +117,10 @@ impl PodError {
             PodError::Cdi(InjectError::Edits { .. }) => Code::FailedPrecondition,
             PodError::Record(error) if error.is_full() => Code::ResourceExhausted,
             PodError::Record(_) => Code::Internal,
-            PodError::WillNotDie { .. } => Code::DeadlineExceeded,
+            PodError::WillNotDie { .. } | PodError::NotChanged { .. } => Code::DeadlineExceeded,
+            PodError::Refused(_) | PodError::Adjust(_) | PodError::ByPlugin { .. } => {
+                Code::FailedPrecondition
+            }
             PodError::Network(_)
             | PodError::Namespaces(_)
             | PodError::Release(_)

@@ -10,6 +10,7 @@ mod error;
 mod events;
 mod features;
 mod guest;
+mod hooks;
 mod id;
 mod meters;
 mod monitor;

@@ -19,6 +19,7 @@ use podvisor_spec::{HostFacts, ResolvedDevice};
 use crate::apparmor::AppArmor;
 use crate::events::Events;
 use crate::features::Kernel;
+use crate::hooks::Hooks;
 use crate::id::{ContainerId, PodId};
 use crate::monitor::pool::Pool;
 use crate::pod::record::{PinnedRuntime, Records};
@@ -37,6 +38,7 @@ pub(crate) struct Node {
     pub(crate) events: Events,
     pub(crate) cdi: crate::cdi::Registry,
     pub(crate) telemetry: Telemetry,
+    pub(crate) hooks: Hooks,
     pub(crate) cgroups: Layout,
     pub(crate) driver: Driver,
     /// Asked by the systemd driver only.
@@ -98,6 +100,7 @@ impl Node {
             events: Events::default(),
             cdi: crate::cdi::Registry::default(),
             telemetry: Telemetry::default(),
+            hooks: Hooks::new(&parts.config.nri, &host),
             cgroups: parts.cgroups,
             driver: parts.driver,
             systemd: parts.systemd,

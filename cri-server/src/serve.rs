@@ -70,6 +70,7 @@ async fn run(file: Option<PathBuf>, config: Config, level: LogLevel) -> anyhow::
     let begin = Instant::now();
     pods.recover().await.context("cannot read the records of pods")?;
     node.telemetry.recovered(pods.views().len(), begin.elapsed());
+    pods.admit_plugins().await;
 
     let streaming = streaming(&node, &pods).await?;
     let meters = Arc::new(Meters::new(&node.config().root));
@@ -116,6 +117,7 @@ async fn run(file: Option<PathBuf>, config: Config, level: LogLevel) -> anyhow::
     if tokio::time::timeout(drain, &mut serving).await.is_err() {
         tracing::warn!(seconds = drain.as_secs(), "requests were still in flight at the end");
     }
+    node.hooks.stop().await;
     node.monitors.close().await;
     if node.driver == Driver::Cgroupfs {
         // The parent of containers whose pod names none, when there are none.

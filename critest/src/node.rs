@@ -65,6 +65,8 @@ pub struct Options {
     pub handler: String,
     /// More lines for the daemon's configuration, whole tables.
     pub more: String,
+    /// Lines for the table `[nri]`. Its paths are below the node's directory `nri`.
+    pub nri: String,
     /// The daemon's log filter.
     pub log: String,
     /// `builtin` or `cni`.
@@ -80,6 +82,8 @@ impl Default for Options {
             mirror: None,
             handler: "runc".to_owned(),
             more: String::new(),
+            // Machines that run tests are slow now and then, which is not to cost a plugin its place.
+            nri: "registration_timeout = 60\nrequest_timeout = 60\n".to_owned(),
             log: "info,podvisor=debug".to_owned(),
             network: "builtin".to_owned(),
             program: daemon_program(),
@@ -165,11 +169,12 @@ impl Node {
     }
 
     fn configuration(&self, options: &Options) -> String {
-        let Options { handler, more, log, network, .. } = options;
+        let Options { handler, more, nri, log, network, .. } = options;
         let [root, registries, certs, auth, cni] = ["root", "registries.conf", "certs.d", "auth.json", "cni"]
             .map(|name| self.path(name).display().to_string());
         let [run, socket] = [&self.run, &self.socket()].map(|path| path.display().to_string());
         let runc = tools_dir().join("runc").display().to_string();
+        let plugins = self.path("nri").display().to_string();
         let bridge = &self.bridge;
         let further = FURTHER_HANDLERS.iter().find(|(name, _)| name == handler).map(|(name, table)| {
             let table = table.replace("TOOLS", &tools_dir().display().to_string());
@@ -186,6 +191,8 @@ impl Node {
              [image]\nregistries_conf = {registries:?}\ncerts_dir = {certs:?}\nauth_files = [{auth:?}]\n\
              [network]\nmode = {network:?}\nbridge = {bridge:?}\ncni_config_dir = \"{cni}/net.d\"\n\
              cni_cache_dir = \"{cni}/cache\"\n\
+             [nri]\nsocket = \"{plugins}/nri.sock\"\nplugin_dir = \"{plugins}/plugins\"\n\
+             plugin_config_dir = \"{plugins}/conf.d\"\n{nri}\n\
              {more}\n"
         )
     }

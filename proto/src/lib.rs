@@ -3,7 +3,8 @@
 //! - [`cri`]: the Kubernetes Container Runtime Interface v1 as of Kubernetes 1.37
 //!   (message and field numbers from `k8s.io/cri-api` v0.37);
 //! - [`monitor`]: what the daemon and a pod's monitor say to each other;
-//! - [`agent`]: what a pod's monitor and the agent in its guest say to each other.
+//! - [`agent`]: what a pod's monitor and the agent in its guest say to each other;
+//! - [`nri`]: the Node Resource Interface, in the envelopes of [`ttrpc`].
 
 /// Kubernetes CRI v1: package `runtime.v1`, services `RuntimeService` and `ImageService`.
 #[allow(missing_docs, unreachable_pub, clippy::pedantic, clippy::all)]
@@ -59,4 +60,16 @@ pub mod agent {
 
     /// The port that takes stream connections.
     pub const STREAM_PORT: u32 = 1025;
+}
+
+/// Node Resource Interface: what plugins and podvisor say to each other.
+#[allow(missing_docs, unreachable_pub, clippy::pedantic, clippy::all)]
+pub mod nri {
+    include!(concat!(env!("OUT_DIR"), "/nri.pkg.api.v1alpha1.rs"));
+}
+
+/// ttRPC's envelopes.
+#[allow(missing_docs, unreachable_pub, clippy::pedantic, clippy::all)]
+pub mod ttrpc {
+    include!(concat!(env!("OUT_DIR"), "/ttrpc.rs"));
 }

@@ -3,9 +3,10 @@
 //!
 //! The original comes from the Go module proxy through the `go` command, into Go's own module cache.
 
+mod upstream;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use prost_types::{
     DescriptorProto, EnumDescriptorProto, FieldDescriptorProto, FileDescriptorSet, MethodDescriptorProto,
@@ -14,33 +15,6 @@ use prost_types::{
 /// The level of the CRI that podvisor serves: Kubernetes 1.37.
 const UPSTREAM: &str = "k8s.io/cri-api@v0.37.2";
 const PACKAGE: &str = "runtime.v1";
-
-/// Directory of the Go module.
-fn upstream() -> PathBuf {
-    let elsewhere = tempfile::tempdir().expect("a temporary directory");
-    std::fs::write(elsewhere.path().join("go.mod"), "module compare\n\ngo 1.21\n")
-        .expect("go.mod is written");
-    let output = Command::new("go")
-        .args(["mod", "download", "-json", UPSTREAM])
-        .env("GOWORK", "off")
-        .env("GOFLAGS", "-mod=mod")
-        .env("GOTOOLCHAIN", "local")
-        .current_dir(elsewhere.path())
-        .output();
-    let output = output.unwrap_or_else(|error| {
-        panic!("cannot run `go`, which fetches the original of the CRI to compare with: {error}; `make deps` installs it")
-    });
-    let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-    match answer["Dir"].as_str() {
-        Some(directory) if output.status.success() => directory.into(),
-        _ => panic!(
-            "`go mod download {UPSTREAM}` failed ({}): {}{}",
-            output.status,
-            answer["Error"].as_str().unwrap_or_default(),
-            String::from_utf8_lossy(&output.stderr)
-        ),
-    }
-}
 
 /// Everything that a set of files states about the package: name → what is said about it.
 #[derive(Default)]
@@ -153,7 +127,7 @@ fn ours() -> Facts {
 
 #[test]
 fn cri_equals_upstream() {
-    let directory = upstream().join("pkg/apis/runtime/v1");
+    let directory = upstream::module(UPSTREAM).join("pkg/apis/runtime/v1");
     let theirs = Facts::of(&protox::compile(["api.proto"], [directory]).expect("the original compiles"));
     let ours = ours();
 

@@ -10,6 +10,8 @@ pub mod eventually;
 pub mod fixture;
 pub mod images;
 pub mod load;
+pub mod nri;
+pub mod nri_peer;
 pub mod prometheus;
 pub mod random;
 pub mod stream;

@@ -57,6 +57,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("podvisor-spec", &["podvisor-proto"]),
     ("podvisor-streaming", &["podvisor-proto"]),
     ("podvisor-image-store", &["podvisor-fault", "podvisor-registry", "podvisor-unpack"]),
+    ("podvisor-nri", &["podvisor-proto"]),
     ("podvisor-seccomp", &[]),
     // Containers in a guest, by the kernel alone.
     ("podvisor-container", &["podvisor-cgroup"]),
@@ -72,6 +73,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "podvisor-guest",
             "podvisor-image-store",
             "podvisor-network",
+            "podvisor-nri",
             "podvisor-proto",
             "podvisor-registry",
             "podvisor-spec",

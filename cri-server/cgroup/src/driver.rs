@@ -101,6 +101,23 @@ impl Driver {
         }
     }
 
+    /// The cgroup below the mount that a container's `linux.cgroupsPath` names, where it was not made by [`Driver::container_path`].
+    pub fn cgroup_of(self, path: &str) -> Result<String> {
+        let invalid = |why| Err(CgroupError::Parent { parent: path.into(), why });
+        match self {
+            // A relative one would be looked for below the OCI runtime's own cgroup.
+            Self::Cgroupfs if !path.starts_with('/') => invalid("it is not absolute"),
+            Self::Cgroupfs => self.parent(path),
+            Self::Systemd => match path.split(':').collect::<Vec<_>>()[..] {
+                [slice, prefix, name] if is_slice_name(prefix) && is_slice_name(name) => {
+                    let slice = expand_slice(&self.parent(slice)?);
+                    Ok(format!("{slice}/{prefix}-{name}.scope"))
+                }
+                _ => invalid("it is not SLICE:PREFIX:NAME"),
+            },
+        }
+    }
+
     /// The unit that the OCI runtime makes for a container.
     pub fn scope_name(id: &str) -> String {
         format!("podvisor-{id}.scope")
@@ -141,6 +158,22 @@ mod tests {
             assert_eq!(driver.container_path(parent, "ID").unwrap(), path);
             assert_eq!(driver.container_cgroup(parent, "ID"), cgroup);
             assert_eq!(format!("{}/", driver.parent_cgroup(parent)), cgroup[..=cgroup.rfind('/').unwrap()]);
+        }
+    }
+
+    #[test]
+    fn a_cgroups_path_of_somebody_elses_making() {
+        for (driver, path, cgroup) in [
+            (Driver::Cgroupfs, "/a/b/", Some("/a/b")),
+            (Driver::Cgroupfs, "a/b", None),
+            (Driver::Cgroupfs, "/a/../b", None),
+            (Driver::Cgroupfs, "/", None),
+            (Driver::Systemd, "a-b.slice:cri:x1", Some("/a.slice/a-b.slice/cri-x1.scope")),
+            (Driver::Systemd, "a-b.slice:cri", None),
+            (Driver::Systemd, "a-b.slice:cri:../x", None),
+            (Driver::Systemd, "/a/b:cri:x", None),
+        ] {
+            assert_eq!(driver.cgroup_of(path).ok().as_deref(), cgroup, "{path}");
         }
     }
 

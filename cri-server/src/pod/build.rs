@@ -6,12 +6,14 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{LinuxResources, Spec};
 use podvisor_image_store::{Image, ImageError, Rootfs};
 use podvisor_proto::cri::{self, NamespaceMode};
 use podvisor_proto::monitor::reply::Result as Answer;
 use podvisor_proto::monitor::request::Verb;
 use podvisor_proto::monitor::{CreateContainer, Place, Runtime};
+use podvisor_proto::nri::Event;
+use tokio::sync::{mpsc, oneshot};
 
 use super::acquired::Acquisition;
 use super::image_volumes;
@@ -23,8 +25,10 @@ use super::signal::stop_signal;
 use super::slot::Slot;
 use super::specify::specify;
 use super::state::State;
+use super::task::Command;
 use super::volumes::volumes;
 use crate::error::PodError;
+use crate::hooks::Subject;
 use crate::id::ContainerId;
 use crate::monitor::{Connection, MonitorError};
 use crate::node::{Node, now};
@@ -175,6 +179,8 @@ pub(crate) async fn build(
     pod: &PodRecord,
     plan: Plan,
     monitor: Option<Connection>,
+    subject: Option<Subject>,
+    mailbox: &mpsc::UnboundedSender<Command>,
 ) -> Result<Built, PodError> {
     let Plan { record, image, target } = plan;
     let config = &record.config.0;
@@ -197,22 +203,20 @@ pub(crate) async fn build(
             image_volumes::mount(&node, &pod, &record, &prepared)?;
             podvisor_fault::point("create.mounted");
             let (spec, user) = specify(&node, &pod, &record, &image, rootfs, target)?;
-            let path = bundle.join("config.json");
-            let text = serde_json::to_vec(&spec).map_err(|error| PodError::File {
-                operation: "encode",
-                path: path.clone(),
-                source: error.into(),
-            })?;
-            write_private(&path, &text).map_err(|source| PodError::File {
-                operation: "write",
-                path,
-                source,
-            })?;
+            write_spec(&bundle, &spec)?;
             Ok::<_, PodError>((spec, user))
         })
         .await
         .map_err(|_| PodError::TaskGone)??
     };
+    let mut resources = None;
+    if let Some(subject) = &subject
+        && !node.hooks.pass_creation(subject)
+        && let Some(adjusted) = Box::pin(node.hooks.create(node, subject, &spec)).await?
+    {
+        resources = Some(adjusted["linux"]["resources"].clone());
+        Box::pin(take_over(node, &record, &spec, adjusted, mailbox)).await?;
+    }
 
     podvisor_fault::point("create.specified");
     let verb = Verb::CreateContainer(CreateContainer {
@@ -231,11 +235,18 @@ pub(crate) async fn build(
     let Answer::Started(started) = answer else {
         return Err(MonitorError::Confused { verb: "create container" }.into());
     };
-    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    if let Some(subject) = &subject {
+        let pid = started.pid.cast_unsigned();
+        node.hooks.done(node, Event::PostCreateContainer, subject, |container| container.pid = pid).await;
+    }
+    let resources = resources.unwrap_or_else(|| {
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        serde_json::to_value(resources).unwrap_or_default()
+    });
     Ok(Built {
         process: ProcessIdentity { pid: started.pid, start_time: started.start_time },
         user: (user.uid, user.gid, user.supplemental_groups),
-        resources: serde_json::to_value(resources).unwrap_or_default(),
+        resources,
     })
 }
 
@@ -267,6 +278,37 @@ pub(super) fn mount(
         source,
     })?;
     node.images.mount_with_ids(snapshot, target, user.as_fd())
+}
+
+fn write_spec(bundle: &Path, spec: &impl serde::Serialize) -> Result<(), PodError> {
+    let path = bundle.join("config.json");
+    let text = serde_json::to_vec(spec).map_err(|error| PodError::File {
+        operation: "encode",
+        path: path.clone(),
+        source: error.into(),
+    })?;
+    write_private(&path, &text).map_err(|source| PodError::File { operation: "write", path, source })
+}
+
+/// Writes the spec as plugins want it; where it names another cgroup, that is recorded before it is made.
+async fn take_over(
+    node: &Arc<Node>,
+    record: &ContainerRecord,
+    before: &Spec,
+    spec: serde_json::Value,
+    mailbox: &mpsc::UnboundedSender<Command>,
+) -> Result<(), PodError> {
+    let path = spec["linux"]["cgroupsPath"].as_str().unwrap_or_default();
+    let present = before.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
+    if present.is_none_or(|present| present != Path::new(path)) {
+        let cgroup = node.driver.cgroup_of(path)?;
+        let (reply, recorded) = oneshot::channel();
+        let container = record.id.clone();
+        let _ = mailbox.send(Command::Moved { container, cgroup, reply });
+        recorded.await.map_err(|_| PodError::TaskGone)?.map_err(|_| PodError::TaskGone)?;
+    }
+    let bundle = node.bundle(&record.id);
+    tokio::task::spawn_blocking(move || write_spec(&bundle, &spec)).await.map_err(|_| PodError::TaskGone)?
 }
 
 pub(super) fn runtime(pinned: &PinnedRuntime, seconds: u32) -> Runtime {

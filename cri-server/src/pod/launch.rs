@@ -20,6 +20,7 @@ use super::resize::Sizes;
 use super::sandbox_container;
 use super::view::namespace_options;
 use crate::error::{Failure, PodError};
+use crate::hooks::told::Told;
 use crate::id::PodId;
 use crate::monitor::pool::Idle;
 use crate::monitor::{Connection, MonitorError};
@@ -145,6 +146,7 @@ pub(crate) async fn launch(
     node: &Arc<Node>,
     record: &PodRecord,
     notices: impl Fn(crate::monitor::Notice) + Send + Sync + 'static,
+    told: &Told,
 ) -> Result<Launched, Failure> {
     let directory = node.pod_directory(&record.id);
     std::fs::create_dir_all(&directory).map_err(|source| PodError::File {
@@ -188,12 +190,17 @@ pub(crate) async fn launch(
         }
     };
     let attachment = attachment?;
-    let (addresses, cni_result) = match attachment {
+    let (addresses, cni_result): (Vec<String>, _) = match attachment {
         Some(attachment) => {
             (attachment.addresses.iter().map(ToString::to_string).collect(), attachment.cni_result)
         }
         None => (Vec::new(), serde_json::Value::Null),
     };
+    let made = || PodRecord { addresses: addresses.clone(), init, ..record.clone() };
+    if let Err(refused) = node.hooks.run_pod(told, made).await {
+        dismiss(node, &monitor).await;
+        return Err(Arc::new(refused));
+    }
     if record.runtime.sandbox_container {
         match sandbox_container::start(node, record, &monitor.connection).await {
             Ok(process) => init = Some(process),

@@ -152,6 +152,16 @@ impl Pods {
         recovery::recover(&self.node, &self.index).await
     }
 
+    /// Lets NRI plugins take part from now on.
+    pub(crate) async fn admit_plugins(&self) {
+        self.node.hooks.start(&self.node, self.index.clone()).await;
+    }
+
+    /// What plugins are told.
+    pub(crate) fn hooks(&self) -> &crate::hooks::Hooks {
+        &self.node.hooks
+    }
+
     /// Views of all pods that the CRI shows.
     pub(crate) fn views(&self) -> Vec<Arc<PodView>> {
         let index = self.index.read().expect("no panic under this lock");
@@ -230,6 +240,11 @@ impl Pod {
         let mut view = self.view.clone();
         let _ = tokio::time::timeout(BOUND, view.wait_for(|view| view.observed)).await;
         self.view()
+    }
+
+    /// Sends a command whose answer comes on its own way.
+    pub(crate) fn tell(&self, command: Command) -> Result<(), Failure> {
+        self.commands.send(command).map_err(|_| Arc::new(PodError::TaskGone))
     }
 
     async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, Failure> {

@@ -3,14 +3,14 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use podvisor_proto::cri;
 use tokio::task::AbortHandle;
 
 use super::record::{ContainerPhase, ContainerRecord};
 use super::state::State;
-use super::task::{Command, Reply};
+use super::task::{Change, Command, Reply};
 use super::view::ContainerView;
 use crate::error::Failure;
+use crate::hooks::told::{Told, Turns};
 use crate::id::ContainerId;
 
 /// One container of a pod.
@@ -18,6 +18,10 @@ use crate::id::ContainerId;
 pub(super) struct Slot {
     pub(super) record: ContainerRecord,
     pub(super) state: State,
+    /// What plugins have been told of it.
+    pub(super) told: Arc<Told>,
+    /// Whose hook about it runs next.
+    pub(super) turns: Turns,
     /// Requests that came during a transition.
     pub(super) queued: VecDeque<Command>,
     pub(super) creating: Vec<Reply<ContainerId>>,
@@ -29,7 +33,7 @@ pub(super) struct Slot {
     /// The runtime is changing its resources.
     pub(super) updating: bool,
     /// Changes that wait for that one: each is merged over what the one before has made.
-    pub(super) updates: VecDeque<(cri::LinuxContainerResources, Reply<()>)>,
+    pub(super) updates: VecDeque<(Change, Reply<()>)>,
     /// Counts deadlines: one that was armed before the last is void.
     pub(super) deadline: u64,
     /// The running clock of a stop: the grace period, or the patience after SIGKILL.
@@ -39,6 +43,11 @@ pub(super) struct Slot {
 impl Slot {
     pub(super) fn new(record: ContainerRecord, state: State) -> Self {
         Self {
+            told: Arc::new(Told::recovered(
+                record.phase != ContainerPhase::Creating,
+                matches!(state, State::Exited(_)),
+            )),
+            turns: Turns::default(),
             record,
             state,
             queued: VecDeque::new(),
@@ -66,7 +75,7 @@ impl Slot {
             State::Starting if self.resumed => State::Running,
             state => state.clone(),
         };
-        Arc::new(ContainerView { record: self.record.clone(), state })
+        Arc::new(ContainerView { record: self.record.clone(), state, told: self.told.clone() })
     }
 
     /// The durable phase that belongs to the live state; `None` where the present one stays.

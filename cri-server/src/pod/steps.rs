@@ -7,19 +7,22 @@ use std::time::Duration;
 use podvisor_proto::cri;
 use podvisor_proto::monitor as wire;
 use podvisor_proto::monitor::request::Verb;
-use tokio::sync::oneshot;
+use podvisor_proto::nri;
+use tokio::sync::{mpsc, oneshot};
 
+use super::acquired::Acquisition;
 use super::build::{self, Built};
 use super::dismantle::Dismantling;
 use super::record::{ContainerPhase, Phase};
 use super::slot::{Slot, answer};
 use super::state::{Denied, Effect, Event, Exit, State, step};
-use super::task::{Command, Reply, Task};
+use super::task::{Change, Command, Reply, Task};
 use super::view::Status;
 use crate::error::{Failure, PodError};
+use crate::hooks::Subject;
 use crate::id::ContainerId;
 use crate::monitor::Connection;
-use crate::node::now;
+use crate::node::{Node, now};
 
 /// After SIGKILL a process is gone at once, unless it hangs in the kernel.
 const UNKILLABLE: Duration = Duration::from_secs(15);
@@ -75,8 +78,12 @@ impl Task {
         self.publish();
         let (node, mailbox, pod, monitor) =
             (self.node.clone(), self.mailbox.clone(), self.record.clone(), self.monitor.clone());
+        let subject = self.subject(&container);
+        let turn = self.containers.get_mut(&container).map(|slot| slot.turns.next());
         tokio::spawn(async move {
-            let built = build::build(&node, &pod, plan, monitor).await.map(Box::new).map_err(Arc::new);
+            let built = build::build(&node, &pod, plan, monitor, subject, &mailbox).await;
+            let built = built.map(Box::new).map_err(Arc::new);
+            drop(turn);
             let _ = mailbox.send(Command::Built { container, built });
         });
     }
@@ -262,9 +269,13 @@ impl Task {
         if removed {
             self.containers.remove(container);
         }
+        let ended = matches!(self.containers.get(container).map(|slot| &slot.state), Some(State::Exited(_)));
         self.publish();
         answer(&mut waiting.0, &Ok(container.clone()));
         answer(&mut waiting.1, &outcome);
+        if ended {
+            self.tell_stop(container, std::mem::take(&mut waiting.2));
+        }
         answer(&mut waiting.2, &Ok(()));
         answer(&mut waiting.3, &outcome);
         if let Some(kind) = kind {
@@ -298,21 +309,38 @@ impl Task {
 
     /// Starts an effect; its outcome comes back as a command.
     pub(super) fn perform(&mut self, container: &ContainerId, effect: Effect) {
+        let (node, subject) = (self.node.clone(), self.subject(container));
         let Some(slot) = self.containers.get_mut(container) else { return };
         let (mailbox, monitor, container) = (self.mailbox.clone(), self.monitor.clone(), container.clone());
         let id = container.to_string();
         match effect {
             Effect::Start => {
+                let mut turn = slot.turns.next();
+                let at = slot.record.started_at;
                 tokio::spawn(async move {
-                    let started = match monitor {
-                        Some(monitor) => {
+                    turn.comes().await;
+                    let allowed = match &subject {
+                        Some(subject) => node.hooks.start_container(&node, subject).await,
+                        None => Ok(()),
+                    };
+                    let started = match (allowed, monitor) {
+                        (Err(refused), _) => Err(refused),
+                        (Ok(()), Some(monitor)) => {
                             let verb = Verb::StartContainer(wire::StartContainer { container_id: id });
                             let started = monitor.command(verb).await.map_err(PodError::from);
                             podvisor_fault::point("start.called");
                             started
                         }
-                        None => Err(PodError::from(crate::monitor::MonitorError::Gone)),
+                        (Ok(()), None) => Err(PodError::from(crate::monitor::MonitorError::Gone)),
                     };
+                    if let (Ok(()), Some(subject)) = (&started, &subject) {
+                        let running = |container: &mut nri::Container| {
+                            container.state = nri::ContainerState::ContainerRunning.into();
+                            container.started_at = at;
+                        };
+                        node.hooks.done(&node, nri::Event::PostStartContainer, subject, running).await;
+                    }
+                    drop(turn);
                     let (event, failure) = match started.map_err(Arc::new) {
                         Ok(()) => (Event::StartDone, None),
                         Err(failure) => (Event::StartFailed(failed_start(&failure)), Some(failure)),
@@ -344,8 +372,12 @@ impl Task {
             }
             Effect::Delete => {
                 let dismantling = Dismantling::of(&self.record, &slot.record);
-                let node = self.node.clone();
+                let mut turn = slot.turns.next();
                 tokio::spawn(async move {
+                    turn.comes().await;
+                    if let Some(subject) = &subject {
+                        node.hooks.remove_container(&node, subject).await;
+                    }
                     let (event, failure) = match dismantling.run(&node, monitor).await {
                         Ok(()) => (Event::Removed, None),
                         Err(failure) => {
@@ -357,6 +389,31 @@ impl Task {
                 });
             }
         }
+    }
+
+    /// Tells plugins that a container has ended; whoever has asked for that hears of it afterwards.
+    fn tell_stop(&mut self, container: &ContainerId, mut waiting: Vec<Reply<()>>) {
+        let subject = self.subject(container);
+        let Some(slot) = self.containers.get_mut(container) else { return answer(&mut waiting, &Ok(())) };
+        let (true, Some(subject)) = (self.node.hooks.are_active(), subject) else {
+            slot.told.has_stopped();
+            return answer(&mut waiting, &Ok(()));
+        };
+        let (node, mut turn) = (self.node.clone(), slot.turns.next());
+        tokio::spawn(async move {
+            turn.comes().await;
+            node.hooks.stop_container(&node, &subject).await;
+            answer(&mut waiting, &Ok(()));
+        });
+    }
+
+    /// A plugin has moved a container that is being made to another cgroup, which is not there yet.
+    pub(super) async fn moved(&mut self, container: ContainerId, cgroup: String, reply: Reply<()>) {
+        let Some(slot) = self.containers.get_mut(&container) else { return };
+        slot.record.acquired.push(Acquisition::Cgroup(cgroup.clone()));
+        slot.record.cgroup = cgroup;
+        let record = slot.record.clone();
+        let _ = reply.send(self.write(record).await);
     }
 
     pub(super) fn unkillable(&mut self, container: &ContainerId) {
@@ -395,11 +452,49 @@ impl Task {
             }
             State::Created | State::Running | State::Stopping { .. } | State::Exited(_) => {}
         }
-        if slot.updating {
-            slot.updates.push_back((resources, reply));
+        // What cannot be is refused before plugins hear of it.
+        if let Err(error) = build::merge_resources(&self.node, &slot.record, &resources) {
+            let _ = reply.send(Err(Arc::new(error)));
             return;
         }
-        let merged = match build::merge_resources(&self.node, &slot.record, &resources) {
+        let (Some(subject), true) = (self.subject(&container), self.node.hooks.are_active()) else {
+            let change = Change { asked: Some(resources), plugins: None };
+            return self.change(container, change, reply);
+        };
+        let turn = self.containers.get_mut(&container).map(|slot| slot.turns.next());
+        let (node, mailbox) = (self.node.clone(), self.mailbox.clone());
+        tokio::spawn(async move {
+            if let Some(mut turn) = turn {
+                turn.comes().await;
+                let outcome = update_with_plugins(&node, &subject, resources, &mailbox).await;
+                let _ = reply.send(outcome);
+            }
+        });
+    }
+
+    /// Changes the resources of a container.
+    pub(super) fn change(&mut self, container: ContainerId, change: Change, reply: Reply<()>) {
+        let Some(slot) = self.containers.get_mut(&container) else {
+            let _ = reply.send(Err(Arc::new(PodError::NoSuchContainer(container.to_string()))));
+            return;
+        };
+        if matches!(slot.state, State::Creating | State::Removing { .. } | State::Removed) {
+            let (id, state) = (container.to_string(), slot.state.name());
+            let _ = reply.send(Err(Arc::new(PodError::NotRunning { id, state })));
+            return;
+        }
+        if slot.updating {
+            slot.updates.push_back((change, reply));
+            return;
+        }
+        let asked = change.asked.clone().unwrap_or_default();
+        let merged = build::merge_resources(&self.node, &slot.record, &asked).and_then(|mut merged| {
+            if let Some(plugins) = &change.plugins {
+                self.node.hooks.overlay(&mut merged, plugins)?;
+            }
+            Ok(merged)
+        });
+        let merged = match merged {
             Ok(merged) => merged,
             Err(error) => {
                 let _ = reply.send(Err(Arc::new(error)));
@@ -407,7 +502,9 @@ impl Task {
             }
         };
         slot.updating = true;
-        let applies = matches!(slot.state, State::Created | State::Running | State::Stopping { .. });
+        // Also while it is being started: that may wait for plugins, who wait for this.
+        let applies =
+            matches!(slot.state, State::Created | State::Starting | State::Running | State::Stopping { .. });
         let (monitor, mailbox) = (self.monitor.clone(), self.mailbox.clone());
         tokio::spawn(async move {
             let outcome = match monitor {
@@ -459,9 +556,9 @@ impl Task {
         let _ = reply.send(outcome);
         while let Some(slot) = self.containers.get_mut(&container)
             && !slot.updating
-            && let Some((resources, reply)) = slot.updates.pop_front()
+            && let Some((change, reply)) = slot.updates.pop_front()
         {
-            self.update(container.clone(), resources, reply);
+            self.change(container.clone(), change, reply);
         }
     }
 }
@@ -481,6 +578,23 @@ fn fault_after(event: &Event) -> Option<&'static str> {
         Event::Removed => "remove.done",
         Event::RemoveFailed { .. } => return None,
     })
+}
+
+/// Asks the plugins, changes the container as they want it, and tells them of it.
+async fn update_with_plugins(
+    node: &Arc<Node>,
+    subject: &Subject,
+    asked: cri::LinuxContainerResources,
+    mailbox: &mpsc::UnboundedSender<Command>,
+) -> Result<(), Failure> {
+    let plugins = node.hooks.update(node, subject, &asked).await.map_err(Arc::new)?;
+    let container = subject.container.record.id.clone();
+    let (reply, changed) = oneshot::channel();
+    let change = Box::new(Change { asked: Some(asked.clone()), plugins: plugins.clone() });
+    let _ = mailbox.send(Command::Change { container, change, reply });
+    changed.await.map_err(|_| Arc::new(PodError::TaskGone))??;
+    node.hooks.updated(node, subject, &asked, plugins).await;
+    Ok(())
 }
 
 /// How a container that could not be started ended: containerd's code and reason, which kubelet shows as they are.

@@ -19,6 +19,8 @@ use super::state::{Event, Exit, State};
 use super::view::{PodView, Status};
 use super::{Pod, recovery};
 use crate::error::{Failure, PodError};
+use crate::hooks::Subject;
+use crate::hooks::told::Told;
 use crate::id::{ContainerId, PodId};
 use crate::monitor::{Connection, Notice};
 use crate::node::{Node, now};
@@ -88,6 +90,20 @@ pub(crate) enum Command {
     },
     /// From the monitor.
     Notice(Notice),
+    /// Resources are to be changed; plugins have had their say.
+    Change {
+        container: ContainerId,
+        change: Box<Change>,
+        reply: Reply<()>,
+    },
+    /// A plugin has moved a container that is being made to another cgroup.
+    Moved {
+        container: ContainerId,
+        cgroup: String,
+        reply: Reply<()>,
+    },
+    /// Plugins know that the sandbox is being removed.
+    RemovalTold,
     /// The container's resources were changed, or could not be.
     Updated {
         container: ContainerId,
@@ -99,6 +115,15 @@ pub(crate) enum Command {
         acquired: Vec<Acquisition>,
         outcome: Result<(), Failure>,
     },
+}
+
+/// Other resources for a container.
+#[derive(Debug)]
+pub(crate) struct Change {
+    /// What kubelet asks for.
+    pub(crate) asked: Option<cri::LinuxContainerResources>,
+    /// What plugins want laid over that.
+    pub(crate) plugins: Option<podvisor_proto::nri::LinuxResources>,
 }
 
 /// How a task begins.
@@ -129,6 +154,10 @@ pub(crate) struct Task {
     /// A container has moved: a stop or removal of the sandbox may be able to go on.
     pub(super) unsettled: bool,
     observed: bool,
+    /// What plugins have been told of the sandbox.
+    told: Arc<Told>,
+    /// They are being told of its removal.
+    telling: bool,
 }
 
 /// Starts the task of a pod. Its first view is there when this returns.
@@ -138,11 +167,16 @@ pub(crate) fn spawn(node: Arc<Node>, index: Index, beginning: Beginning) -> Pod 
         Beginning::Launch(record) => ((**record).clone(), Status::Creating, BTreeMap::new()),
         Beginning::Recover(found) => (found.record.clone(), found.status(), found.slots()),
     };
+    let told = Arc::new(Told::recovered(
+        record.phase != Phase::Creating,
+        matches!(record.phase, Phase::Stopped | Phase::Removing),
+    ));
     let (sender, view) = watch::channel(Arc::new(PodView {
         record: Arc::new(record.clone()),
         status: status.clone(),
         containers: slots.iter().map(|(id, slot)| (id.clone(), slot.view())).collect(),
         monitor: None,
+        told: told.clone(),
         observed: matches!(beginning, Beginning::Launch(_)),
     }));
     let id = record.id.clone();
@@ -161,6 +195,8 @@ pub(crate) fn spawn(node: Arc<Node>, index: Index, beginning: Beginning) -> Pod 
         resume_removal: false,
         unsettled: false,
         observed: matches!(beginning, Beginning::Launch(_)),
+        told,
+        telling: false,
     };
     tokio::spawn(task.run(inbox, matches!(beginning, Beginning::Recover(_))));
     Pod { id, commands, view }
@@ -199,6 +235,12 @@ impl Task {
             Command::Remove { container, reply } => self.request(container, Event::Remove, reply).await,
             Command::Update { container, resources, reply } => self.update(container, *resources, reply),
             Command::Resize { sizes, reply } => self.resize(*sizes, reply).await,
+            Command::Change { container, change, reply } => self.change(container, *change, reply),
+            Command::Moved { container, cgroup, reply } => self.moved(container, cgroup, reply).await,
+            Command::RemovalTold => {
+                self.telling = false;
+                self.try_remove().await;
+            }
             Command::StopSandbox { reply } => {
                 self.stopping.push(reply);
                 self.stop_all().await;
@@ -232,6 +274,7 @@ impl Task {
             status: self.status.clone(),
             containers: self.containers.iter().map(|(id, slot)| (id.clone(), slot.view())).collect(),
             monitor: self.monitor.clone(),
+            told: self.told.clone(),
             observed: self.observed,
         }));
     }
@@ -295,8 +338,9 @@ impl Task {
         podvisor_fault::point("run.recorded");
         let (node, record, mailbox, notices) =
             (self.node.clone(), self.record.clone(), self.mailbox.clone(), self.notices());
+        let told = self.told.clone();
         tokio::spawn(async move {
-            let launched = launch::launch(&node, &record, notices).await.map(Box::new);
+            let launched = launch::launch(&node, &record, notices, &told).await.map(Box::new);
             let _ = mailbox.send(Command::Launched(launched));
         });
     }
@@ -335,6 +379,7 @@ impl Task {
     /// kubelet stops and removes it, which tries again, and nothing is left that nobody knows of.
     pub(super) async fn roll_back(&mut self, why: &str, gone: Status) {
         podvisor_fault::point("run.failed");
+        self.node.hooks.undo_pod(&self.record, &self.told).await;
         recovery::end_monitor(self).await;
         let mut acquired = std::mem::take(&mut self.record.acquired);
         let released = release_all(&self.node, &mut acquired).await;
@@ -421,7 +466,14 @@ impl Task {
         let (node, mailbox, mut acquired) =
             (self.node.clone(), self.mailbox.clone(), self.record.acquired.clone());
         let ending = recovery::Ending::of(self);
+        let (record, told) = (self.view.borrow().record.clone(), self.told.clone());
+        let turns: Vec<_> = self.containers.values_mut().map(|slot| slot.turns.next()).collect();
         tokio::spawn(async move {
+            for mut turn in turns {
+                turn.comes().await;
+            }
+            // While the pod's network is still there.
+            node.hooks.stop_pod(&record, &told).await;
             ending.end().await;
             podvisor_fault::point("stop-pod.monitor-ended");
             let outcome = release_all(&node, &mut acquired).await.map_err(|e| Arc::new(PodError::from(e)));
@@ -488,7 +540,17 @@ impl Task {
         for id in left {
             self.advance(&id, Event::Remove, None).await;
         }
-        if !self.containers.is_empty() {
+        if !self.containers.is_empty() || self.telling {
+            return;
+        }
+        if !self.node.hooks.pass_removal(&self.told) {
+            self.telling = true;
+            let (node, mailbox, told) = (self.node.clone(), self.mailbox.clone(), self.told.clone());
+            let record = self.view.borrow().record.clone();
+            tokio::spawn(async move {
+                node.hooks.remove_pod(&record, &told).await;
+                let _ = mailbox.send(Command::RemovalTold);
+            });
             return;
         }
         let (records, id) = (self.node.records.clone(), self.record.id.clone());
@@ -547,6 +609,13 @@ impl Task {
         }
         self.publish();
         self.announce(None, cri::ContainerEventType::ContainerStoppedEvent);
+    }
+
+    /// A container as hooks are told of it.
+    pub(super) fn subject(&self, container: &ContainerId) -> Option<Subject> {
+        let view = self.view.borrow();
+        let container = view.containers.get(container)?.clone();
+        Some(Subject { pod: view.record.clone(), container })
     }
 
     /// Tells GetContainerEvents' readers; a pod's own events carry its id in place of a container's, as kubelet expects.

@@ -9,6 +9,7 @@ use podvisor_proto::cri;
 use super::record::{ContainerPhase, ContainerRecord, Phase, PodRecord};
 use super::state::State;
 use crate::error::Failure;
+use crate::hooks::told::Told;
 use crate::id::ContainerId;
 use crate::monitor::Connection;
 
@@ -32,6 +33,8 @@ pub(crate) struct PodView {
     pub(crate) containers: BTreeMap<ContainerId, Arc<ContainerView>>,
     /// To the pod's monitor, while there is one.
     pub(crate) monitor: Option<Connection>,
+    /// What plugins have been told of it.
+    pub(crate) told: Arc<Told>,
     /// False only for a pod that an earlier daemon left, until it has been compared with what there is.
     pub(crate) observed: bool,
 }
@@ -41,6 +44,8 @@ pub(crate) struct PodView {
 pub(crate) struct ContainerView {
     pub(crate) record: ContainerRecord,
     pub(crate) state: State,
+    /// What plugins have been told of it.
+    pub(crate) told: Arc<Told>,
 }
 
 impl PodView {

@@ -12,6 +12,7 @@ mod image_volumes;
 mod images;
 mod input;
 mod metrics;
+mod nri;
 mod observing;
 mod pods;
 mod recovery;
@@ -47,5 +48,6 @@ fn main() -> Result<ExitCode> {
     gvisor::add(&mut tests);
     security::add(&mut tests);
     userns::add(&mut tests);
+    nri::add(&mut tests);
     Ok(tests.run())
 }
