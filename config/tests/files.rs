@@ -99,6 +99,15 @@ cni_timeout = 10
 bridge = "br-pods"
 subnets = ["fd00:1::/64", "192.168.0.0/24"]
 
+[nri]
+enabled = false
+socket = "/run/nri-other.sock"
+plugin_dir = "/usr/libexec/nri"
+plugin_config_dir = "/etc/nri/other"
+registration_timeout = 9
+request_timeout = 8
+disable_connections = true
+
 [limits]
 exec_sync_output = 1024
 log_line = 4096
@@ -382,6 +391,8 @@ fn refused_values() {
             vec!["\"\"", "\"..\"", "\".\"", "\"./runc\"", "\"runc/\"", "\"a\\u0000b\""],
         ),
         ("log.level", vec!["\"\"", "\"info,\"", "\"podvisor\"", "\"=info\"", "\"a=b\"", "\"[span]=info\""]),
+        ("nri.enabled", vec!["1", "\"true\""]),
+        ("nri.request_timeout", vec!["0", "601"]),
         ("limits.grpc_message", vec!["4194303", "67108865", "-1", "\"1\""]),
         ("socket", vec!["\"podvisor.sock\"", "\"/\""]),
     ];
@@ -573,6 +584,13 @@ fn reload_keeps_and_names_what_cannot_change() {
         "network.cni_timeout",
         "network.bridge",
         "network.subnets",
+        "nri.enabled",
+        "nri.socket",
+        "nri.plugin_dir",
+        "nri.plugin_config_dir",
+        "nri.registration_timeout",
+        "nri.request_timeout",
+        "nri.disable_connections",
         "limits.grpc_message",
     ];
     assert_eq!(kept, expected);

@@ -81,7 +81,7 @@ impl Task {
         let subject = self.subject(&container);
         let turn = self.containers.get_mut(&container).map(|slot| slot.turns.next());
         tokio::spawn(async move {
-            let built = build::build(&node, &pod, plan, monitor, subject, &mailbox).await;
+            let built = Box::pin(build::build(&node, &pod, plan, monitor, subject, &mailbox)).await;
             let built = built.map(Box::new).map_err(Arc::new);
             drop(turn);
             let _ = mailbox.send(Command::Built { container, built });

@@ -5,7 +5,9 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use podvisor_critest::node::Options;
-use podvisor_proto::cri::{LinuxContainerResources, UpdateContainerResourcesRequest};
+use podvisor_proto::cri::{
+    LinuxContainerResources, UpdateContainerResourcesRequest, UpdatePodSandboxResourcesRequest,
+};
 use podvisor_proto::nri::{ContainerEviction, UpdateContainersRequest};
 use podvisor_tests::fixture::Pod;
 use podvisor_tests::images::BUSYBOX;
@@ -73,9 +75,27 @@ async fn every_hook_in_order(f: &mut Fixture) -> Result<()> {
     let brief = pod.start(&ask::script("brief", "exit 3")).await?;
     f.cri.wait_exited(&brief).await?;
     second.wait_for("StopContainer", 2).await?;
+    let request = UpdatePodSandboxResourcesRequest {
+        pod_sandbox_id: pod.id.clone(),
+        overhead: None,
+        resources: Some(LinuxContainerResources { cpu_shares: 256, ..Default::default() }),
+    };
+    f.cri.runtime.clone().update_pod_sandbox_resources(request).await?;
+    let seen = &first.last("UpdatePodSandbox", "ordered")?["resources"];
+    ensure!(seen["cpu"]["shares"]["value"] == json!("256"), "{seen}");
+    let seen = &first.last("PostUpdatePodSandbox", "ordered")?["podDetails"]["linux"]["podResources"];
+    ensure!(seen["cpu"]["shares"]["value"] == json!("256"), "{seen}");
     remove(f, &pod).await?;
     for plugin in [&first, &second] {
-        ensure!(plugin.hooks("ordered", "")? == POD, "{:?}", plugin.hooks("ordered", "")?);
+        let hooks = plugin.hooks("ordered", "")?;
+        let wanted = [
+            "RunPodSandbox",
+            "UpdatePodSandbox",
+            "PostUpdatePodSandbox",
+            "StopPodSandbox",
+            "RemovePodSandbox",
+        ];
+        ensure!(hooks == wanted, "{hooks:?}");
         let hooks = plugin.hooks("ordered", "c")?;
         let wanted = [
             "CreateContainer",
