@@ -61,6 +61,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("podvisor-seccomp", &[]),
     // Containers in a guest, by the kernel alone.
     ("podvisor-container", &["podvisor-cgroup"]),
+    ("podvisor-agent", &["podvisor-cgroup", "podvisor-container", "podvisor-proto"]),
     // One per pod, small: the protocol and cgroups, nothing else.
     ("podvisor-monitor", &["podvisor-proto", "podvisor-cgroup"]),
     // The daemon joins the parts; it never links a virtual machine monitor.

@@ -1,0 +1,101 @@
+//! podvisor-agent: the first process of a pod's guest. It makes the pod's containers and tells the pod's monitor about them.
+//!
+//! One thread, one loop around poll(2): what is watched is derived from what there is, so nothing is registered or forgotten. It serves
+//! the agent protocol ([`podvisor_proto::agent`]); the monitor dials, the agent never does.
+//!
+//! | file | idea |
+//! |---|---|
+//! | `boot.rs` | from the kernel's start to a usable guest |
+//! | `listen.rs` | where the monitor dials |
+//! | `agent.rs` | what there is, and the loop |
+//! | `control.rs` | the control connection |
+//! | `verbs.rs` | which request goes where |
+//! | `container.rs` | a container's states and verbs |
+//! | `exec.rs` | one more process in a container |
+//! | `pod.rs` | what a guest becomes a pod by: name, time, randomness, limits, ports |
+//! | `storage.rs` | shares and root file systems |
+//! | `events.rs` | ends of processes, kept until they are acknowledged |
+//! | `streams.rs` | bytes between programs and stream connections |
+//! | `stats.rs` | what containers and the guest use |
+//! | `failure.rs` | errors as they go over the wire |
+//! | `sys.rs` | system calls without a safe wrapper |
+//!
+//! Invariants: no message makes it panic or grow without bound; no container's behaviour holds up another's; an exit is told until it is
+//! acknowledged.
+
+mod agent;
+mod boot;
+mod container;
+mod control;
+mod events;
+mod exec;
+mod failure;
+mod listen;
+mod pod;
+mod stats;
+mod storage;
+mod streams;
+mod sys;
+mod verbs;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use agent::Agent;
+use listen::Listeners;
+
+/// Why there is no agent.
+#[derive(Debug, thiserror::Error)]
+enum AgentError {
+    #[error("prepare the guest")]
+    Boot(#[from] boot::BootError),
+    #[error("listen for the monitor")]
+    Listen(#[source] std::io::Error),
+    #[error("wait for events")]
+    Wait(#[source] std::io::Error),
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    let outcome = match arguments.iter().map(|argument| argument.to_str()).collect::<Vec<_>>()[..] {
+        [Some("--version")] => {
+            println!("podvisor-agent {}", env!("CARGO_PKG_VERSION"));
+            return ExitCode::SUCCESS;
+        }
+        // For tests, and for a look at it without a virtual machine.
+        [Some("--listen"), Some(directory), Some("--cgroups"), Some(mount)] => {
+            on_unix(directory.into(), mount.into())
+        }
+        _ if std::process::id() == 1 => in_guest(),
+        _ => {
+            eprintln!(
+                "usage: podvisor-agent --listen DIRECTORY --cgroups MOUNT | --version (or as the first process of a guest)"
+            );
+            return ExitCode::from(2);
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("podvisor-agent: {}", failure::chain(&error));
+            if std::process::id() == 1 {
+                // The hypervisor sees the guest's end; the console has the reason.
+                boot::power_off();
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn in_guest() -> Result<(), AgentError> {
+    boot::prepare()?;
+    let listeners = Listeners::vsock().map_err(AgentError::Listen)?;
+    Agent::new(listeners, PathBuf::from(boot::CGROUPS)).and_then(Agent::run).map_err(AgentError::Wait)?;
+    boot::power_off();
+    Ok(())
+}
+
+fn on_unix(directory: PathBuf, cgroups: PathBuf) -> Result<(), AgentError> {
+    let listeners = Listeners::unix(&directory).map_err(AgentError::Listen)?;
+    Agent::new(listeners, cgroups).and_then(Agent::run).map_err(AgentError::Wait)
+}

@@ -1,0 +1,139 @@
+//! What a booted guest becomes a pod by: name, time, randomness, limits, connections to its ports.
+
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use podvisor_proto::agent::{Exit, Personalise};
+use rustix::process::Pid;
+use rustix::time::{ClockId, Timespec, clock_settime};
+
+use crate::agent::Agent;
+use crate::container::PARENT;
+use crate::failure::Failure;
+use crate::stats::kilobytes;
+use crate::storage::Storage;
+use crate::sys;
+
+/// How long a program of the pod may take to accept a connection: it is on the same machine.
+const CONNECT: Duration = Duration::from_secs(5);
+
+/// The pod that this guest is, once it is one.
+#[derive(Debug)]
+pub(crate) struct Pod {
+    began: Instant,
+    personalised: bool,
+    pub(crate) storage: Storage,
+    /// Children that ended and that nobody was known by.
+    pub(crate) strays: VecDeque<(Pid, Exit)>,
+}
+
+impl Default for Pod {
+    fn default() -> Self {
+        Self {
+            began: Instant::now(),
+            personalised: false,
+            storage: Storage::default(),
+            strays: VecDeque::new(),
+        }
+    }
+}
+
+impl Pod {
+    pub(crate) fn is_personalised(&self) -> bool {
+        self.personalised
+    }
+
+    /// ns from the kernel's start until the agent listened: what the clock says less what has passed since.
+    pub(crate) fn ready_ns(&self) -> u64 {
+        let since_boot = rustix::time::clock_gettime(ClockId::Boottime);
+        let since_boot = Duration::new(
+            u64::try_from(since_boot.tv_sec).unwrap_or(0),
+            u32::try_from(since_boot.tv_nsec).unwrap_or(0),
+        );
+        u64::try_from(since_boot.saturating_sub(self.began.elapsed()).as_nanos()).unwrap_or(u64::MAX)
+    }
+}
+
+impl Agent {
+    pub(crate) fn personalise(&mut self, wanted: &Personalise) -> Result<(), Failure> {
+        if self.pod.personalised {
+            return Err(Failure::state("this guest is a pod already"));
+        }
+        if !(32..=512).contains(&wanted.seed.len()) {
+            return Err(Failure::invalid(format!(
+                "the seed has {} bytes, 32 to 512 are needed",
+                wanted.seed.len()
+            )));
+        }
+        let in_guest = std::process::id() == 1;
+        if in_guest {
+            set_time(wanted.time_ns)?;
+            let random = File::options().write(true).open("/dev/urandom");
+            random
+                .and_then(|random| sys::credit_randomness(random.as_fd(), &wanted.seed))
+                .map_err(|error| Failure::system("credit randomness", error))?;
+            rustix::system::sethostname(wanted.hostname.as_bytes())
+                .map_err(|error| Failure::system("set the host name", error))?;
+            for (name, value) in &wanted.sysctls {
+                set_sysctl(name, value)?;
+            }
+        }
+        let parent = self.cgroups.cgroup(PARENT);
+        parent.create().map_err(|error| Failure::system("make the pod's cgroup", error))?;
+        if in_guest && let Some(directory) = parent.directory("memory") {
+            let limit = memory_total().saturating_sub(wanted.reserve);
+            fs::write(directory.join("memory.max"), limit.to_string())
+                .map_err(|error| Failure::system("limit the containers' memory", error))?;
+        }
+        self.pod.personalised = true;
+        Ok(())
+    }
+}
+
+fn memory_total() -> u64 {
+    kilobytes(&fs::read_to_string("/proc/meminfo").unwrap_or_default(), "MemTotal:")
+}
+
+/// A small difference is slewed, a large one set.
+pub(crate) fn set_time(ns: i64) -> Result<(), Failure> {
+    const STEP: i64 = 500_000_000;
+    let difference = ns.saturating_sub(crate::agent::now());
+    if difference.abs() < STEP {
+        return sys::slew_clock(difference).map_err(|error| Failure::system("slew the clock", error));
+    }
+    let time = Timespec { tv_sec: ns.div_euclid(1_000_000_000), tv_nsec: ns.rem_euclid(1_000_000_000) };
+    clock_settime(ClockId::Realtime, time).map_err(|error| Failure::system("set the clock", error))
+}
+
+fn set_sysctl(name: &str, value: &str) -> Result<(), Failure> {
+    let path: String = name.chars().map(|c| if c == '.' { '/' } else { c }).collect();
+    if path.split('/').any(|part| part.is_empty() || part == "..") {
+        return Err(Failure::invalid(format!("{name:?} is no name of a sysctl")));
+    }
+    fs::write(Path::new("/proc/sys").join(path), value)
+        .map_err(|error| Failure::system(&format!("set sysctl {name} to {value:?}"), error))
+}
+
+/// A connection to a port of the pod, 127.0.0.1 first.
+pub(crate) fn connect(port: u32) -> Result<OwnedFd, Failure> {
+    let port = u16::try_from(port).ok().filter(|port| *port != 0);
+    let port = port.ok_or_else(|| Failure::invalid("a port is 1 to 65535"))?;
+    let mut refused = None;
+    for address in
+        [SocketAddr::from((Ipv4Addr::LOCALHOST, port)), SocketAddr::from((Ipv6Addr::LOCALHOST, port))]
+    {
+        match TcpStream::connect_timeout(&address, CONNECT) {
+            Ok(stream) => {
+                stream.set_nonblocking(true).map_err(|error| Failure::system("connect", error))?;
+                return Ok(stream.into());
+            }
+            Err(error) => refused = refused.or(Some(error)),
+        }
+    }
+    let error = refused.unwrap_or_else(|| std::io::ErrorKind::AddrNotAvailable.into());
+    Err(Failure::system(&format!("connect to port {port}"), error))
+}

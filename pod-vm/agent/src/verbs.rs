@@ -1,0 +1,95 @@
+//! Which request goes where. A request is answered at once, or, where a process has to be prepared first, when that is over.
+
+use podvisor_proto::agent::request::Verb;
+use podvisor_proto::agent::{Done, HelloReply, PROTOCOL_VERSION, Request, reply};
+
+use crate::agent::Agent;
+use crate::failure::Failure;
+
+/// What a request comes to: an answer, or later.
+pub(crate) type Answered = Result<Option<reply::Result>, Failure>;
+
+/// The answer of verbs that have nothing to tell.
+pub(crate) fn done(outcome: Result<(), Failure>) -> Answered {
+    outcome.map(|()| Some(reply::Result::Done(Done {})))
+}
+
+impl Agent {
+    pub(crate) fn serve(&mut self, request: Request) {
+        let Request { id, verb } = request;
+        let greeted = self.control.as_ref().is_some_and(|control| control.greeted);
+        let answered = match verb {
+            None => Err(Failure::unsupported("this agent does not know the verb")),
+            Some(Verb::Hello(_)) => Ok(Some(reply::Result::Hello(self.hello()))),
+            Some(_) if !greeted => Err(Failure::state("Hello comes first")),
+            Some(verb) => self.perform(id, verb),
+        };
+        match answered {
+            Ok(None) => {}
+            Ok(Some(result)) => self.answer(id, Ok(result)),
+            Err(failure) => self.answer(id, Err(failure)),
+        }
+        if !greeted && let Some(control) = self.control.as_mut().filter(|control| control.greeted) {
+            for event in self.events.waiting() {
+                control.tell(event);
+            }
+        }
+    }
+
+    fn perform(&mut self, id: u64, verb: Verb) -> Answered {
+        match verb {
+            Verb::Hello(_) => Ok(None),
+            Verb::Personalise(wanted) => done(self.personalise(&wanted)),
+            Verb::SetTime(time) => done(crate::pod::set_time(time.time_ns)),
+            Verb::Acknowledge(acknowledged) => {
+                self.events.acknowledge(acknowledged.sequence);
+                done(Ok(()))
+            }
+            Verb::AddInterface(_) | Verb::RemoveInterface(_) => {
+                Err(Failure::unsupported("this agent does not configure network interfaces yet"))
+            }
+            Verb::AddShare(share) => done(self.pod.storage.add_share(&share)),
+            Verb::RemoveShare(share) => done(self.pod.storage.remove_share(&share.tag)),
+            Verb::AddRoot(root) => done(self.pod.storage.add_root(&root)),
+            Verb::RemoveRoot(root) => done(self.pod.storage.remove_root(&root.container_id)),
+            Verb::StartInit(_) => {
+                Err(Failure::unsupported("this agent does not share a pid namespace in the pod yet"))
+            }
+            Verb::CreateContainer(create) => self.create_container(id, &create),
+            Verb::StartContainer(start) => self.start_container(id, &start.container_id),
+            Verb::KillContainer(kill) => done(self.kill_container(&kill)),
+            Verb::DeleteContainer(delete) => done(self.delete_container(&delete.container_id)),
+            Verb::UpdateContainer(update) => done(self.update_container(&update)),
+            Verb::Exec(exec) => self.execute(id, &exec),
+            Verb::KillExec(kill) => done(self.kill_exec(&kill)),
+            Verb::Resize(resize) => done(self.resize(&resize)),
+            Verb::Stats(stats) => Ok(Some(reply::Result::Stats(self.stats(&stats)))),
+            Verb::List(_) => Ok(Some(reply::Result::Processes(self.list()))),
+            Verb::Shutdown(_) => {
+                self.ending = true;
+                self.kill_all();
+                done(Ok(()))
+            }
+        }
+    }
+
+    fn hello(&mut self) -> HelloReply {
+        if let Some(control) = &mut self.control {
+            control.greeted = true;
+        }
+        HelloReply {
+            protocol_version: PROTOCOL_VERSION,
+            build: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel_release: rustix::system::uname().release().to_string_lossy().into_owned(),
+            ready_ns: self.pod.ready_ns(),
+            personalised: self.pod.is_personalised(),
+        }
+    }
+
+    /// Answers a request; nobody may be there any more to hear it.
+    pub(crate) fn answer(&mut self, id: u64, outcome: Result<reply::Result, Failure>) {
+        if let Some(control) = &mut self.control {
+            control.reply(id, outcome);
+        }
+    }
+}
