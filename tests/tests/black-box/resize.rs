@@ -15,6 +15,7 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add("resize::merges_and_survives", merges_and_survives);
     tests.add("resize::names_what_is_wrong", names_what_is_wrong);
     tests.add("resize::of_what_does_not_run", of_what_does_not_run);
+    tests.add("resize::at_the_same_time_loses_nothing", at_the_same_time);
     tests.add("resize::of_cgroup_files", of_cgroup_files);
     tests.add("resize::of_pods_is_recorded", of_pods);
 }
@@ -126,6 +127,24 @@ async fn of_what_does_not_run(f: &mut Fixture) -> Result<()> {
     f.cri.remove(&id).await?;
     let status = update(f, &id, limit(1 << 20)).await.err().context("it is gone")?;
     ensure!(status.code() == Code::NotFound, "{status:?}");
+    Ok(())
+}
+
+async fn at_the_same_time(f: &mut Fixture) -> Result<()> {
+    let (_, id) = f.running("many", &ask::waiting("c")).await?;
+    let here = &*f;
+    let (memory, quota, shares) = tokio::join!(
+        update(here, &id, LinuxContainerResources { memory_limit_in_bytes: 70 << 20, ..some() }),
+        update(here, &id, LinuxContainerResources { cpu_quota: 60_000, cpu_period: 100_000, ..some() }),
+        update(here, &id, LinuxContainerResources { cpu_shares: 300, ..some() }),
+    );
+    memory.and(quota).and(shares)?;
+    let told = reported(f, &id).await?;
+    ensure!(
+        (told.memory_limit_in_bytes, told.cpu_quota, told.cpu_shares) == (70 << 20, 60_000, 300),
+        "one update undid another: {told:?}"
+    );
+    ensure!(in_force(f, &id).await?.starts_with(&format!("60000 100000\n{}\n", 70 << 20)));
     Ok(())
 }
 
