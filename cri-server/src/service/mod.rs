@@ -66,8 +66,11 @@ async fn running(pods: &Pods, id: &str) -> Result<(Arc<ContainerView>, Connectio
 }
 
 type Answer<T> = Result<Response<T>, Status>;
-fn not_yet(what: &str) -> Status {
-    Status::unimplemented(format!("podvisor does not do {what} yet"))
+/// For what would need CRIU, which podvisor does not call yet, whether it is installed or not.
+fn no_checkpoints(what: &str) -> Status {
+    Status::unimplemented(format!(
+        "podvisor does not {what} yet: it does not drive CRIU; nothing was paused or written, and the pod runs on"
+    ))
 }
 
 #[tonic::async_trait]
@@ -286,18 +289,18 @@ impl RuntimeService for Cri {
         &self,
         _: Request<cri::CheckpointContainerRequest>,
     ) -> Answer<cri::CheckpointContainerResponse> {
-        Err(not_yet("checkpoints of containers (CheckpointContainer)"))
+        Err(no_checkpoints("checkpoint containers"))
     }
 
     async fn checkpoint_pod(
         &self,
         _: Request<cri::CheckpointPodRequest>,
     ) -> Answer<cri::CheckpointPodResponse> {
-        Err(not_yet("checkpoints of pods"))
+        Err(no_checkpoints("checkpoint pods"))
     }
 
     async fn restore_pod(&self, _: Request<cri::RestorePodRequest>) -> Answer<cri::RestorePodResponse> {
-        Err(not_yet("restoring of pods"))
+        Err(no_checkpoints("restore pods from checkpoints"))
     }
 
     async fn get_container_events(
