@@ -15,12 +15,14 @@ use crate::images::TestImages;
 pub struct Tests {
     images: Arc<TestImages>,
     trials: Vec<Trial>,
+    /// Names and reasons of those that run only when asked for.
+    optional: Vec<String>,
 }
 
 impl Tests {
     /// None yet; the images are served already.
     pub fn new() -> Result<Self> {
-        Ok(Self { images: Arc::new(TestImages::serve()?), trials: Vec::new() })
+        Ok(Self { images: Arc::new(TestImages::serve()?), trials: Vec::new(), optional: Vec::new() })
     }
 
     /// A test on a node with the default options.
@@ -39,11 +41,12 @@ impl Tests {
         self.trials.push(self.trial(name, options, test));
     }
 
-    /// One that needs what not every machine has; it runs only when ignored tests are asked for.
-    pub fn add_optional<F>(&mut self, name: &str, options: Options, test: F)
+    /// One that needs what not every machine has; it runs only when ignored tests are asked for. `why` is printed when it does not.
+    pub fn add_optional<F>(&mut self, name: &str, why: &str, options: Options, test: F)
     where
         F: AsyncFnOnce(&mut Fixture) -> Result<()> + Send + 'static,
     {
+        self.optional.push(format!("{name}: {why}"));
         self.trials.push(self.trial(name, options, test).with_ignored_flag(true));
     }
 
@@ -63,7 +66,12 @@ impl Tests {
         let mut arguments = Arguments::from_args();
         // Each test looks for what it has left on the machine, which must not be what another one has just made.
         arguments.test_threads = Some(1);
-        let Self { images, trials } = self;
+        let Self { images, trials, optional } = self;
+        if !arguments.ignored && !arguments.include_ignored && !arguments.list {
+            for skipped in optional {
+                println!("skipped {skipped}");
+            }
+        }
         let conclusion = libtest_mimic::run(&arguments, trials);
         drop(images);
         conclusion.exit_code()

@@ -8,16 +8,24 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::Tests;
 
+/// Building gVisor takes minutes.
+const WHY: &str = "needs runsc: make test-gvisor";
+
 pub(crate) fn add(tests: &mut Tests) {
     let options = || Options { handler: "runsc".to_owned(), ..Options::default() };
-    tests.add_optional("gvisor::has_a_kernel_of_its_own", options(), has_a_kernel_of_its_own);
-    tests.add_optional("gvisor::says_how_containers_ended", options(), says_how_containers_ended);
-    tests.add_optional("gvisor::shares_pid_namespaces_as_asked", options(), shares_pid_namespaces_as_asked);
-    tests.add_optional("gvisor::ends_with_its_sandbox", options(), ends_with_its_sandbox);
-    tests.add_optional("gvisor::ends_with_its_monitor", options(), ends_with_its_monitor);
-    tests.add_optional("gvisor::does_not_notice_the_daemon", options(), does_not_notice_the_daemon);
-    tests.add_optional("gvisor::ends_what_takes_too_long", options(), ends_what_takes_too_long);
-    tests.add_optional("gvisor::refuses_the_host", options(), refuses_the_host);
+    tests.add_optional("gvisor::has_a_kernel_of_its_own", WHY, options(), has_a_kernel_of_its_own);
+    tests.add_optional("gvisor::says_how_containers_ended", WHY, options(), says_how_containers_ended);
+    tests.add_optional(
+        "gvisor::shares_pid_namespaces_as_asked",
+        WHY,
+        options(),
+        shares_pid_namespaces_as_asked,
+    );
+    tests.add_optional("gvisor::ends_with_its_sandbox", WHY, options(), ends_with_its_sandbox);
+    tests.add_optional("gvisor::ends_with_its_monitor", WHY, options(), ends_with_its_monitor);
+    tests.add_optional("gvisor::does_not_notice_the_daemon", WHY, options(), does_not_notice_the_daemon);
+    tests.add_optional("gvisor::ends_what_takes_too_long", WHY, options(), ends_what_takes_too_long);
+    tests.add_optional("gvisor::refuses_the_host", WHY, options(), refuses_the_host);
 }
 
 /// The processes that hold pods.

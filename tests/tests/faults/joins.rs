@@ -48,7 +48,7 @@ async fn pod(f: &mut Fixture, name: &str) -> Result<(Wrapper, Pod)> {
 
 async fn containers(f: &mut Fixture) -> Result<()> {
     let (wrapper, pod) = pod(f, "containers").await?;
-    let config = ask::waiting("c");
+    let config = ask::script("c", "trap 'exit 0' TERM; echo ready; while :; do sleep 1000 & wait; done");
     wrapper.plan("create", 1, Fault::Slow)?;
     let creations = (0..8).map(|_| f.cri.create(&pod.id, &config, &pod.config));
     let ids = futures_util::future::try_join_all(creations).await?;
@@ -57,6 +57,11 @@ async fn containers(f: &mut Fixture) -> Result<()> {
     wrapper.plan("start", 1, Fault::Slow)?;
     futures_util::future::try_join_all((0..8).map(|_| f.cri.start(&ids[0]))).await?;
     ensure!(wrapper.calls("start") == 1, "the runtime started {} times", wrapper.calls("start"));
+    eventually("it can be told to end", || async {
+        ensure!(pod.log("c.log")?.stdout() == "ready\n");
+        Ok(())
+    })
+    .await?;
     futures_util::future::try_join_all((0..8).map(|_| f.cri.stop(&ids[0], 10))).await?;
     ensure!(f.cri.status(&ids[0]).await?.exit_code == 0);
     futures_util::future::try_join_all((0..8).map(|_| f.cri.remove(&ids[0]))).await?;
