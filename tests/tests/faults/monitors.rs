@@ -176,7 +176,12 @@ async fn killed_idle(f: &mut Fixture) -> Result<()> {
         for (pid, _) in monitors() {
             kill_process(Pid::from_raw(pid).context("no pid")?, Signal::KILL)?;
         }
-        let pod = f.pod(&format!("next{round}")).await?;
+        // One that was just being started may be handed out before its death is seen; kubelet asks again, and gets its pod.
+        let name = format!("next{round}");
+        let pod = match f.pod(&name).await {
+            Ok(pod) => pod,
+            Err(_) => f.pod(&name).await.context("a second RunPodSandbox")?,
+        };
         f.cri.stop_pod(&pod.id).await?;
         f.cri.remove_pod(&pod.id).await?;
     }
