@@ -4,6 +4,7 @@
 //!   (message and field numbers from `k8s.io/cri-api` v0.37);
 //! - [`monitor`]: what the daemon and a pod's monitor say to each other;
 //! - [`agent`]: what a pod's monitor and the agent in its guest say to each other;
+//! - [`hypervisor`]: what a pod's monitor and the hypervisor of its machine say to each other;
 //! - [`nri`]: the Node Resource Interface, in the envelopes of [`ttrpc`].
 
 /// Kubernetes CRI v1: package `runtime.v1`, services `RuntimeService` and `ImageService`.
@@ -60,6 +61,15 @@ pub mod agent {
 
     /// The port that takes stream connections.
     pub const STREAM_PORT: u32 = 1025;
+}
+
+/// The hypervisor protocol: what a pod's monitor and the hypervisor of the pod's machine say to each other, on a socket pair.
+#[allow(missing_docs, unreachable_pub, clippy::pedantic, clippy::all)]
+pub mod hypervisor {
+    include!(concat!(env!("OUT_DIR"), "/podvisor.hypervisor.v1.rs"));
+
+    /// Longest frame either side accepts, in bytes.
+    pub const MAX_FRAME: usize = 1 << 20;
 }
 
 /// Node Resource Interface: what plugins and podvisor say to each other.

@@ -79,7 +79,14 @@ impl PodInit {
             Self::Ending { pid, start_time, .. } => (ProcessState::Running, *pid, *start_time, None),
             Self::Exited { pid, start_time, exit } => (ProcessState::Exited, *pid, *start_time, Some(*exit)),
         };
-        proto::Process { id: pod_id.to_owned(), state: state.into(), pid, start_time, exit }
+        proto::Process {
+            id: pod_id.to_owned(),
+            state: state.into(),
+            pid,
+            start_time,
+            exit,
+            reason: String::new(),
+        }
     }
 }
 
@@ -165,7 +172,11 @@ impl Monitor {
         let id = pod.id.clone();
         let Some(PodInit::Ending { pid, start_time, exit }) = self.init else { return };
         self.init = Some(PodInit::Exited { pid, start_time, exit });
-        self.broadcast(event::Kind::Exited(proto::ProcessExit { id, exit: Some(exit) }));
+        self.broadcast(event::Kind::Exited(proto::ProcessExit {
+            id,
+            exit: Some(exit),
+            reason: String::new(),
+        }));
         let waiting = std::mem::take(&mut self.farewells);
         if !waiting.is_empty() {
             for to in waiting {

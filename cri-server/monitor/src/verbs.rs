@@ -135,6 +135,9 @@ impl Monitor {
             Verb::Exec(request) => self.opening(to, |monitor| monitor.exec(to, request)),
             Verb::Attach(request) => self.opening(to, |monitor| monitor.attach(to, &request)),
             Verb::Connect(request) => self.opening(to, |monitor| monitor.connect(to, request.port)),
+            Verb::StartVm(_) | Verb::GuestStats(_) | Verb::ResizeVm(_) => {
+                Err(Failure::unsupported("this monitor drives no virtual machine yet"))
+            }
             Verb::Shutdown(proto::Shutdown {}) => self.shutdown(to),
         }
     }

@@ -48,7 +48,8 @@ impl MonitorError {
                 ErrorCode::Unspecified
                 | ErrorCode::RuntimeFailed
                 | ErrorCode::RuntimeMissing
-                | ErrorCode::System => Code::Internal,
+                | ErrorCode::System
+                | ErrorCode::VmFailed => Code::Internal,
             },
             MonitorError::Gone | MonitorError::Connect { .. } => Code::Unavailable,
             MonitorError::Silent { .. } => Code::DeadlineExceeded,
@@ -201,6 +202,10 @@ impl Connection {
             Verb::Attach(_) => ("attach", Some(SOON)),
             Verb::Connect(_) => ("connect", Some(SOON)),
             Verb::Shutdown(_) => ("shutdown", Some(SOON)),
+            // It has a limit of its own.
+            Verb::StartVm(_) => ("start the virtual machine", None),
+            Verb::GuestStats(_) => ("stats of the guest", Some(SOON)),
+            Verb::ResizeVm(_) => ("resize the virtual machine", runtime),
         }
     }
 }

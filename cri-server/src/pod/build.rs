@@ -229,6 +229,7 @@ pub(crate) async fn build(
         log_path: record.log_path.clone(),
         log_line: node.config().limits.log_line,
         place: if pod.runtime.sandbox_container { Place::Inside } else { Place::Own }.into(),
+        guest: None,
     });
     let answer = monitor.call(verb).await?;
     podvisor_fault::point("create.called");

@@ -94,6 +94,7 @@ pub(super) async fn start(
         runtime: Some(super::build::runtime(&record.runtime, node.config().limits.runtime_timeout)),
         bundle: bundle.display().to_string(),
         place: Place::Sandbox.into(),
+        guest: None,
         ..CreateContainer::default()
     });
     let Answer::Started(started) = monitor.call(create).await? else {

@@ -102,7 +102,11 @@ impl Monitor {
         container.state = State::Exited { pid: ending.pid, start_time: ending.start_time, exit };
         let attached = std::mem::take(&mut container.attached);
         let id = container.id.clone();
-        self.broadcast(event::Kind::Exited(proto::ProcessExit { id, exit: Some(exit) }));
+        self.broadcast(event::Kind::Exited(proto::ProcessExit {
+            id,
+            exit: Some(exit),
+            reason: String::new(),
+        }));
         for attached in attached {
             self.send_frame(attached.connection, Frame::Exit(exit));
             if let Some(connection) = self.connections.get_mut(&attached.connection) {

@@ -184,6 +184,13 @@ impl Container {
             State::Ending(ending) => (ProcessState::Running, ending.pid, ending.start_time, None),
             State::Exited { pid, start_time, exit } => (ProcessState::Exited, *pid, *start_time, Some(*exit)),
         };
-        proto::Process { id: self.id.clone(), state: state.into(), pid, start_time, exit }
+        proto::Process {
+            id: self.id.clone(),
+            state: state.into(),
+            pid,
+            start_time,
+            exit,
+            reason: String::new(),
+        }
     }
 }

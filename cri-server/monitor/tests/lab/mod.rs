@@ -205,6 +205,7 @@ impl Pod {
         spec.write(&bundle, &self.rootfs, &format!("/{}/{id}", self.cgroup));
         CreateContainer {
             place: 0,
+            guest: None,
             container_id: id.into(),
             runtime: Some(Runtime {
                 path: self.runtime.clone(),
