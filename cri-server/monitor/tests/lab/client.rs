@@ -107,7 +107,7 @@ impl Client {
 
     pub fn exited(&mut self) -> (String, Exit) {
         match self.event() {
-            event::Kind::Exited(ProcessExit { id, exit }) => (id, exit.expect("an exit")),
+            event::Kind::Exited(ProcessExit { id, exit, .. }) => (id, exit.expect("an exit")),
             other @ event::Kind::Oom(_) => panic!("expected an exit, got {other:?}"),
         }
     }
