@@ -83,18 +83,22 @@ impl Pool {
 
     /// The next monitor; starts none itself, at worst waits for one that is being started.
     pub(crate) async fn take(&self) -> Result<Idle, MonitorError> {
-        /// Whoever kills idle monitors may hit one at its very start too; where they cannot run at all, a few more tries cost little.
-        const DEATHS: u32 = 3;
+        /// Besides those that wait: whoever kills them may hit one at its very start too. Where they cannot run at all, a few more
+        /// tries cost little.
+        const DEATHS: usize = 3;
         let mut deaths = 0;
         loop {
-            let next = self.ready.lock().await.recv().await.ok_or(MonitorError::Gone)?;
-            // One that has died while waiting is of no use.
+            let mut ready = self.ready.lock().await;
+            let more = deaths < ready.max_capacity() + DEATHS;
+            let next = ready.recv().await.ok_or(MonitorError::Gone)?;
+            drop(ready);
             match next {
                 // Asked, not looked for: one that has just been killed still looks alive. A turn takes some tens of microseconds.
-                Ok(idle) if idle.connection.hello().await.is_err() => self.place.forget(idle.cgroup),
-                Err(MonitorError::Spawn { .. } | MonitorError::Gone) if deaths < DEATHS => deaths += 1,
+                Ok(idle) if more && idle.connection.hello().await.is_err() => self.place.forget(idle.cgroup),
+                Err(MonitorError::Spawn { .. } | MonitorError::Gone) if more => {}
                 next => return next,
             }
+            deaths += 1;
         }
     }
 }

@@ -262,35 +262,15 @@ fn refused(error: namespace::NamespaceError) -> PodError {
     PodError::invalid(field, crate::error::chain(&error))
 }
 
-/// Takes a monitor from the pool and lets it start the pod's init where the pid namespace is shared.
+/// Takes a monitor from the pool, makes it the pod's, and lets it start the pod's init where the pid namespace is shared.
 async fn adopt(
     node: &Arc<Node>,
     record: &PodRecord,
     directory: &Path,
     notices: impl Fn(crate::monitor::Notice) + Send + Sync + 'static,
 ) -> Result<(Idle, Option<ProcessIdentity>), PodError> {
-    let monitor = node.monitors.take().await?;
-    podvisor_fault::point("run.monitor-taken");
-    let cgroup = monitor.cgroup.clone();
-    let (process, connection) = (monitor.process, monitor.connection.clone());
-    match prepare(node, record, directory, monitor, notices).await {
-        Ok(ready) => Ok(ready),
-        Err(error) => {
-            let (_closed, notices) = tokio::sync::mpsc::unbounded_channel();
-            dismiss(node, &Idle { connection, notices, process, cgroup }).await;
-            Err(error)
-        }
-    }
-}
-
-async fn prepare(
-    node: &Arc<Node>,
-    record: &PodRecord,
-    directory: &Path,
-    mut monitor: Idle,
-    notices: impl Fn(crate::monitor::Notice) + Send + Sync + 'static,
-) -> Result<(Idle, Option<ProcessIdentity>), PodError> {
-    let connection = monitor.connection.clone();
+    let mut monitor = living(node, record, directory).await?;
+    // What it has told meanwhile waits here. Of one that has died before, the pod's task hears nothing: it never was the pod's.
     let (_closed, unused) = tokio::sync::mpsc::unbounded_channel();
     let mut news = std::mem::replace(&mut monitor.notices, unused);
     tokio::spawn(async move {
@@ -298,6 +278,48 @@ async fn prepare(
             notices(notice);
         }
     });
+    match init(node, record, &monitor.connection).await {
+        Ok(init) => Ok((monitor, init)),
+        Err(error) => {
+            dismiss(node, &monitor).await;
+            Err(error)
+        }
+    }
+}
+
+/// A monitor that has answered that it is the pod's. Until then it holds nothing of the pod, so that the next one takes the place of one
+/// that dies: that it answered a moment ago says nothing about now.
+async fn living(node: &Arc<Node>, record: &PodRecord, directory: &Path) -> Result<Idle, PodError> {
+    /// A monitor that dies of what it is asked would never end this.
+    const DEATHS: u32 = 3;
+    let mut deaths = 0;
+    loop {
+        let monitor = node.monitors.take().await?;
+        podvisor_fault::point("run.monitor-taken");
+        let Err(error) = claim(node, record, directory, &monitor.connection).await else {
+            return Ok(monitor);
+        };
+        dismiss(node, &monitor).await;
+        if !matches!(error, MonitorError::Gone) || deaths == DEATHS {
+            return Err(error.into());
+        }
+        deaths += 1;
+        tracing::info!(pod = %record.id, pid = monitor.process.pid, "a monitor has died before it was the pod's: the next one takes its place");
+        let socket = node.monitor_socket(&record.id);
+        // The socket under its name, and under the one that it has before it can be connected to.
+        let unfinished = socket.with_file_name(format!(".monitor.sock.{}", monitor.process.pid));
+        for left in [socket, unfinished] {
+            let _ = std::fs::remove_file(left);
+        }
+    }
+}
+
+async fn claim(
+    node: &Arc<Node>,
+    record: &PodRecord,
+    directory: &Path,
+    connection: &Connection,
+) -> Result<(), MonitorError> {
     let netns = record.namespaces().net;
     connection
         .command(Verb::Adopt(Adopt {
@@ -308,20 +330,22 @@ async fn prepare(
         }))
         .await?;
     podvisor_fault::point("run.adopted");
-    connection.command(Verb::Subscribe(Subscribe {})).await?;
-    let init_cgroup = record.acquired.iter().find_map(|acquisition| match acquisition {
+    connection.command(Verb::Subscribe(Subscribe {})).await
+}
+
+async fn init(
+    node: &Arc<Node>,
+    record: &PodRecord,
+    connection: &Connection,
+) -> Result<Option<ProcessIdentity>, PodError> {
+    let cgroup = record.acquired.iter().find_map(|acquisition| match acquisition {
         Acquisition::Cgroup(path) if !record.runtime.sandbox_container => Some(path),
         _ => None,
     });
-    let init = match init_cgroup {
-        Some(path) => {
-            let init = start_init(node, record, &connection, path).await?;
-            podvisor_fault::point("run.init");
-            Some(init)
-        }
-        None => None,
-    };
-    Ok((monitor, init))
+    let Some(cgroup) = cgroup else { return Ok(None) };
+    let init = start_init(node, record, connection, cgroup).await?;
+    podvisor_fault::point("run.init");
+    Ok(Some(init))
 }
 
 async fn start_init(

@@ -6,6 +6,7 @@
 #![allow(clippy::large_futures, clippy::assigning_clones)]
 
 mod disk;
+mod dying_monitor;
 mod joins;
 mod kills;
 mod load;
@@ -30,6 +31,9 @@ pub(crate) fn is_full() -> bool {
 }
 
 fn main() -> Result<ExitCode> {
+    if std::env::args().nth(1).is_some_and(|verb| verb == dying_monitor::VERB) {
+        return dying_monitor::main().map(|()| ExitCode::SUCCESS);
+    }
     let mut tests = Tests::new()?;
     points::add(&mut tests);
     kills::add(&mut tests);

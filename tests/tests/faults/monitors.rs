@@ -16,12 +16,14 @@ use podvisor_tests::random::Random;
 use podvisor_tests::{Fixture, Tests, ask, eventually};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::scale;
+use crate::{dying_monitor, scale};
 
 pub(crate) fn add(tests: &mut Tests) {
     tests.add("monitors::that_are_killed_are_missed_at_once", killed);
     tests.add("monitors::that_are_killed_while_they_work", killed_at_work);
     tests.add("monitors::that_are_killed_before_they_have_a_pod", killed_idle);
+    tests.add("monitors::that_die_of_being_adopted", dying);
+    tests.add("monitors::that_all_die_of_being_adopted", all_dying);
 }
 
 /// Processes of podvisor-monitor's program that do not only wait for a pod, or do.
@@ -176,14 +178,61 @@ async fn killed_idle(f: &mut Fixture) -> Result<()> {
         for (pid, _) in monitors() {
             kill_process(Pid::from_raw(pid).context("no pid")?, Signal::KILL)?;
         }
-        // One that was just being started may be handed out before its death is seen; kubelet asks again, and gets its pod.
-        let name = format!("next{round}");
-        let pod = match f.pod(&name).await {
-            Ok(pod) => pod,
-            Err(_) => f.pod(&name).await.context("a second RunPodSandbox")?,
-        };
+        let pod = f.pod(&format!("next{round}")).await?;
         f.cri.stop_pod(&pod.id).await?;
         f.cri.remove_pod(&pod.id).await?;
     }
+    Ok(())
+}
+
+/// The next one takes the place of one that has answered that it is there, and then dies of being given a pod.
+async fn dying(f: &mut Fixture) -> Result<()> {
+    f.cri.pull(BUSYBOX).await?;
+    let place = dying_monitor::install(f, 3)?;
+    let mut config = f.ask_pod("adopted");
+    ask::pod_namespaces(&mut config).pid = NamespaceMode::Pod.into();
+    let pod = f.run(config).await?;
+    ensure!(fs::read_dir(&place)?.count() == 1, "not all that were to die were started");
+    let state = f.cri.pod_status(&pod.id).await?.state();
+    ensure!(state == PodSandboxState::SandboxReady, "{state:?}");
+    let container = pod.start(&ask::waiting("c")).await?;
+    ensure!(f.cri.exec(&container, &["true"], 10).await?.exit_code == 0);
+    let mut sockets = Vec::new();
+    for entry in fs::read_dir(f.node.path("run/pods").join(&pod.id))? {
+        let name = entry?.file_name().into_string().unwrap_or_default();
+        if name.contains("monitor.sock") {
+            sockets.push(name);
+        }
+    }
+    ensure!(sockets == ["monitor.sock"], "{sockets:?}");
+    // Its end is still told.
+    kill_monitor(&pod.id)?;
+    eventually("the pod is not ready", || async {
+        let state = f.cri.pod_status(&pod.id).await?.state();
+        ensure!(state == PodSandboxState::SandboxNotready, "{state:?}");
+        Ok(())
+    })
+    .await?;
+    f.cri.stop_pod(&pod.id).await?;
+    f.cri.remove_pod(&pod.id).await?;
+    podvisor_tests::world::remove_pod_cgroups();
+    Ok(())
+}
+
+/// Where every one dies, RunPodSandbox has an end, and the next one works when they live again.
+async fn all_dying(f: &mut Fixture) -> Result<()> {
+    let place = dying_monitor::install(f, 100)?;
+    let error = f.cri.run_pod(&f.ask_pod("refused")).await.expect_err("no monitor lives");
+    ensure!(error.code() == tonic::Code::Unavailable && error.message().contains("monitor"), "{error:?}");
+    ensure!(f.cri.pods().await?.is_empty(), "something of the pod is left");
+    for entry in fs::read_dir(&place)? {
+        let path = entry?.path();
+        if path.extension().is_some() {
+            // One that is just being started may be quicker.
+            let _ = fs::remove_file(path);
+        }
+    }
+    // Those that wait already are still of the other kind: no more than what is tried.
+    f.pod("accepted").await?;
     Ok(())
 }
