@@ -23,7 +23,7 @@ pub enum AgentError {
     Elf(#[source] ElfError),
     /// Needs a dynamic linker.
     #[error(
-        "it is linked dynamically, and there are no libraries in the guest: build it for x86_64-unknown-linux-musl"
+        "it is linked dynamically, and there are no libraries in the guest: `make build` links it statically"
     )]
     Dynamic,
     /// No note, or one of another size.
