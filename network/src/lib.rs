@@ -1,6 +1,7 @@
 //! Pod networks: namespaces, CNI plugins, the built-in bridge, host ports.
 
 pub mod namespace;
+pub mod tap;
 
 mod builtin;
 mod cni;
@@ -142,6 +143,8 @@ pub enum NetworkError {
     Builtin(#[from] BuiltinError),
     #[error(transparent)]
     Cni(#[from] CniError),
+    #[error(transparent)]
+    Tap(#[from] tap::TapError),
     #[error("the daemon is shutting down")]
     ShuttingDown,
 }

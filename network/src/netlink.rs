@@ -13,6 +13,9 @@ use rtnetlink::sys::Socket;
 use rtnetlink::sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use rustix::net::{RecvFlags, SendFlags};
 
+/// Marks an attribute whose value is attributes.
+pub(crate) const NLA_F_NESTED: u16 = 0x8000;
+
 /// `struct nlmsghdr`.
 pub(crate) const HEADER: usize = 16;
 const NLMSG_ERROR: u16 = 2;
@@ -296,6 +299,21 @@ impl<'a> Iterator for Attributes<'a> {
         self.0 = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some((u16_at(bytes, 2)? & 0x3fff, value))
     }
+}
+
+/// Appends a `struct nlattr` with its value.
+pub(crate) fn attribute(kind: u16, value: &[u8], to: &mut Vec<u8>) {
+    to.extend_from_slice(&u16::try_from(4 + value.len()).unwrap_or(u16::MAX).to_ne_bytes());
+    to.extend_from_slice(&kind.to_ne_bytes());
+    to.extend_from_slice(value);
+    to.resize(to.len().next_multiple_of(4), 0);
+}
+
+/// Appends an attribute that consists of those which `fill` appends.
+pub(crate) fn nested(kind: u16, to: &mut Vec<u8>, fill: impl FnOnce(&mut Vec<u8>)) {
+    let mut value = Vec::new();
+    fill(&mut value);
+    attribute(kind | NLA_F_NESTED, &value, to);
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {

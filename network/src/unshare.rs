@@ -1,4 +1,4 @@
-//! `unshare(2)`, the one system call of this crate without a safe wrapper.
+//! `unshare(2)`, which has no safe wrapper.
 #![allow(unsafe_code)]
 
 use rustix::io;

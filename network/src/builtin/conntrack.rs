@@ -7,10 +7,10 @@
 
 use std::net::IpAddr;
 
-use super::element::{attribute, nfgenmsg};
+use super::element::nfgenmsg;
 use super::port::Forward;
 use crate::Protocol;
-use crate::netlink::{Attributes, Batch, Client, HEADER, Refusal};
+use crate::netlink::{Attributes, Batch, Client, HEADER, Refusal, attribute};
 
 const NLM_F_REQUEST_DUMP: u16 = 0x301;
 const NFNL_SUBSYS_CTNETLINK: u16 = 1;

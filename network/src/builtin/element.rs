@@ -10,10 +10,9 @@ use rustix::io::Errno;
 
 use super::port::Forward;
 use super::ruleset::{TABLE, map_of, self_set};
-use crate::netlink::{Batch, Client, Refusal};
+use crate::netlink::{Batch, Client, NLA_F_NESTED, Refusal, attribute, nested};
 
 const NLM_F_CREATE: u16 = 0x400;
-const NLA_F_NESTED: u16 = 0x8000;
 const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
 const NFNL_MSG_BATCH_END: u16 = 0x11;
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
@@ -92,19 +91,6 @@ impl Element {
 pub(super) fn nfgenmsg(family: u8, resource: u16) -> [u8; 4] {
     let [high, low] = resource.to_be_bytes();
     [family, 0, high, low]
-}
-
-/// Appends a `struct nlattr` with its value.
-pub(super) fn attribute(kind: u16, value: &[u8], to: &mut Vec<u8>) {
-    to.extend_from_slice(&u16::try_from(4 + value.len()).unwrap_or(u16::MAX).to_ne_bytes());
-    to.extend_from_slice(&kind.to_ne_bytes());
-    part(value, to);
-}
-
-fn nested(kind: u16, to: &mut Vec<u8>, fill: impl FnOnce(&mut Vec<u8>)) {
-    let mut value = Vec::new();
-    fill(&mut value);
-    attribute(kind | NLA_F_NESTED, &value, to);
 }
 
 /// Everything the maps hold for one sandbox's forwards.

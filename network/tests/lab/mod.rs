@@ -2,6 +2,8 @@
 //! the test leaves there ends with the thread. Processes and threads started from it live there too.
 #![allow(dead_code)] // not every test binary uses all of it
 
+pub(crate) mod guest;
+
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::Command;
