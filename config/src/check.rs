@@ -25,6 +25,7 @@ pub(crate) fn contradictions(config: &Config, origins: &Origins, main: &Path) ->
     }
     streaming(config, &mut report);
     handlers(config, &mut report);
+    aliases(config, &mut report);
     cgroup(config, &mut report);
     if config.network.mode == NetworkMode::Builtin && config.network.subnets.is_empty() {
         let detail = "the built-in network needs at least one range, like [\"10.88.0.0/16\"]";
@@ -68,7 +69,7 @@ fn handlers(config: &Config, report: &mut Report<'_>) {
 
     let trusted = &runtime.trusted_handler;
     let untrusted = runtime.untrusted_handler.as_ref();
-    if !config.handlers.contains_key(trusted) {
+    if !config.handlers.get(trusted).is_some_and(|handler| !handler.is_vm()) {
         let table = format!("runtime.handlers.{trusted}");
         report(
             &["runtime.trusted_handler", &table],
@@ -77,7 +78,7 @@ fn handlers(config: &Config, report: &mut Report<'_>) {
     }
     if let Some(untrusted) = untrusted {
         let table = format!("runtime.handlers.{untrusted}");
-        if !config.handlers.contains_key(untrusted) {
+        if !config.named_handlers().contains_key(untrusted) {
             report(
                 &["runtime.untrusted_handler", &table],
                 format!("\"{untrusted}\" is no handler; {there_are}"),
@@ -93,6 +94,22 @@ fn handlers(config: &Config, report: &mut Report<'_>) {
             &["runtime.default_workload_trust", "runtime.untrusted_handler"],
             "\"untrusted\" needs runtime.untrusted_handler, which names the handler of such pods".to_owned(),
         );
+    }
+}
+
+/// A name that two handlers claim would mean the one today and the other tomorrow.
+fn aliases(config: &Config, report: &mut Report<'_>) {
+    let mut taken: std::collections::BTreeMap<&str, &str> = std::collections::BTreeMap::new();
+    for (name, handler) in &config.handlers {
+        for alias in &handler.aliases {
+            if let Some(other) = taken.insert(alias, name)
+                && other != name
+            {
+                let [key, theirs] =
+                    [name.as_str(), other].map(|name| format!("runtime.handlers.{name}.aliases"));
+                report(&[&key, &theirs], format!("\"{alias}\" is an alias of handler \"{other}\" already"));
+            }
+        }
     }
 }
 

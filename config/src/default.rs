@@ -4,12 +4,16 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use crate::{
-    CgroupDriver, Config, Handler, HandlerKind, Image, Limits, Log, LogFormat, Metrics, Network, NetworkMode,
-    Nri, Runtime, Streaming, Trust,
+    CgroupDriver, Config, Handler, HandlerKind, Hypervisor, Image, Limits, Log, LogFormat, Metrics, Network,
+    NetworkMode, Nri, Runtime, Streaming, Trust, Vm,
 };
 
 /// Names of the handlers that exist when no file says anything.
-pub(crate) const HANDLERS: [&str; 2] = ["crun", "runc"];
+pub(crate) const HANDLERS: [&str; 3] = ["crun", "runc", VM];
+
+/// The one of them whose pods are virtual machines, and what RuntimeClasses on existing clusters call such a handler.
+const VM: &str = "vm";
+const VM_ALIASES: [&str; 5] = ["kata", "kata-clh", "kata-fc", "kata-qemu", "kata-runtime"];
 
 impl Config {
     /// The documented default file, as `podvisor config default` prints it. Loading it gives
@@ -46,13 +50,36 @@ pub(crate) fn socket(run: &Path) -> PathBuf {
 
 /// A handler of which only the name is known.
 pub(crate) fn handler(name: &str, run: &Path) -> Handler {
-    let kind = HandlerKind::Oci {
+    if name == VM {
+        let aliases = VM_ALIASES.map(str::to_owned).into();
+        return Handler { kind: HandlerKind::Vm(Vm::default()), annotations: Vec::new(), aliases };
+    }
+    Handler { kind: oci(name, run), annotations: Vec::new(), aliases: Vec::new() }
+}
+
+/// An OCI runtime of which only the handler's name is known.
+pub(crate) fn oci(name: &str, run: &Path) -> HandlerKind {
+    HandlerKind::Oci {
         path: name.into(),
         root: run.join(name),
         arguments: Vec::new(),
         sandbox_container: false,
-    };
-    Handler { kind, annotations: Vec::new() }
+    }
+}
+
+impl Default for Vm {
+    fn default() -> Self {
+        Self {
+            hypervisor: Hypervisor::Auto,
+            allow_emulation: false,
+            qemu: "qemu-system-x86_64".into(),
+            guest: String::new(),
+            default_memory: 1024,
+            guest_reserve: 128,
+            default_cpus: 1,
+            max_cpus: 32,
+        }
+    }
 }
 
 impl Default for Log {
@@ -78,7 +105,7 @@ impl Default for Runtime {
         Self {
             cgroup_driver: CgroupDriver::Auto,
             trusted_handler: "runc".to_owned(),
-            untrusted_handler: None,
+            untrusted_handler: Some(VM.to_owned()),
             default_workload_trust: Trust::Trusted,
             monitor: None,
             monitor_cgroup: "podvisor.slice".to_owned(),

@@ -22,6 +22,19 @@ use std::path::PathBuf;
 
 pub use error::{ConfigError, Problem, ProblemKind};
 
+impl Config {
+    /// The handlers by every name that a pod can ask for.
+    pub fn named_handlers(&self) -> BTreeMap<String, Handler> {
+        let mut named = self.handlers.clone();
+        for handler in self.handlers.values() {
+            for alias in &handler.aliases {
+                named.entry(alias.clone()).or_insert_with(|| handler.clone());
+            }
+        }
+        named
+    }
+}
+
 /// Everything an operator can set. Every field has a default, so an empty file is valid.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -143,9 +156,18 @@ pub struct Handler {
     pub kind: HandlerKind,
     /// Annotations (exact names, or prefixes ending in `*`) that are passed on to the OCI runtime.
     pub annotations: Vec<String>,
+    /// Further names that it can be asked for by, where no handler has that name itself.
+    pub aliases: Vec<String>,
 }
 
-/// The `type` key of a handler. More kinds come with virtual machines.
+impl Handler {
+    /// Whether its pods have a kernel of their own in a virtual machine.
+    pub fn is_vm(&self) -> bool {
+        matches!(self.kind, HandlerKind::Vm(_))
+    }
+}
+
+/// The `type` key of a handler.
 #[derive(Debug, Clone, PartialEq)]
 pub enum HandlerKind {
     /// `type = "oci"`: any program that speaks the OCI command line.
@@ -159,6 +181,40 @@ pub enum HandlerKind {
         /// It keeps all containers of a pod in one process, the pod's sandbox container, which has to come first (gVisor).
         sandbox_container: bool,
     },
+    /// `type = "vm"`: one virtual machine per pod.
+    Vm(Vm),
+}
+
+/// The keys of a handler of type `vm`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Vm {
+    /// `auto`, `kvm` or `qemu`.
+    pub hypervisor: Hypervisor,
+    /// QEMU may translate the processor where KVM cannot be used: slow, and no isolation boundary.
+    pub allow_emulation: bool,
+    /// QEMU's program; a bare name is looked up in PATH.
+    pub qemu: PathBuf,
+    /// Id of the guest that new pods get; empty: the current one.
+    pub guest: String,
+    /// Memory for the containers of a pod without a limit, MiB.
+    pub default_memory: u32,
+    /// Memory for the guest's kernel and agent, on top, MiB.
+    pub guest_reserve: u32,
+    /// Virtual CPUs of a pod without a limit.
+    pub default_cpus: u32,
+    /// The most virtual CPUs that a pod gets.
+    pub max_cpus: u32,
+}
+
+/// Which program is a pod's virtual machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hypervisor {
+    /// The best that works on this machine.
+    Auto,
+    /// A monitor on KVM; refused where KVM cannot run a distribution's kernel.
+    Kvm,
+    /// QEMU, with KVM where that works.
+    Qemu,
 }
 
 /// `[image]`

@@ -120,8 +120,9 @@ fn derive(config: &mut Config, origins: &Origins) {
         config.socket = default::socket(&config.run);
     }
     for (name, handler) in &mut config.handlers {
-        let HandlerKind::Oci { root, .. } = &mut handler.kind;
-        if !origins.contains_key(&format!("runtime.handlers.{name}.root")) {
+        if let HandlerKind::Oci { root, .. } = &mut handler.kind
+            && !origins.contains_key(&format!("runtime.handlers.{name}.root"))
+        {
             *root = config.run.join(name);
         }
     }

@@ -4,8 +4,8 @@ use std::fmt::{self, Display, Write};
 use std::path::{Path, PathBuf};
 
 use crate::{
-    CgroupDriver, Config, Handler, HandlerKind, Image, Limits, Log, LogFormat, Metrics, Network, NetworkMode,
-    Nri, Runtime, Streaming, Trust, default,
+    CgroupDriver, Config, Handler, HandlerKind, Hypervisor, Image, Limits, Log, LogFormat, Metrics, Network,
+    NetworkMode, Nri, Runtime, Streaming, Trust, Vm, default,
 };
 
 impl Config {
@@ -87,15 +87,20 @@ impl Config {
             writeln!(f, "{name} = false")?;
         }
         for (name, handler) in handlers {
-            let Handler { kind, annotations } = handler;
-            let HandlerKind::Oci { path: program, root, arguments, sandbox_container } = kind;
+            let Handler { kind, annotations, aliases } = handler;
             writeln!(f, "\n[runtime.handlers.{}]", quoted(name))?;
-            writeln!(f, "type = \"oci\"")?;
-            writeln!(f, "path = {}", path(program))?;
-            writeln!(f, "root = {}", path(root))?;
-            writeln!(f, "arguments = {}", array(arguments))?;
-            writeln!(f, "sandbox_container = {sandbox_container}")?;
-            writeln!(f, "annotations = {}", array(annotations))?;
+            match kind {
+                HandlerKind::Oci { path: program, root, arguments, sandbox_container } => {
+                    writeln!(f, "type = \"oci\"")?;
+                    writeln!(f, "path = {}", path(program))?;
+                    writeln!(f, "root = {}", path(root))?;
+                    writeln!(f, "arguments = {}", array(arguments))?;
+                    writeln!(f, "sandbox_container = {sandbox_container}")?;
+                    writeln!(f, "annotations = {}", array(annotations))?;
+                }
+                HandlerKind::Vm(vm) => write_vm(f, vm)?,
+            }
+            writeln!(f, "aliases = {}", array(aliases))?;
         }
 
         let Image {
@@ -155,6 +160,38 @@ impl Config {
         writeln!(f, "drain_timeout = {drain_timeout}")?;
         writeln!(f, "runtime_timeout = {runtime_timeout}")?;
         writeln!(f, "grpc_message = {grpc_message}")
+    }
+}
+
+fn write_vm(f: &mut String, vm: &Vm) -> fmt::Result {
+    let Vm {
+        hypervisor,
+        allow_emulation,
+        qemu,
+        guest,
+        default_memory,
+        guest_reserve,
+        default_cpus,
+        max_cpus,
+    } = vm;
+    writeln!(f, "type = \"vm\"")?;
+    writeln!(f, "hypervisor = {}", quoted(hypervisor))?;
+    writeln!(f, "allow_emulation = {allow_emulation}")?;
+    writeln!(f, "qemu = {}", path(qemu))?;
+    writeln!(f, "guest = {}", quoted(guest))?;
+    writeln!(f, "default_memory = {default_memory}")?;
+    writeln!(f, "guest_reserve = {guest_reserve}")?;
+    writeln!(f, "default_cpus = {default_cpus}")?;
+    writeln!(f, "max_cpus = {max_cpus}")
+}
+
+impl Display for Hypervisor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Kvm => "kvm",
+            Self::Qemu => "qemu",
+        })
     }
 }
 

@@ -8,11 +8,13 @@ use toml::de::DeValue;
 use crate::document::{Document, Section, shorten};
 use crate::error::ProblemKind;
 use crate::value::{
-    HANDLER_NAME, Refused, absolute_path, annotation, argument, boolean, cgroup, choice, handler_name,
-    image_reference, interface, is_handler_name, list, log_filter, number, optional, own_directory, pids,
-    program, registry, socket_address, socket_path, subnets,
+    HANDLER_NAME, Refused, absolute_path, annotation, argument, boolean, cgroup, choice, guest_id,
+    handler_name, image_reference, interface, is_handler_name, list, log_filter, number, optional,
+    own_directory, pids, program, registry, socket_address, socket_path, subnets,
 };
-use crate::{CgroupDriver, Config, Handler, HandlerKind, LogFormat, NetworkMode, Trust, default};
+use crate::{
+    CgroupDriver, Config, Handler, HandlerKind, Hypervisor, LogFormat, NetworkMode, Trust, Vm, default,
+};
 
 /// Most of what a pull or a call may take: a day, in seconds.
 const DAY: i64 = 24 * 60 * 60;
@@ -115,24 +117,48 @@ fn handler<'t>(
     let section = &mut document.table(dotted.clone(), value, "a table, or false to remove the handler");
     let present = config.handlers.get(name).cloned();
     let is_new = present.is_none();
-    let Handler { kind, mut annotations } =
-        present.unwrap_or_else(|| default::handler(name, Path::new("/run/podvisor")));
-    let HandlerKind::Oci { mut path, mut root, mut arguments, mut sandbox_container } = kind;
+    let run = Path::new("/run/podvisor");
+    let Handler { mut kind, mut annotations, mut aliases } =
+        present.unwrap_or_else(|| default::handler(name, run));
 
-    document.set(section, "type", &mut (), choice(&[("oci", ())]));
+    let mut is_vm = matches!(kind, HandlerKind::Vm(_));
+    document.set(section, "type", &mut is_vm, choice(&[("oci", false), ("vm", true)]));
     if is_new && value.get_ref().is_table() && !section.has("type") {
-        let detail = "a new handler needs a type; allowed is type = \"oci\"".to_owned();
+        let detail = "a new handler needs a type; allowed are type = \"oci\" and type = \"vm\"".to_owned();
         document.problem(dotted.clone(), start, ProblemKind::Contradiction { detail });
     }
-    document.set(section, "path", &mut path, program);
-    document.set(section, "root", &mut root, own_directory);
-    document.set(section, "arguments", &mut arguments, list("an array of arguments", argument));
-    document.set(section, "sandbox_container", &mut sandbox_container, boolean);
-    document.set(section, "annotations", &mut annotations, list("an array of annotation names", annotation));
+    kind = match kind {
+        HandlerKind::Oci { .. } if is_vm => HandlerKind::Vm(Vm::default()),
+        HandlerKind::Vm(_) if !is_vm => default::oci(name, run),
+        kind => kind,
+    };
+    match &mut kind {
+        HandlerKind::Oci { path, root, arguments, sandbox_container } => {
+            document.set(section, "path", path, program);
+            document.set(section, "root", root, own_directory);
+            document.set(section, "arguments", arguments, list("an array of arguments", argument));
+            document.set(section, "sandbox_container", sandbox_container, boolean);
+            let names = list("an array of annotation names", annotation);
+            document.set(section, "annotations", &mut annotations, names);
+        }
+        HandlerKind::Vm(vm) => self::vm(document, section, vm),
+    }
+    document.set(section, "aliases", &mut aliases, list("an array of names of handlers", handler_name));
     document.leave(section);
     document.note(dotted, start);
-    let kind = HandlerKind::Oci { path, root, arguments, sandbox_container };
-    config.handlers.insert(name.to_owned(), Handler { kind, annotations });
+    config.handlers.insert(name.to_owned(), Handler { kind, annotations, aliases });
+}
+
+fn vm(document: &mut Document<'_>, section: &mut Section<'_>, vm: &mut Vm) {
+    let hypervisors = [("auto", Hypervisor::Auto), ("kvm", Hypervisor::Kvm), ("qemu", Hypervisor::Qemu)];
+    document.set(section, "hypervisor", &mut vm.hypervisor, choice(&hypervisors));
+    document.set(section, "allow_emulation", &mut vm.allow_emulation, boolean);
+    document.set(section, "qemu", &mut vm.qemu, program);
+    document.set(section, "guest", &mut vm.guest, guest_id);
+    document.set(section, "default_memory", &mut vm.default_memory, number(16..=1 << 20, "MiB"));
+    document.set(section, "guest_reserve", &mut vm.guest_reserve, number(64..=1 << 16, "MiB"));
+    document.set(section, "default_cpus", &mut vm.default_cpus, number(1..=32, "CPUs"));
+    document.set(section, "max_cpus", &mut vm.max_cpus, number(1..=32, "CPUs"));
 }
 
 fn image(document: &mut Document<'_>, root: &mut Section<'_>, config: &mut Config) {

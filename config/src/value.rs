@@ -181,6 +181,17 @@ pub(crate) fn handler_name(value: &Value<'_>) -> Result<String, Refused> {
     string(value, &allowed, |text| is_handler_name(text).then(|| text.to_owned()))
 }
 
+/// The id of an installed guest; "" for the current one.
+pub(crate) fn guest_id(value: &Value<'_>) -> Result<String, Refused> {
+    let digits =
+        |text: &str| text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    string(
+        value,
+        "the id of a guest (16 hex digits, see podvisor guest list), or \"\" for the current one",
+        |text| (text.is_empty() || digits(text)).then(|| text.to_owned()),
+    )
+}
+
 /// What tracing's filter understands, without its span syntax: levels, and `target=level`. A bare word that is
 /// no level would be taken for a target and switch everything else off, so it is refused.
 pub(crate) fn log_filter(value: &Value<'_>) -> Result<String, Refused> {

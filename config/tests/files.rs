@@ -80,6 +80,18 @@ type = "oci"
 root = "/run/runsc"
 sandbox_container = true
 annotations = ["dev.gvisor.*", "example.com/exact"]
+aliases = ["gvisor"]
+
+[runtime.handlers.vm]
+hypervisor = "qemu"
+allow_emulation = true
+qemu = "/opt/qemu"
+guest = "0123456789abcdef"
+default_memory = 256
+guest_reserve = 64
+default_cpus = 2
+max_cpus = 4
+aliases = ["kata"]
 
 [image]
 pause_image = "registry.k8s.io/pause:3.10.2"
@@ -171,7 +183,7 @@ fn every_key_is_read() {
     assert_eq!(config.network.subnets[1], ("192.168.0.0".parse().unwrap(), 24));
     assert_eq!(config.limits.pids, 512);
     let handlers: Vec<_> = config.handlers.keys().map(String::as_str).collect();
-    assert_eq!(handlers, ["runc", "runsc", "youki"]);
+    assert_eq!(handlers, ["runc", "runsc", "vm", "youki"]);
     let annotations = vec!["dev.gvisor.*".to_owned(), "example.com/exact".to_owned()];
     let kind = HandlerKind::Oci {
         path: "runsc".into(),
@@ -179,7 +191,7 @@ fn every_key_is_read() {
         arguments: Vec::new(),
         sandbox_container: true,
     };
-    assert_eq!(config.handlers["runsc"], Handler { kind, annotations });
+    assert_eq!(config.handlers["runsc"], Handler { kind, annotations, aliases: vec!["gvisor".to_owned()] });
     assert_eq!(config.handlers["youki"].kind, oci("youki", "/run/other/youki", &[]));
     let arguments = ["--debug", "--log=\"x\\y\t\u{7f}"];
     assert_eq!(config.handlers["runc"].kind, oci("/usr/local/bin/runc", "/run/other/runc", &arguments));
@@ -187,9 +199,9 @@ fn every_key_is_read() {
     // No line was without effect, and no key was forgotten above.
     let (changed, default) = (assignments(&config.to_toml()), assignments(&Config::default().to_toml()));
     for (key, value) in default.iter().filter(|(key, _)| changed.contains_key(*key)) {
-        let same = ["type", "annotations", "sandbox_container"]
+        let same = ["runc.type", "runc.annotations", "runc.sandbox_container", "runc.aliases", "vm.type"]
             .iter()
-            .any(|shown_elsewhere| *key == format!("runtime.handlers.runc.{shown_elsewhere}"));
+            .any(|shown_elsewhere| *key == format!("runtime.handlers.{shown_elsewhere}"));
         assert!(same || changed[key] != *value, "{key} = {value}");
     }
 }
@@ -280,11 +292,28 @@ fn mistakes_name_file_line_key_and_what_is_allowed() {
         // Handlers.
         (
             "[runtime.handlers.kata]\ntype = \"kata\"",
-            ":2: runtime.handlers.kata.type = \"kata\": allowed is \"oci\"",
+            ":2: runtime.handlers.kata.type = \"kata\": allowed is \"oci\" or \"vm\"",
         ),
         (
             "[runtime.handlers.youki]\npath = \"youki\"",
-            ":1: runtime.handlers.youki: a new handler needs a type; allowed is type = \"oci\"",
+            ":1: runtime.handlers.youki: a new handler needs a type; allowed are type = \"oci\" and type = \"vm\"",
+        ),
+        (
+            "[runtime.handlers.vm]\npath = \"vm\"",
+            ":2: unknown key runtime.handlers.vm.path; the nearest known key is runtime.handlers.vm.qemu",
+        ),
+        (
+            "[runtime.handlers.vm]\nguest = \"6.12\"",
+            ":2: runtime.handlers.vm.guest = \"6.12\": allowed is the id of a guest (16 hex digits, see podvisor guest \
+             list), or \"\" for the current one",
+        ),
+        (
+            "[runtime.handlers.other]\ntype = \"vm\"\naliases = [\"kata\"]",
+            ":3: runtime.handlers.vm.aliases: \"kata\" is an alias of handler \"other\" already",
+        ),
+        (
+            "[runtime]\ntrusted_handler = \"vm\"\nuntrusted_handler = \"\"",
+            ":2: runtime.trusted_handler: \"vm\" is no handler of type \"oci\"; there are: crun, runc, vm",
         ),
         (
             "[runtime.handlers]\nrunc = \"runc\"",
@@ -297,22 +326,22 @@ fn mistakes_name_file_line_key_and_what_is_allowed() {
         ),
         (
             "[runtime]\n\ntrusted_handler = \"youki\"",
-            ":3: runtime.trusted_handler: \"youki\" is no handler of type \"oci\"; there are: crun, runc",
+            ":3: runtime.trusted_handler: \"youki\" is no handler of type \"oci\"; there are: crun, runc, vm",
         ),
         (
             "\n[runtime.handlers]\nrunc = false",
-            ":3: runtime.trusted_handler: \"runc\" is no handler of type \"oci\"; there are: crun",
+            ":3: runtime.trusted_handler: \"runc\" is no handler of type \"oci\"; there are: crun, vm",
         ),
         (
-            "[runtime]\nuntrusted_handler = \"kata\"",
-            ":2: runtime.untrusted_handler: \"kata\" is no handler; there are: crun, runc",
+            "[runtime]\nuntrusted_handler = \"gvisor\"",
+            ":2: runtime.untrusted_handler: \"gvisor\" is no handler; there are: crun, runc, vm",
         ),
         (
             "[runtime]\nuntrusted_handler = \"runc\"",
             ":2: runtime.untrusted_handler: \"runc\" is the trusted handler and cannot be the untrusted one too",
         ),
         (
-            "[runtime]\ndefault_workload_trust = \"untrusted\"",
+            "[runtime]\ndefault_workload_trust = \"untrusted\"\nuntrusted_handler = \"\"",
             ":2: runtime.default_workload_trust: \"untrusted\" needs runtime.untrusted_handler, which names the \
              handler of such pods",
         ),

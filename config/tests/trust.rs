@@ -6,8 +6,7 @@ use std::path::Path;
 use podvisor_config::trust::{Node, Pod, TrustError, select};
 use podvisor_config::{Config, Handler, Trust};
 
-const HANDLERS: &str =
-    "[runtime.handlers]\ncrun = false\nkata = { type = \"oci\" }\nyouki = { type = \"oci\" }";
+const HANDLERS: &str = "[runtime]\nuntrusted_handler = \"kata\"\n[runtime.handlers]\ncrun = false\nvm = false\nkata = { type = \"vm\" }\nyouki = { type = \"oci\" }";
 
 fn handlers() -> BTreeMap<String, Handler> {
     Config::parse(Path::new("config.toml"), HANDLERS).unwrap().handlers

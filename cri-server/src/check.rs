@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use podvisor_cgroup::Layout;
-use podvisor_config::{Config, HandlerKind, NetworkMode};
+use podvisor_config::{Config, HandlerKind, NetworkMode, Vm};
 
 use crate::apparmor::AppArmor;
-use crate::node::{cgroup_driver, find_program, kernel_version};
+use crate::hypervisor::{self, Kvm};
+use crate::node::{cgroup_driver, find_program, guest_of, kernel_version};
 
 /// One finding.
 enum Finding {
@@ -25,7 +26,7 @@ pub(crate) fn check(config: &Config) -> bool {
     findings.push(monitor(config));
     findings.push(apparmor());
     findings.extend(network(config));
-    findings.push(virtual_machines());
+    findings.push(kvm());
     findings.push(Finding::Note(
         "kubelet's /metrics/cadvisor shows pods and containers only with `featureGates: {PodAndContainerStatsFromCRI: true}` \
          in its configuration"
@@ -101,8 +102,15 @@ fn cgroups(config: &Config) -> Vec<Finding> {
 
 fn handlers(config: &Config) -> Vec<Finding> {
     let mut findings = Vec::new();
+    let kvm = Kvm::probe();
     for (name, handler) in &config.handlers {
-        let HandlerKind::Oci { path, .. } = &handler.kind;
+        let path = match &handler.kind {
+            HandlerKind::Oci { path, .. } => path,
+            HandlerKind::Vm(vm) => {
+                findings.push(virtual_machines(config, name, vm, &kvm));
+                continue;
+            }
+        };
         let trusted = *name == config.runtime.trusted_handler;
         findings.push(match find_program(path) {
             Some(program) => Finding::Good(format!("handler {name}: {}", program.display())),
@@ -170,15 +178,28 @@ fn network(config: &Config) -> Vec<Finding> {
     }
 }
 
-/// Facts only: no handler of type `vm` exists yet.
-fn virtual_machines() -> Finding {
-    if !Path::new("/dev/kvm").exists() {
-        return Finding::Note("/dev/kvm is missing: virtual machines would need QEMU's translator".into());
+fn kvm() -> Finding {
+    match Kvm::probe() {
+        Kvm::Usable => Finding::Good("KVM runs distributions' kernels".into()),
+        Kvm::Unusable(why) => Finding::Note(why),
     }
-    if Path::new("/sys/module/kvm_pvm").exists() {
-        return Finding::Note(
-            "/dev/kvm is PVM: it runs only guest kernels made for it, no stock ones".into(),
-        );
+}
+
+/// A handler of type `vm`: what its machines run on, with which guest.
+fn virtual_machines(config: &Config, name: &str, vm: &Vm, kvm: &Kvm) -> Finding {
+    let choice = match hypervisor::choose(vm, kvm) {
+        Ok(choice) => choice,
+        Err(why) => return Finding::Note(format!("handler {name}: {why}")),
+    };
+    match guest_of(vm, &config.root) {
+        Err(why) => Finding::Note(format!("handler {name}: {why}")),
+        Ok(guest) if choice.emulate => Finding::Note(format!(
+            "handler {name}: virtual machines by QEMU's translator, which is no isolation boundary; guest kernel {}",
+            guest.kernel_release()
+        )),
+        Ok(guest) => Finding::Good(format!(
+            "handler {name}: virtual machines by QEMU with KVM; guest kernel {}",
+            guest.kernel_release()
+        )),
     }
-    Finding::Note("/dev/kvm is there; pods in virtual machines are not part of this version".into())
 }

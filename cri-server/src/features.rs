@@ -66,6 +66,11 @@ fn said_by(program: &Path, said: Option<&str>, kernel: &Kernel, version: (u32, u
     Found { features, without_user_namespaces }
 }
 
+/// A guest's: every kernel that guests are built from has mount_setattr(2), and the agent speaks for itself.
+pub(crate) fn of_guest() -> cri::RuntimeHandlerFeatures {
+    cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: false }
+}
+
 /// The nameless handler's: what a pod without RuntimeClass can rely on. Where one can become untrusted, that is what both handlers can.
 pub(crate) fn of_nameless(
     handlers: &Handlers,
@@ -73,6 +78,8 @@ pub(crate) fn of_nameless(
     untrusted: Option<&str>,
 ) -> cri::RuntimeHandlerFeatures {
     let of = |name: &str| handlers.features.get(name).copied().unwrap_or_default();
+    // No pod can become untrusted while that handler cannot be used.
+    let untrusted = untrusted.filter(|name| !handlers.unusable.contains_key(*name));
     let (first, second) = (of(trusted), untrusted.map_or_else(|| of(trusted), of));
     cri::RuntimeHandlerFeatures {
         recursive_read_only_mounts: first.recursive_read_only_mounts && second.recursive_read_only_mounts,
@@ -131,5 +138,7 @@ mod tests {
         assert_eq!(of_nameless(&handlers, "runc", None), both);
         assert_eq!(of_nameless(&handlers, "runc", Some("vm")), one);
         assert_eq!(of_nameless(&handlers, "runc", Some("gone")), cri::RuntimeHandlerFeatures::default());
+        let unusable = [("vm".to_owned(), "no guest".to_owned())].into();
+        assert_eq!(of_nameless(&Handlers { unusable, ..handlers }, "runc", Some("vm")), both);
     }
 }

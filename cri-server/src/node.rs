@@ -10,7 +10,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use oci_spec::runtime::LinuxSeccomp;
 use podvisor_cgroup::systemd::Systemd;
 use podvisor_cgroup::{Driver, Layout};
-use podvisor_config::{CgroupDriver, Config, Handler, HandlerKind};
+use podvisor_config::{CgroupDriver, Config, Handler, HandlerKind, Vm};
+use podvisor_guest::{Guest, Guests};
 use podvisor_image_store::ImageStore;
 use podvisor_network::Network;
 use podvisor_proto::cri;
@@ -20,9 +21,10 @@ use crate::apparmor::AppArmor;
 use crate::events::Events;
 use crate::features::Kernel;
 use crate::hooks::Hooks;
+use crate::hypervisor::{self, Choice, Kvm};
 use crate::id::{ContainerId, PodId};
 use crate::monitor::pool::Pool;
-use crate::pod::record::{PinnedRuntime, Records};
+use crate::pod::record::{Engine, PinnedRuntime, PinnedVm, Records};
 use crate::telemetry::Telemetry;
 
 /// Everything that pods share. One per daemon.
@@ -44,6 +46,8 @@ pub(crate) struct Node {
     /// Asked by the systemd driver only.
     pub(crate) systemd: Arc<Systemd>,
     pub(crate) host: HostFacts,
+    /// What a guest offers its containers.
+    pub(crate) guest: HostFacts,
     pub(crate) apparmor: AppArmor,
     /// Identity of this boot of the machine.
     pub(crate) boot_id: String,
@@ -75,13 +79,17 @@ pub(crate) struct Handlers {
     pub(crate) features: BTreeMap<String, cri::RuntimeHandlerFeatures>,
     /// Why a handler cannot run pods with a user namespace.
     pub(crate) without_user_namespaces: BTreeMap<String, String>,
+    /// What the machines of handlers of type `vm` run on.
+    pub(crate) hypervisors: BTreeMap<String, Choice>,
+    /// Where the link to the current guest led when they were looked at.
+    pub(crate) current_guest: Option<PathBuf>,
 }
 
 impl Node {
     pub(crate) fn new(parts: Parts) -> std::io::Result<Arc<Self>> {
         let host = host_facts(&parts.cgroups);
         let kernel = Kernel::probe(&parts.images);
-        let handlers = Handlers::probe(&parts.config.handlers, &kernel);
+        let handlers = Handlers::probe(&parts.config, &kernel);
         let records = Records::new(parts.config.root.join("pods"));
         let run = parts.config.run.clone();
         for directory in ["pods", "containers"] {
@@ -105,6 +113,7 @@ impl Node {
             driver: parts.driver,
             systemd: parts.systemd,
             host,
+            guest: guest_facts(),
             apparmor: AppArmor::open(&run),
             boot_id: boot_id()?,
             run,
@@ -133,32 +142,50 @@ impl Node {
         self.config.read().expect("no panic under this lock").clone()
     }
 
+    /// The handlers as they are: an operator may have installed or chosen another guest since they were asked for last.
     pub(crate) fn handlers(&self) -> Arc<Handlers> {
-        self.handlers.read().expect("no panic under this lock").clone()
+        let handlers = self.handlers.read().expect("no panic under this lock").clone();
+        let config = self.config();
+        if current_guest(&config) == handlers.current_guest {
+            return handlers;
+        }
+        let mut handlers = (*handlers).clone();
+        handlers.look_at_guests(&config);
+        let handlers = Arc::new(handlers);
+        *self.handlers.write().expect("no panic under this lock") = handlers.clone();
+        handlers
     }
 
     /// Takes over what of `new` can change while running; names the rest.
     pub(crate) fn reload(&self, new: Config) -> Vec<String> {
         let (config, left) = self.config().reload(new);
-        let handlers = Handlers::probe(&config.handlers, &self.kernel);
+        let handlers = Handlers::probe(&config, &self.kernel);
         *self.handlers.write().expect("no panic under this lock") = Arc::new(handlers);
         *self.config.write().expect("no panic under this lock") = Arc::new(config);
         left
     }
 
     /// The runtime that a new sandbox of `handler` is pinned to.
-    pub(crate) fn pinned_runtime(&self, handler: &str) -> Option<PinnedRuntime> {
+    pub(crate) fn engine(&self, handler: &str) -> Option<Engine> {
         let handlers = self.handlers();
         let found = handlers.configured.get(handler)?;
-        let HandlerKind::Oci { path, root, arguments, sandbox_container } = &found.kind;
-        Some(PinnedRuntime {
-            path: find_program(path).unwrap_or_else(|| path.clone()),
-            root: root.clone(),
-            arguments: arguments.clone(),
-            systemd_cgroup: self.driver == Driver::Systemd,
-            sandbox_container: *sandbox_container,
-            annotations: found.annotations.clone(),
-        })
+        match &found.kind {
+            HandlerKind::Oci { path, root, arguments, sandbox_container } => {
+                Some(Engine::Oci(PinnedRuntime {
+                    path: find_program(path).unwrap_or_else(|| path.clone()),
+                    root: root.clone(),
+                    arguments: arguments.clone(),
+                    systemd_cgroup: self.driver == Driver::Systemd,
+                    sandbox_container: *sandbox_container,
+                    annotations: found.annotations.clone(),
+                }))
+            }
+            HandlerKind::Vm(vm) => {
+                let choice = handlers.hypervisors.get(handler)?;
+                let guest = guest_of(vm, &self.config().root).ok()?;
+                Some(Engine::Vm(pinned_vm(vm, choice, &guest)))
+            }
+        }
     }
 
     /// The seccomp profile of a container that asks for `profile`.
@@ -195,10 +222,11 @@ impl Node {
 
 impl Handlers {
     /// Calls each handler's program once: blocking, some tens of milliseconds each.
-    fn probe(configured: &BTreeMap<String, Handler>, kernel: &Kernel) -> Self {
-        let mut found = Self { configured: configured.clone(), ..Self::default() };
-        for (name, handler) in configured {
-            let HandlerKind::Oci { path, sandbox_container, .. } = &handler.kind;
+    fn probe(config: &Config, kernel: &Kernel) -> Self {
+        let mut found = Self { configured: config.named_handlers(), ..Self::default() };
+        found.look_at_guests(config);
+        for (name, handler) in &found.configured {
+            let HandlerKind::Oci { path, sandbox_container, .. } = &handler.kind else { continue };
             if *sandbox_container && crate::pause_program::program().is_none() {
                 let why = "sandbox_container needs the built-in pause, which is written for x86_64 only";
                 found.unusable.insert(name.clone(), why.to_owned());
@@ -225,6 +253,85 @@ impl Handlers {
             found.without_user_namespaces.extend(can.without_user_namespaces.map(|why| (name.clone(), why)));
         }
         found
+    }
+
+    /// What handlers of type `vm` can do right now. Blocking, but for a few files only.
+    fn look_at_guests(&mut self, config: &Config) {
+        self.current_guest = current_guest(config);
+        let kvm = Kvm::probe();
+        for (name, handler) in &self.configured {
+            let HandlerKind::Vm(vm) = &handler.kind else { continue };
+            for known in [&mut self.unusable, &mut self.versions] {
+                known.remove(name);
+            }
+            self.hypervisors.remove(name);
+            let looked =
+                hypervisor::choose(vm, &kvm).and_then(|choice| Ok((choice, guest_of(vm, &config.root)?)));
+            match looked {
+                Ok((choice, guest)) => {
+                    let how = if choice.emulate {
+                        "QEMU, emulated, not an isolation boundary"
+                    } else {
+                        "QEMU on KVM"
+                    };
+                    self.versions
+                        .insert(name.clone(), format!("{how}; guest kernel {}", guest.kernel_release()));
+                    self.hypervisors.insert(name.clone(), choice);
+                    self.features.insert(name.clone(), crate::features::of_guest());
+                    let why = "pods in virtual machines cannot have a user namespace yet".to_owned();
+                    self.without_user_namespaces.insert(name.clone(), why);
+                }
+                Err(why) => {
+                    self.features.remove(name);
+                    self.unusable.insert(name.clone(), why);
+                }
+            }
+        }
+    }
+}
+
+fn current_guest(config: &Config) -> Option<PathBuf> {
+    std::fs::read_link(config.root.join("guests/current")).ok()
+}
+
+/// The guest that a handler's new pods get.
+pub(crate) fn guest_of(vm: &Vm, root: &Path) -> Result<Guest, String> {
+    let guests = Guests::open(root);
+    let guest = if vm.guest.is_empty() {
+        guests.current().map_err(|error| crate::error::chain(&error))?
+    } else {
+        let id = vm.guest.parse().map_err(|error| crate::error::chain(&error))?;
+        Some(guests.get(&id).map_err(|error| crate::error::chain(&error))?)
+    };
+    let guest = guest.ok_or(
+        "no guest is installed: build one with `podvisor guest build --debian`, or from another distribution's kernel (--kernel, --modules)",
+    )?;
+    if guest.protocol() != podvisor_proto::agent::PROTOCOL_VERSION {
+        return Err(format!(
+            "guest {} has an agent of protocol version {}, this podvisor speaks {}: build it anew with `podvisor guest build`",
+            guest.id(),
+            guest.protocol(),
+            podvisor_proto::agent::PROTOCOL_VERSION
+        ));
+    }
+    Ok(guest)
+}
+
+fn pinned_vm(vm: &Vm, choice: &Choice, guest: &Guest) -> PinnedVm {
+    const MIB: u64 = 1 << 20;
+    PinnedVm {
+        hypervisor: choice.program.clone(),
+        machine: choice.machine.clone(),
+        file_server: choice.file_server.clone(),
+        guest: guest.id().to_string(),
+        kernel: guest.kernel(),
+        initramfs: guest.initramfs(),
+        kernel_release: guest.kernel_release().to_owned(),
+        emulate: choice.emulate,
+        default_memory: u64::from(vm.default_memory) * MIB,
+        guest_reserve: u64::from(vm.guest_reserve) * MIB,
+        default_cpus: vm.default_cpus,
+        max_cpus: vm.max_cpus,
     }
 }
 
@@ -294,6 +401,20 @@ pub(crate) fn kernel_version() -> (u32, u32) {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let mut numbers = release.split(['.', '-']).map(|part| part.parse().unwrap_or(0));
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+/// The agent is root with every capability, on cgroup version 2 with nothing of the host in it.
+fn guest_facts() -> HostFacts {
+    HostFacts {
+        // Up to CAP_CHECKPOINT_RESTORE, of Linux 5.9.
+        capabilities: podvisor_spec::capability_names((1 << 41) - 1),
+        cgroup_v2: true,
+        oom_score_adj_floor: None,
+        devices: Vec::new(),
+        swap: false,
+        hugetlb: true,
+        hugepage_sizes: vec!["2MB".to_owned(), "1GB".to_owned()],
+    }
 }
 
 fn host_facts(cgroups: &Layout) -> HostFacts {

@@ -1,12 +1,12 @@
 //! What the streaming server's URLs lead to: sessions in the monitors of pods.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use podvisor_proto::monitor::request::Verb;
 use podvisor_proto::monitor::{Attach, Exec};
-use podvisor_streaming::{Backend, Output, Session, Streams};
-use tokio::net::TcpStream;
+use podvisor_streaming::{Backend, Output, Session, Streams, Tunnel};
 
 use crate::error::PodError;
 use crate::monitor::stream;
@@ -43,6 +43,18 @@ impl Sessions {
     }
 }
 
+/// What the monitor hands over: TCP, or for a virtual machine a unix socket.
+fn tunnel(connection: OwnedFd, in_vm: bool) -> std::io::Result<Tunnel> {
+    if in_vm {
+        let stream = std::os::unix::net::UnixStream::from(connection);
+        stream.set_nonblocking(true)?;
+        return tokio::net::UnixStream::from_std(stream).map(Tunnel::from);
+    }
+    let stream = std::net::TcpStream::from(connection);
+    stream.set_nonblocking(true)?;
+    tokio::net::TcpStream::from_std(stream).map(Tunnel::from)
+}
+
 impl Backend for Sessions {
     async fn run(&self, session: Session, streams: Streams) {
         match self.begin(session).await {
@@ -53,7 +65,7 @@ impl Backend for Sessions {
         }
     }
 
-    async fn connect(&self, sandbox: &str, port: u16) -> Result<TcpStream, String> {
+    async fn connect(&self, sandbox: &str, port: u16) -> Result<Tunnel, String> {
         let view = self.pods.find(sandbox).map_err(|error| error.to_string())?.view();
         if !view.is_ready() {
             return Err(format!("sandbox {sandbox} is not ready: {}", view.why()));
@@ -61,9 +73,7 @@ impl Backend for Sessions {
         let connection = stream::connect(self.node.monitor_socket(&view.record.id), port)
             .await
             .map_err(|error| crate::error::chain(&error))?;
-        connection
-            .set_nonblocking(true)
-            .and_then(|()| TcpStream::from_std(connection))
+        tunnel(connection, view.record.runtime.vm().is_some())
             .map_err(|error| format!("cannot use the connection to port {port}: {error}"))
     }
 }

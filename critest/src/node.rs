@@ -49,6 +49,15 @@ const FURTHER_HANDLERS: [(&str, &str); 2] = [
     ),
 ];
 
+/// The handler whose pods are virtual machines. Where it is asked for, every pod that can be one is: those that are privileged or use a
+/// namespace of the host's go to runc. The machines are made by QEMU's translator where there is no KVM.
+pub const VM: &str = "vm";
+
+/// Where the guest is that pods in virtual machines get (`make guest`).
+pub fn guests_dir() -> PathBuf {
+    target_dir().join("guest/guests")
+}
+
 /// The daemon as `cargo test` leaves it, with its failure points.
 pub fn debug_daemon_program() -> PathBuf {
     std::env::var_os("PODVISOR_DEBUG").map_or_else(|| target_dir().join("debug/podvisor"), PathBuf::from)
@@ -61,7 +70,7 @@ pub struct Options {
     pub mirrored: Vec<String>,
     /// The registry that mirrors them.
     pub mirror: Option<SocketAddr>,
-    /// Name of the handler for pods that name none: `runc`, `crun`, or one of [`FURTHER_HANDLERS`].
+    /// Name of the handler for pods that name none: `runc`, `crun`, one of [`FURTHER_HANDLERS`], or [`VM`].
     pub handler: String,
     /// More lines for the daemon's configuration, whole tables.
     pub more: String,
@@ -140,6 +149,11 @@ impl Node {
             .context("opening the node's directory")?;
         fs::write(self.path("registries.conf"), registries(options))?;
         fs::write(self.path("config.toml"), self.configuration(options))?;
+        if options.handler == VM {
+            fs::create_dir_all(self.path("root"))?;
+            std::os::unix::fs::symlink(guests_dir(), self.path("root/guests"))
+                .context("linking to the guest")?;
+        }
         Ok(self)
     }
 
@@ -181,12 +195,15 @@ impl Node {
             format!("[runtime.handlers.{name}]\n{table}\n")
         });
         let further = further.unwrap_or_default();
+        let (trusted, trust) =
+            if handler == VM { ("runc", "untrusted") } else { (handler.as_str(), "trusted") };
         format!(
             "root = {root:?}\nrun = {run:?}\nsocket = {socket:?}\n\
              [log]\nlevel = {log:?}\n\
-             [runtime]\ntrusted_handler = {handler:?}\n\
+             [runtime]\ntrusted_handler = {trusted:?}\ndefault_workload_trust = {trust:?}\n\
              [runtime.handlers.runc]\ntype = \"oci\"\npath = {runc:?}\n\
              [runtime.handlers.crun]\ntype = \"oci\"\npath = \"crun\"\n\
+             [runtime.handlers.vm]\nallow_emulation = true\n\
              {further}\
              [image]\nregistries_conf = {registries:?}\ncerts_dir = {certs:?}\nauth_files = [{auth:?}]\n\
              [network]\nmode = {network:?}\nbridge = {bridge:?}\ncni_config_dir = \"{cni}/net.d\"\n\

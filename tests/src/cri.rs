@@ -7,12 +7,12 @@ use hyper_util::rt::TokioIo;
 use podvisor_proto::cri::image_service_client::ImageServiceClient;
 use podvisor_proto::cri::runtime_service_client::RuntimeServiceClient;
 use podvisor_proto::cri::{
-    AttachRequest, Container, ContainerState, ContainerStatus, ContainerStatusRequest,
-    CreateContainerRequest, ExecRequest, ExecSyncRequest, ExecSyncResponse, ImageSpec,
-    LinuxContainerResources, ListContainersRequest, ListPodSandboxRequest, PodSandbox, PodSandboxConfig,
-    PodSandboxStatus, PodSandboxStatusRequest, PullImageRequest, RemoveContainerRequest, RemoveImageRequest,
-    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
-    StopPodSandboxRequest, UpdateContainerResourcesRequest,
+    AttachRequest, Container, ContainerState, ContainerStats, ContainerStatsRequest, ContainerStatus,
+    ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest, ExecSyncResponse,
+    ImageSpec, LinuxContainerResources, ListContainersRequest, ListPodSandboxRequest, PodSandbox,
+    PodSandboxConfig, PodSandboxStatus, PodSandboxStatusRequest, PullImageRequest, RemoveContainerRequest,
+    RemoveImageRequest, RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest,
+    StopContainerRequest, StopPodSandboxRequest, UpdateContainerResourcesRequest,
 };
 use podvisor_proto::cri::{ContainerConfig, VersionRequest};
 use tokio::net::UnixStream;
@@ -127,6 +127,20 @@ impl Cri {
         let request = PodSandboxStatusRequest { pod_sandbox_id: pod.to_owned(), verbose: false };
         let response = self.runtime.clone().pod_sandbox_status(request).await?.into_inner();
         response.status.ok_or_else(|| Status::internal("the answer has no status"))
+    }
+
+    /// What PodSandboxStatus tells beside the status, as JSON.
+    pub async fn pod_info(&self, pod: &str) -> Result<String, Status> {
+        let request = PodSandboxStatusRequest { pod_sandbox_id: pod.to_owned(), verbose: true };
+        let mut response = self.runtime.clone().pod_sandbox_status(request).await?.into_inner();
+        response.info.remove("info").ok_or_else(|| Status::internal("the answer has no info"))
+    }
+
+    /// ContainerStats.
+    pub async fn container_stats(&self, container: &str) -> Result<ContainerStats, Status> {
+        let request = ContainerStatsRequest { container_id: container.to_owned() };
+        let response = self.runtime.clone().container_stats(request).await?.into_inner();
+        response.stats.ok_or_else(|| Status::internal("the answer has no stats"))
     }
 
     /// Every pod.

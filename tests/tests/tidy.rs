@@ -77,6 +77,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "podvisor-nri",
             "podvisor-proto",
             "podvisor-registry",
+            "podvisor-seccomp",
             "podvisor-spec",
             "podvisor-streaming",
         ],

@@ -98,14 +98,14 @@ async fn deliver(mut reader: BufReader<OwnedReadHalf>, output: &mpsc::Sender<Out
     }
 }
 
-/// A TCP connection to `port` inside the pod, made by its monitor.
-pub(crate) async fn connect(socket: PathBuf, port: u16) -> Result<std::net::TcpStream, MonitorError> {
+/// A connection to `port` inside the pod, made by its monitor.
+pub(crate) async fn connect(socket: PathBuf, port: u16) -> Result<OwnedFd, MonitorError> {
     tokio::task::spawn_blocking(move || connect_blocking(&socket, port))
         .await
         .unwrap_or(Err(MonitorError::Gone))
 }
 
-fn connect_blocking(socket: &Path, port: u16) -> Result<std::net::TcpStream, MonitorError> {
+fn connect_blocking(socket: &Path, port: u16) -> Result<OwnedFd, MonitorError> {
     use std::io::Write;
     let broken = |source| MonitorError::Connect { path: socket.display().to_string(), source };
     let mut stream = std::os::unix::net::UnixStream::connect(socket).map_err(broken)?;
@@ -136,9 +136,9 @@ fn connect_blocking(socket: &Path, port: u16) -> Result<std::net::TcpStream, Mon
     }
 }
 
-fn answer(reply: Reply, descriptor: Option<OwnedFd>) -> Result<std::net::TcpStream, MonitorError> {
+fn answer(reply: Reply, descriptor: Option<OwnedFd>) -> Result<OwnedFd, MonitorError> {
     match (reply.result, descriptor) {
-        (Some(Answer::Connected(_)), Some(descriptor)) => Ok(std::net::TcpStream::from(descriptor)),
+        (Some(Answer::Connected(_)), Some(descriptor)) => Ok(descriptor),
         (Some(Answer::Error(error)), _) => Err(MonitorError::Refused {
             code: ErrorCode::try_from(error.code).unwrap_or_default(),
             detail: error.detail,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use oci_spec::runtime::{LinuxResources, Spec};
@@ -16,7 +16,6 @@ use podvisor_proto::nri::Event;
 use tokio::sync::{mpsc, oneshot};
 
 use super::acquired::Acquisition;
-use super::image_volumes;
 use super::record::{
     ContainerPhase, ContainerRecord, PinnedRuntime, PodRecord, ProcessIdentity, VERSION, Wire,
 };
@@ -27,6 +26,7 @@ use super::specify::specify;
 use super::state::State;
 use super::task::Command;
 use super::volumes::volumes;
+use super::{image_volumes, share};
 use crate::error::PodError;
 use crate::hooks::Subject;
 use crate::id::ContainerId;
@@ -39,20 +39,21 @@ pub(crate) struct Plan {
     pub(crate) record: ContainerRecord,
     image: Image,
     /// Whose pid namespace it joins, for mode TARGET.
-    pub(crate) target: Result<Option<ProcessIdentity>, String>,
+    pub(crate) target: Result<Option<PathBuf>, String>,
 }
 
 /// What the making of a container found out.
 #[derive(Debug)]
 pub(crate) struct Built {
-    process: ProcessIdentity,
+    /// `None`: it is in a guest.
+    process: Option<ProcessIdentity>,
     user: (u32, u32, Vec<u32>),
     resources: serde_json::Value,
 }
 
 impl Built {
     pub(crate) fn apply(self, record: &mut ContainerRecord) {
-        record.process = Some(self.process);
+        record.process = self.process;
         record.user = Some(self.user);
         record.resources = self.resources;
     }
@@ -71,8 +72,11 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
             return Err(PodError::invalid(field, "is larger than 1 MiB"));
         }
     }
-    if pod.runtime.sandbox_container {
+    if pod.runtime.has_sandbox_container() {
         super::sandbox_container::validate_container(&config)?;
+    }
+    if pod.runtime.vm().is_some() {
+        super::vm::validate_container(&config)?;
     }
     let log_path = log_path(&pod.config.0.log_directory, &config.log_path)?;
     let name = config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default();
@@ -101,6 +105,9 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
         Acquisition::Snapshot(id.to_string()),
         Acquisition::Mount(bundle.join("rootfs")),
     ];
+    if pod.runtime.vm().is_some() {
+        acquired.extend(share::acquisitions(node, &pod.id, &id));
+    }
     acquired.extend(volumes_of_images.iter().flat_map(|volume| volume.acquisitions(&id, &bundle)));
     let stop_signal = stop_signal(&config, &image.config)?;
     let image_ref = image.repo_digests.first().cloned().unwrap_or_else(|| image.id.clone());
@@ -140,11 +147,11 @@ fn log_path(directory: &str, path: &str) -> Result<String, PodError> {
     Ok(Path::new(directory).join(relative).display().to_string())
 }
 
-/// The process whose pid namespace a container with mode TARGET joins.
+/// The pid namespace that a container with mode TARGET joins. In a guest the agent finds it by the container's id.
 pub(super) fn target_process(
     config: &cri::ContainerConfig,
     containers: &BTreeMap<ContainerId, Slot>,
-) -> Result<Option<ProcessIdentity>, String> {
+) -> Result<Option<PathBuf>, String> {
     let options = container_namespaces(config);
     if options.pid != NamespaceMode::Target as i32 {
         return Ok(None);
@@ -155,7 +162,10 @@ pub(super) fn target_process(
         .ok()
         .and_then(|id| containers.get(&id))
         .filter(|slot| matches!(slot.state, State::Created | State::Running | State::Stopping { .. }))
-        .and_then(|slot| slot.record.process);
+        .map(|slot| match slot.record.process {
+            Some(process) => PathBuf::from(format!("/proc/{}/ns/pid", process.pid)),
+            None => PathBuf::from(slot.record.id.as_str()),
+        });
     target.map(Some).ok_or_else(|| {
         format!(
             "container {:?} is not running in this pod: its pid namespace cannot be joined",
@@ -201,6 +211,9 @@ pub(crate) async fn build(
             make_bundle(&bundle, &rootfs)?;
             mount(&node, &pod, &snapshot, &rootfs).map_err(PodError::Image)?;
             image_volumes::mount(&node, &pod, &record, &prepared)?;
+            if pod.runtime.vm().is_some() {
+                share::add_container(&node, &pod.id, &record.id, &rootfs)?;
+            }
             podvisor_fault::point("create.mounted");
             let (spec, user) = specify(&node, &pod, &record, &image, rootfs, target)?;
             write_spec(&bundle, &spec)?;
@@ -210,26 +223,32 @@ pub(crate) async fn build(
         .map_err(|_| PodError::TaskGone)??
     };
     let mut resources = None;
+    let mut seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
     if let Some(subject) = &subject
         && !node.hooks.pass_creation(subject)
         && let Some(adjusted) = Box::pin(node.hooks.create(node, subject, &spec)).await?
     {
         resources = Some(adjusted["linux"]["resources"].clone());
+        seccomp = serde_json::from_value(adjusted["linux"]["seccomp"].clone()).unwrap_or(seccomp);
         Box::pin(take_over(node, &record, &spec, adjusted, mailbox)).await?;
     }
 
     podvisor_fault::point("create.specified");
+    let guest = match pod.runtime.vm() {
+        Some(_) => Some(super::vm::container(pod, &record, seccomp.as_ref())?),
+        None => None,
+    };
     let verb = Verb::CreateContainer(CreateContainer {
         container_id: record.id.to_string(),
-        runtime: Some(runtime(&pod.runtime, node.config().limits.runtime_timeout)),
+        runtime: pod.runtime.oci().map(|pinned| runtime(pinned, node.config().limits.runtime_timeout)),
         bundle: bundle.display().to_string(),
         terminal: config.tty,
         stdin: config.stdin,
         stdin_once: config.stdin_once,
         log_path: record.log_path.clone(),
         log_line: node.config().limits.log_line,
-        place: if pod.runtime.sandbox_container { Place::Inside } else { Place::Own }.into(),
-        guest: None,
+        place: if pod.runtime.has_sandbox_container() { Place::Inside } else { Place::Own }.into(),
+        guest,
     });
     let answer = monitor.call(verb).await?;
     podvisor_fault::point("create.called");
@@ -245,7 +264,10 @@ pub(crate) async fn build(
         serde_json::to_value(resources).unwrap_or_default()
     });
     Ok(Built {
-        process: ProcessIdentity { pid: started.pid, start_time: started.start_time },
+        process: pod
+            .runtime
+            .oci()
+            .map(|_| ProcessIdentity { pid: started.pid, start_time: started.start_time }),
         user: (user.uid, user.gid, user.supplemental_groups),
         resources,
     })

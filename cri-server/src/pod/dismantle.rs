@@ -6,7 +6,7 @@ use podvisor_proto::monitor::DeleteContainer;
 use podvisor_proto::monitor::request::Verb;
 
 use super::acquired::{Acquisition, release_all};
-use super::record::{self, ContainerRecord, PinnedRuntime, PodRecord, ProcessIdentity};
+use super::record::{self, ContainerRecord, Engine, PodRecord, ProcessIdentity};
 use super::runtime_state;
 use crate::error::PodError;
 use crate::id::ContainerId;
@@ -17,7 +17,7 @@ use crate::node::Node;
 #[derive(Debug)]
 pub(crate) struct Dismantling {
     id: ContainerId,
-    runtime: PinnedRuntime,
+    runtime: Engine,
     cgroup: String,
     process: Option<ProcessIdentity>,
     acquired: Vec<Acquisition>,
@@ -70,8 +70,10 @@ impl Dismantling {
         if cgroup.exists() {
             tokio::task::spawn_blocking(move || cgroup.kill()).await.map_err(|_| PodError::TaskGone)??;
         }
-        runtime_state::forget(&self.runtime, self.id.as_str()).await;
-        let state = self.runtime.root.join(self.id.as_str());
+        // A container in a guest is gone with its machine, which is gone with its monitor.
+        let Some(runtime) = self.runtime.oci() else { return Ok(()) };
+        runtime_state::forget(runtime, self.id.as_str()).await;
+        let state = runtime.root.join(self.id.as_str());
         // What the runtime could not remove, its own state above all: the directory is ours.
         match std::fs::remove_dir_all(&state) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

@@ -14,11 +14,12 @@ use podvisor_proto::monitor::{Adopt, Shutdown, StartInit, Subscribe};
 
 use super::acquired::Acquisition;
 use super::files::files;
-use super::record::{Phase, PodRecord, ProcessIdentity, VERSION, Wire};
+use super::record::{Engine, Machine, Phase, PodRecord, ProcessIdentity, VERSION, Wire};
 use super::request::{annotation, cgroup_parent, namespace_request, network_sandbox};
 use super::resize::Sizes;
 use super::sandbox_container;
 use super::view::namespace_options;
+use super::{share, vm};
 use crate::error::{Failure, PodError};
 use crate::hooks::told::Told;
 use crate::id::PodId;
@@ -31,6 +32,7 @@ use crate::node::{Node, now};
 pub(crate) struct Launched {
     pub(crate) monitor: Idle,
     pub(crate) init: Option<ProcessIdentity>,
+    pub(crate) machine: Option<Machine>,
     pub(crate) addresses: Vec<String>,
     pub(crate) cni_result: serde_json::Value,
 }
@@ -80,10 +82,13 @@ pub(crate) fn plan(
     handler: String,
 ) -> Result<PodRecord, PodError> {
     let runtime = node
-        .pinned_runtime(&handler)
+        .engine(&handler)
         .ok_or_else(|| PodError::invalid("runtime_handler", format!("{handler:?} is not configured")))?;
-    if runtime.sandbox_container {
+    if runtime.has_sandbox_container() {
         sandbox_container::validate(&handler, &config)?;
+    }
+    if runtime.vm().is_some() {
+        vm::validate(&handler, &config)?;
     }
     let id = PodId::random();
     let options = namespace_options(&config);
@@ -97,10 +102,10 @@ pub(crate) fn plan(
 
     let directory = node.pod_directory(&id);
     let mut acquired = vec![Acquisition::Directory(directory.clone())];
-    if !host_ipc {
+    if !host_ipc && runtime.vm().is_none() {
         acquired.push(Acquisition::Mount(directory.join("shm")));
     }
-    let request = namespace_request(&id, &config)?;
+    let request = namespaces_of(&runtime, &id, &config)?;
     if request.user.is_some()
         && let Some(why) = node.handlers().without_user_namespaces.get(&handler)
     {
@@ -117,8 +122,12 @@ pub(crate) fn plan(
         let sandbox = Box::new(network_sandbox(&id, &config, netns, cgroup_parent.clone())?);
         acquired.push(Acquisition::Network { kind: node.network.kind(), sandbox });
     }
-    if runtime.sandbox_container {
-        acquired.extend(sandbox_container::acquisitions(node, &runtime, id.as_str(), &cgroup_parent));
+    if runtime.vm().is_some() {
+        acquired.extend(vm::acquisitions(node, &id, &cgroup_parent));
+    } else if let Some(oci) = runtime.oci()
+        && oci.sandbox_container
+    {
+        acquired.extend(sandbox_container::acquisitions(node, oci, id.as_str(), &cgroup_parent));
     } else if options.pid == NamespaceMode::Pod as i32 {
         acquired.push(Acquisition::Cgroup(node.driver.container_cgroup(&cgroup_parent, id.as_str())));
     }
@@ -136,9 +145,25 @@ pub(crate) fn plan(
         cni_result: serde_json::Value::Null,
         monitor: None,
         init: None,
+        machine: None,
         sizes: Sizes::default(),
         acquired,
     })
+}
+
+/// The namespaces on the host. A guest has those of its kernel: only what connects it is the host's.
+fn namespaces_of(
+    engine: &Engine,
+    id: &PodId,
+    config: &cri::PodSandboxConfig,
+) -> Result<namespace::Request, PodError> {
+    let mut request = namespace_request(id, config)?;
+    if engine.vm().is_some() {
+        request.ipc = false;
+        request.uts = None;
+        request.sysctls.clear();
+    }
+    Ok(request)
 }
 
 /// Acquires what the record names. On error the caller gives back whatever the record names.
@@ -155,7 +180,7 @@ pub(crate) async fn launch(
         source,
     })?;
 
-    let request = namespace_request(&record.id, &record.config.0)?;
+    let request = namespaces_of(&record.runtime, &record.id, &record.config.0)?;
     let user = request.user;
     let mut request = Some(request);
     // The pod's init is in the pod's user namespace; nothing else has to wait for namespaces.
@@ -165,7 +190,11 @@ pub(crate) async fn launch(
     // All to their end, also when one fails: what is half-way cannot be given back.
     let (made, adopted, attachment) = tokio::join!(
         async {
-            let made = files(record, &directory, user);
+            let made = match record.runtime.vm() {
+                Some(_) => share::make(node, &record.id)
+                    .and_then(|()| files(record, &share::files(node, &record.id), user)),
+                None => files(record, &directory, user),
+            };
             podvisor_fault::point("run.files");
             made
         },
@@ -201,7 +230,18 @@ pub(crate) async fn launch(
         dismiss(node, &monitor).await;
         return Err(Arc::new(refused));
     }
-    if record.runtime.sandbox_container {
+    let mut machine = None;
+    if let Some(pinned) = record.runtime.vm() {
+        match vm::start(node, record, pinned, &monitor.connection).await {
+            Ok((process, started)) => (init, machine) = (Some(process), Some(started)),
+            Err(error) => {
+                dismiss(node, &monitor).await;
+                return Err(Arc::new(error));
+            }
+        }
+        podvisor_fault::point("run.machine");
+    }
+    if record.runtime.has_sandbox_container() {
         match sandbox_container::start(node, record, &monitor.connection).await {
             Ok(process) => init = Some(process),
             Err(error) => {
@@ -210,7 +250,7 @@ pub(crate) async fn launch(
             }
         }
     }
-    Ok(Launched { monitor, init, addresses, cni_result })
+    Ok(Launched { monitor, init, machine, addresses, cni_result })
 }
 
 /// Ends a monitor that will have no pod after all.
@@ -339,7 +379,11 @@ async fn init(
     connection: &Connection,
 ) -> Result<Option<ProcessIdentity>, PodError> {
     let cgroup = record.acquired.iter().find_map(|acquisition| match acquisition {
-        Acquisition::Cgroup(path) if !record.runtime.sandbox_container => Some(path),
+        Acquisition::Cgroup(path)
+            if record.runtime.oci().is_some_and(|runtime| !runtime.sandbox_container) =>
+        {
+            Some(path)
+        }
         _ => None,
     });
     let Some(cgroup) = cgroup else { return Ok(None) };

@@ -20,6 +20,8 @@
 //! | `launch.rs` | how a sandbox is made |
 //! | `files.rs` | files that a pod's containers share |
 //! | `sandbox_container.rs` | the container that holds the others, where the OCI runtime wants one |
+//! | `vm.rs` | a pod that is a virtual machine |
+//! | `share.rs` | what its guest sees of the host |
 //! | `resize.rs` | what kubelet says that a pod may use |
 //! | `build.rs` | how a container is made |
 //! | `specify.rs` | a container's OCI spec |
@@ -47,6 +49,7 @@ pub(crate) mod request;
 pub(crate) mod resize;
 mod runtime_state;
 mod sandbox_container;
+mod share;
 pub(crate) mod signal;
 pub(crate) mod slot;
 mod specify;
@@ -54,6 +57,7 @@ pub(crate) mod state;
 mod steps;
 pub(crate) mod task;
 pub(crate) mod view;
+mod vm;
 mod volumes;
 
 use std::collections::BTreeMap;

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use base64::Engine;
+use base64::Engine as _;
 use podvisor_network::namespace::Namespaces;
 use podvisor_proto::cri;
 use prost::Message;
@@ -77,6 +77,73 @@ pub(crate) struct PinnedRuntime {
     pub(crate) annotations: Vec<String>,
 }
 
+/// The virtual machine that a sandbox was created with, whatever the configuration and the installed guests say later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PinnedVm {
+    /// Program that speaks the hypervisor protocol, and the one of the machine itself.
+    pub(crate) hypervisor: PathBuf,
+    pub(crate) machine: PathBuf,
+    pub(crate) file_server: PathBuf,
+    /// Id of the guest, and where its files are.
+    pub(crate) guest: String,
+    pub(crate) kernel: PathBuf,
+    pub(crate) initramfs: PathBuf,
+    /// `uname -r` in it.
+    pub(crate) kernel_release: String,
+    /// The processor is translated.
+    pub(crate) emulate: bool,
+    /// Bytes for containers without limits, and for the guest itself.
+    pub(crate) default_memory: u64,
+    pub(crate) guest_reserve: u64,
+    pub(crate) default_cpus: u32,
+    pub(crate) max_cpus: u32,
+}
+
+/// What runs a sandbox's containers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum Engine {
+    Oci(PinnedRuntime),
+    Vm(PinnedVm),
+}
+
+impl Engine {
+    pub(crate) fn oci(&self) -> Option<&PinnedRuntime> {
+        match self {
+            Self::Oci(runtime) => Some(runtime),
+            Self::Vm(_) => None,
+        }
+    }
+
+    pub(crate) fn vm(&self) -> Option<&PinnedVm> {
+        match self {
+            Self::Oci(_) => None,
+            Self::Vm(vm) => Some(vm),
+        }
+    }
+
+    /// See [`super::sandbox_container`].
+    pub(crate) fn has_sandbox_container(&self) -> bool {
+        self.oci().is_some_and(|runtime| runtime.sandbox_container)
+    }
+}
+
+/// The machine that a sandbox runs in, as it was when it started.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Machine {
+    /// Which hypervisor it is, with its version.
+    pub(crate) hypervisor: String,
+    pub(crate) emulated: bool,
+    /// `uname -r`, as the agent says.
+    pub(crate) kernel_release: String,
+    pub(crate) agent: String,
+    /// Bytes, and virtual CPUs.
+    pub(crate) memory: u64,
+    pub(crate) cpus: u32,
+    pub(crate) hypervisor_pid: i32,
+    pub(crate) file_server_pid: i32,
+}
+
 /// Durable record of a sandbox.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct PodRecord {
@@ -90,15 +157,17 @@ pub(crate) struct PodRecord {
     pub(crate) requested_handler: String,
     /// What it got.
     pub(crate) handler: String,
-    pub(crate) runtime: PinnedRuntime,
+    pub(crate) runtime: Engine,
     pub(crate) config: Wire<cri::PodSandboxConfig>,
     pub(crate) phase: Phase,
     /// Addresses, the primary one first.
     pub(crate) addresses: Vec<String>,
     pub(crate) cni_result: serde_json::Value,
     pub(crate) monitor: Option<ProcessIdentity>,
-    /// PID 1 of the pod's shared pid namespace.
+    /// PID 1 of the pod's shared pid namespace, or its virtual machine: when it ends, so does the sandbox.
     pub(crate) init: Option<ProcessIdentity>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) machine: Option<Machine>,
     /// What kubelet has resized it to.
     #[serde(default)]
     pub(crate) sizes: Sizes,
@@ -153,6 +222,8 @@ pub(crate) struct ContainerRecord {
     pub(crate) stop_signal: i32,
     /// Path of its cgroup below the mount point.
     pub(crate) cgroup: String,
+    /// Its first process. Of one in a virtual machine it is not known here: what a guest says about its pids concerns no process of the
+    /// host.
     pub(crate) process: Option<ProcessIdentity>,
     /// (uid, gid, supplemental groups) of its first process.
     pub(crate) user: Option<(u32, u32, Vec<u32>)>,
@@ -308,21 +379,23 @@ impl Records {
             finished_at: i64,
             #[serde(default)]
             oom_killed: bool,
+            #[serde(default)]
+            reason: String,
         }
         let bytes = std::fs::read(self.exits(pod).join(format!("{container}.exit.json"))).ok()?;
         let written: Written = serde_json::from_slice(&bytes).ok()?;
-        Some(exit_of(written.code, written.finished_at, written.oom_killed))
+        Some(exit_of(written.code, written.finished_at, written.oom_killed, &written.reason))
     }
 }
 
-/// An exit with the reason that kubelet shows.
-pub(crate) fn exit_of(code: i32, at: i64, oom_killed: bool) -> Exit {
+/// An exit with the reason that kubelet shows, and the monitor's words about it.
+pub(crate) fn exit_of(code: i32, at: i64, oom_killed: bool, why: &str) -> Exit {
     let reason = match (code, oom_killed) {
         (_, true) => "OOMKilled",
         (0, false) => "Completed",
         _ => "Error",
     };
-    Exit { code, at, reason: reason.into(), message: String::new() }
+    Exit { code, at, reason: reason.into(), message: why.into() }
 }
 
 fn read<R: DeserializeOwned>(path: &Path) -> Result<R, RecordError> {

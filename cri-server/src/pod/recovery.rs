@@ -31,7 +31,8 @@ use super::acquired::{Acquisition, release_all};
 use super::dismantle::kill_orphan;
 use super::image_volumes;
 use super::record::{
-    ContainerPhase, ContainerRecord, Phase, PinnedRuntime, PodRecord, ProcessIdentity, VERSION, Wire, exit_of,
+    ContainerPhase, ContainerRecord, Engine, Phase, PinnedRuntime, PodRecord, ProcessIdentity, VERSION, Wire,
+    exit_of,
 };
 use super::request::{cgroup_parent, network_sandbox};
 use super::resize::Sizes;
@@ -260,13 +261,15 @@ fn unreadable(node: &Node, id: &PodId, why: String) -> PodRecord {
         created_at: now(),
         requested_handler: String::new(),
         // The likeliest: only asked where the monitor is gone too.
-        runtime: node.pinned_runtime(&handler).unwrap_or_else(|| PinnedRuntime {
-            path: PathBuf::from("runc"),
-            root: PathBuf::from("/nonexistent"),
-            arguments: Vec::new(),
-            systemd_cgroup: false,
-            sandbox_container: false,
-            annotations: Vec::new(),
+        runtime: node.engine(&handler).unwrap_or_else(|| {
+            Engine::Oci(PinnedRuntime {
+                path: PathBuf::from("runc"),
+                root: PathBuf::from("/nonexistent"),
+                arguments: Vec::new(),
+                systemd_cgroup: false,
+                sandbox_container: false,
+                annotations: Vec::new(),
+            })
         }),
         handler,
         config: Wire(config),
@@ -275,6 +278,7 @@ fn unreadable(node: &Node, id: &PodId, why: String) -> PodRecord {
         cni_result: serde_json::Value::Null,
         monitor: None,
         init: None,
+        machine: None,
         sizes: Sizes::default(),
         acquired,
     }
@@ -383,6 +387,11 @@ fn hold_cgroup(task: &mut Task, pid: i32) {
     }
 }
 
+/// What the process is called whose end is the sandbox's.
+pub(super) fn init_name(record: &PodRecord) -> &'static str {
+    if record.runtime.vm().is_some() { "the pod's virtual machine" } else { "the pod's init" }
+}
+
 /// The monitor's word about each container.
 async fn compare(task: &mut Task, processes: &[wire::Process]) {
     let by_id: BTreeMap<&str, &wire::Process> = processes.iter().map(|p| (p.id.as_str(), p)).collect();
@@ -397,7 +406,8 @@ async fn compare(task: &mut Task, processes: &[wire::Process]) {
             Some(found) if found.state() != ProcessState::Exited => {}
             Some(_) | None if process::lives(init) => {}
             _ if matches!(task.record.phase, Phase::Ready) => {
-                task.fail("the pod's init ended while the daemon was away".into()).await;
+                let what = init_name(&task.record);
+                task.fail(format!("{what} ended while the daemon was away")).await;
             }
             _ => {}
         }
@@ -417,7 +427,10 @@ async fn compare(task: &mut Task, processes: &[wire::Process]) {
             task.advance(&id, Event::Exited(exit), None).await;
             continue;
         };
-        slot.record.process = Some(ProcessIdentity { pid: found.pid, start_time: found.start_time });
+        // A guest's pids are no business of the host's.
+        if task.record.runtime.oci().is_some() {
+            slot.record.process = Some(ProcessIdentity { pid: found.pid, start_time: found.start_time });
+        }
         match found.state() {
             ProcessState::Running => slot.state = State::Running,
             // A start was asked for, and may be under way: it goes on (the monitor joins the two). Called off, the container could
@@ -434,7 +447,7 @@ async fn compare(task: &mut Task, processes: &[wire::Process]) {
             }
             ProcessState::Exited => {
                 let exit = found.exit.unwrap_or_default();
-                let exit = exit_of(exit.code, exit.finished_at, exit.oom_killed);
+                let exit = exit_of(exit.code, exit.finished_at, exit.oom_killed, &found.reason);
                 task.advance(&id, Event::Exited(exit), None).await;
             }
             ProcessState::Creating | ProcessState::Unspecified => {
@@ -557,7 +570,11 @@ impl Ending {
             monitor: task.record.monitor,
             init: task.record.init,
             containers: task.containers.keys().map(ToString::to_string).collect(),
-            sandbox_container: task.record.runtime.sandbox_container.then(|| task.record.id.to_string()),
+            sandbox_container: task
+                .record
+                .runtime
+                .has_sandbox_container()
+                .then(|| task.record.id.to_string()),
             runtime_limit: runtime_limit(task.node.config().limits.runtime_timeout),
         }
     }

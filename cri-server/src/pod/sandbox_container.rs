@@ -17,7 +17,7 @@ use podvisor_proto::monitor::{CreateContainer, DeleteContainer, Place, StartCont
 use serde_json::json;
 
 use super::acquired::Acquisition;
-use super::record::{PinnedRuntime, PodRecord, ProcessIdentity};
+use super::record::{Engine, PinnedRuntime, PodRecord, ProcessIdentity};
 use super::request::cgroup_parent;
 use super::view::namespace_options;
 use crate::error::PodError;
@@ -91,7 +91,10 @@ pub(super) async fn start(
     let id = record.id.to_string();
     let create = Verb::CreateContainer(CreateContainer {
         container_id: id.clone(),
-        runtime: Some(super::build::runtime(&record.runtime, node.config().limits.runtime_timeout)),
+        runtime: record
+            .runtime
+            .oci()
+            .map(|runtime| super::build::runtime(runtime, node.config().limits.runtime_timeout)),
         bundle: bundle.display().to_string(),
         place: Place::Sandbox.into(),
         guest: None,
@@ -201,14 +204,16 @@ pub(super) fn share_pid_namespace(pod: &PodRecord, config: &cri::ContainerConfig
 
 /// The annotations that the handler lets through to its runtime.
 pub(super) fn passed_on<'a>(
-    runtime: &PinnedRuntime,
+    runtime: &Engine,
     annotations: impl Iterator<Item = (&'a String, &'a String)>,
 ) -> BTreeMap<String, String> {
     annotations
         .filter(|(name, _)| {
-            runtime.annotations.iter().any(|pattern| match pattern.strip_suffix('*') {
-                Some(prefix) => name.starts_with(prefix),
-                None => *name == pattern,
+            runtime.oci().into_iter().flat_map(|runtime| &runtime.annotations).any(|pattern| {
+                match pattern.strip_suffix('*') {
+                    Some(prefix) => name.starts_with(prefix),
+                    None => *name == pattern,
+                }
             })
         })
         .map(|(name, value)| (name.clone(), value.clone()))

@@ -13,9 +13,9 @@ use super::build::container_namespaces;
 use super::devices;
 use super::record::{ContainerRecord, PodRecord, ProcessIdentity};
 use super::request::cgroup_parent;
-use super::sandbox_container;
 use super::view::namespace_options;
 use super::volumes::{anonymous_volumes, resolve_mounts};
+use super::{sandbox_container, share, vm};
 use crate::cdi;
 use crate::error::PodError;
 use crate::node::Node;
@@ -27,7 +27,7 @@ pub(super) fn specify(
     record: &ContainerRecord,
     image: &Image,
     rootfs: PathBuf,
-    target: Option<ProcessIdentity>,
+    target: Option<PathBuf>,
 ) -> Result<(Spec, podvisor_spec::User), PodError> {
     let config = &record.config.0;
     let sandbox = &pod.config.0;
@@ -37,18 +37,24 @@ pub(super) fn specify(
 
     let mut config = config.clone();
     anonymous_volumes(node, pod, record, image, &rootfs, &mut config)?;
-    let mounts = resolve_mounts(&config.mounts, &record.image_volumes, &node.bundle(&record.id))?;
+    let mut mounts = resolve_mounts(&config.mounts, &record.image_volumes, &node.bundle(&record.id))?;
     recursive_read_only(node, pod, &config.mounts)?;
     let devices = devices::resolve(&config.devices)?;
 
+    let in_vm = pod.runtime.vm().is_some();
+    if in_vm {
+        vm::share_mounts(node, pod, record, &config.mounts, &mut mounts)?;
+    }
+    let host = if in_vm { &node.guest } else { &node.host };
     let held = |name: &str| pod.acquired.contains(&Acquisition::Mount(directory.join(name)));
     let shm = if held("shm") { directory.join("shm") } else { PathBuf::from("/dev/shm") };
+    let files = if in_vm { share::in_guest("files") } else { directory };
     let parent = cgroup_parent(sandbox);
     let handler_annotations =
         sandbox_container::passed_on(&pod.runtime, sandbox.annotations.iter().chain(&config.annotations));
     let profile = podvisor_spec::seccomp_request(&config)?;
-    let capabilities = podvisor_spec::capabilities(&config, &node.host)?;
-    let apparmor = node.apparmor.profile(&config)?;
+    let capabilities = podvisor_spec::capabilities(&config, host)?;
+    let apparmor = if in_vm { vm::apparmor(&config)? } else { node.apparmor.profile(&config)? };
     let seccomp = node.seccomp(&profile, &capabilities)?;
     let limit = node.config().limits.pids;
     let input = Input {
@@ -58,19 +64,19 @@ pub(super) fn specify(
         sandbox,
         image: &image.config,
         image_name: config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default(),
-        rootfs,
+        rootfs: if in_vm { vm::root(&record.id) } else { rootfs },
         namespaces: namespace_paths(pod, &config, target),
         pod_files: PodFiles {
-            hostname: Some(directory.join("hostname")),
-            hosts: Some(directory.join("hosts")),
-            resolv_conf: Some(directory.join("resolv.conf")),
+            hostname: Some(files.join("hostname")),
+            hosts: Some(files.join("hosts")),
+            resolv_conf: Some(files.join("resolv.conf")),
             shm: Some(shm),
         },
         mounts,
         devices,
         passwd: &passwd,
         group: &group,
-        host: &node.host,
+        host,
         cgroups_path: node.driver.container_path(&parent, record.id.as_str())?,
         seccomp: seccomp.as_ref(),
         apparmor,
@@ -78,8 +84,13 @@ pub(super) fn specify(
         default_pids: (limit > 0).then_some(limit),
     };
     let mut spec = podvisor_spec::container(&input)?;
-    cdi::inject(node, &mut spec, &cdi::asked(&config)?)?;
-    if pod.runtime.sandbox_container {
+    let asked = cdi::asked(&config)?;
+    if in_vm {
+        vm::in_guest(&mut spec, asked.first().map(ToString::to_string))?;
+    } else {
+        cdi::inject(node, &mut spec, &asked)?;
+    }
+    if pod.runtime.has_sandbox_container() {
         sandbox_container::share_pid_namespace(pod, &config, &mut spec);
     }
     let user = podvisor_spec::User::of(&spec).unwrap_or(podvisor_spec::User {
@@ -106,14 +117,14 @@ fn recursive_read_only(node: &Node, pod: &PodRecord, mounts: &[cri::Mount]) -> R
 fn namespace_paths(
     pod: &PodRecord,
     config: &cri::ContainerConfig,
-    target: Option<ProcessIdentity>,
+    target: Option<PathBuf>,
 ) -> NamespacePaths {
     let pinned = pod.namespaces();
     let of = |process: ProcessIdentity| PathBuf::from(format!("/proc/{}/ns/pid", process.pid));
     let shared = namespace_options(&pod.config.0).pid == NamespaceMode::Pod as i32;
     let mode = container_namespaces(config).pid;
     let pid = if mode == NamespaceMode::Target as i32 {
-        target.map(of)
+        target
     } else if mode == NamespaceMode::Pod as i32 && shared {
         pod.init.map(of)
     } else {

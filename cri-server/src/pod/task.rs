@@ -351,6 +351,7 @@ impl Task {
                 self.monitor = Some(launched.monitor.connection.clone());
                 self.record.monitor = Some(launched.monitor.process);
                 self.record.init = launched.init;
+                self.record.machine = launched.machine;
                 self.record.addresses = launched.addresses;
                 self.record.cni_result = launched.cni_result;
                 self.record.acquired.push(Acquisition::Cgroup(launched.monitor.cgroup.clone()));
@@ -575,7 +576,8 @@ impl Task {
         match news.kind {
             Some(event::Kind::Exited(exited)) => {
                 let exit = exited.exit.unwrap_or_default();
-                self.ended(&exited.id, exit_of(exit.code, exit.finished_at, exit.oom_killed)).await;
+                self.ended(&exited.id, exit_of(exit.code, exit.finished_at, exit.oom_killed, &exited.reason))
+                    .await;
             }
             Some(event::Kind::Oom(oom)) => {
                 tracing::info!(
@@ -591,7 +593,10 @@ impl Task {
     pub(super) async fn ended(&mut self, id: &str, exit: Exit) {
         if id == self.record.id.as_str() {
             if !self.releasing && matches!(self.record.phase, Phase::Ready) {
-                let why = format!("the pod's init ended with code {}", exit.code);
+                let why = match (recovery::init_name(&self.record), exit.message.as_str()) {
+                    (what, "") => format!("{what} ended with code {}", exit.code),
+                    (what, why) => format!("{what} ended: {why}"),
+                };
                 tracing::warn!(pod = id, why, "a sandbox is not ready any more");
                 self.fail(why).await;
             }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use podvisor_proto::cri;
 
 use crate::pod::image_volumes;
-use crate::pod::record::ContainerRecord;
+use crate::pod::record::{ContainerRecord, Engine};
 use crate::pod::state::State;
 use crate::pod::view::{ContainerView, PodView};
 use crate::pod::{request, resize};
@@ -49,6 +49,32 @@ pub(super) fn sandbox_status(view: &PodView) -> cri::PodSandboxStatus {
     }
 }
 
+/// The program that runs the pod's containers.
+fn runtime(view: &PodView) -> &std::path::Path {
+    match &view.record.runtime {
+        Engine::Oci(runtime) => &runtime.path,
+        Engine::Vm(vm) => &vm.hypervisor,
+    }
+}
+
+fn virtual_machine(view: &PodView) -> Option<serde_json::Value> {
+    let vm = view.record.runtime.vm()?;
+    let mut shown = serde_json::json!({ "guest": vm.guest, "guestKernel": vm.kernel_release });
+    if let Some(machine) = &view.record.machine {
+        shown["hypervisor"] = machine.hypervisor.as_str().into();
+        shown["kernelRelease"] = machine.kernel_release.as_str().into();
+        shown["agent"] = machine.agent.as_str().into();
+        shown["memoryBytes"] = machine.memory.into();
+        shown["cpus"] = machine.cpus.into();
+        shown["hypervisorPid"] = machine.hypervisor_pid.into();
+        shown["fileServerPid"] = machine.file_server_pid.into();
+    }
+    if vm.emulate {
+        shown["warning"] = "emulated, not an isolation boundary".into();
+    }
+    Some(shown)
+}
+
 /// What `crictl inspectp` shows beside the status.
 pub(super) fn sandbox_info(view: &PodView) -> HashMap<String, String> {
     let sizes = resize::of(view);
@@ -57,8 +83,9 @@ pub(super) fn sandbox_info(view: &PodView) -> HashMap<String, String> {
         "pid": init.or(view.record.monitor.map(|process| process.pid)),
         "monitorPid": view.record.monitor.map(|process| process.pid),
         "handler": view.record.handler,
-        "runtime": view.record.runtime.path,
-        "runtimeRoot": view.record.runtime.root,
+        "runtime": runtime(view),
+        "runtimeRoot": view.record.runtime.oci().map(|runtime| &runtime.root),
+        "virtualMachine": virtual_machine(view),
         "why": view.why(),
         "hostname": request::hostname(view.config()),
         "cniResult": view.record.cni_result,
@@ -185,7 +212,7 @@ pub(super) fn container_info(
         "sandboxID": view.record.id,
         "pid": container.record.process.map(|process| process.pid),
         "handler": view.record.handler,
-        "runtime": view.record.runtime.path,
+        "runtime": runtime(view),
         "cgroup": container.record.cgroup,
         "runtimeSpec": spec,
     });

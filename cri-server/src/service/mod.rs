@@ -6,6 +6,7 @@ mod container_status;
 mod containers;
 mod create_container;
 pub(crate) mod exec_sync;
+mod guest_usage;
 mod images;
 mod interfaces;
 mod metrics;

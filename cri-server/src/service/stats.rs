@@ -1,4 +1,4 @@
-//! ContainerStats, PodSandboxStats and their lists. Files are read on threads of their own; nothing is asked of a monitor.
+//! ContainerStats, PodSandboxStats and their lists. Files are read on threads of their own; monitors are asked for guests only, beforehand.
 
 use std::sync::Arc;
 
@@ -7,6 +7,7 @@ use podvisor_proto::cri;
 use tonic::Status;
 
 use super::answers::{filesystem, selects};
+use super::guest_usage::{self, GuestUsage};
 use super::interfaces;
 use crate::meters::Meters;
 use crate::node::{Node, now};
@@ -20,8 +21,13 @@ pub(super) async fn container_stats(
     meters: &Arc<Meters>,
     request: &cri::ContainerStatsRequest,
 ) -> Result<cri::ContainerStatsResponse, Status> {
-    let (_, container) = pods.find_container(&request.container_id)?;
-    let stats = reading(node, meters, move |node, meters| of_container(node, meters, &container)).await?;
+    let (pod, container) = pods.find_container(&request.container_id)?;
+    let view = pod.view();
+    let guests = guest_usage::ask([&view]).await;
+    let read = move |node: &Node, meters: &Meters| {
+        of_container(node, meters, &container, guests.get(&view.record.id))
+    };
+    let stats = reading(node, meters, read).await?;
     Ok(cri::ContainerStatsResponse { stats: Some(stats) })
 }
 
@@ -33,7 +39,9 @@ pub(super) async fn list_container_stats(
 ) -> Vec<cri::ContainerStats> {
     let filter = filter.unwrap_or_default();
     let views = pods.views().into_iter();
-    let views = views.filter(|view| view.record.id.as_str().starts_with(&filter.pod_sandbox_id)).collect();
+    let views: Vec<_> =
+        views.filter(|view| view.record.id.as_str().starts_with(&filter.pod_sandbox_id)).collect();
+    let guests = guest_usage::ask(&views).await;
     let (node, within) = (node.clone(), meters.clone());
     let read = move |view: &PodView| -> Vec<cri::ContainerStats> {
         view.visible_containers()
@@ -41,7 +49,7 @@ pub(super) async fn list_container_stats(
             .filter(|one| one.is_running() || one.cri_state() == cri::ContainerState::ContainerCreated)
             .filter(|one| one.record.id.as_str().starts_with(&filter.id))
             .filter(|one| selects(&filter.label_selector, &one.record.config.0.labels))
-            .map(|one| of_container(&node, &within, one))
+            .map(|one| of_container(&node, &within, one, guests.get(&view.record.id)))
             .collect()
     };
     meters.readings.of(views, read).await.into_iter().flatten().collect()
@@ -54,7 +62,9 @@ pub(super) async fn pod_sandbox_stats(
     request: &cri::PodSandboxStatsRequest,
 ) -> Result<cri::PodSandboxStatsResponse, Status> {
     let view = pods.find(&request.pod_sandbox_id)?.view();
-    let stats = reading(node, meters, move |node, meters| of_pod(node, meters, &view)).await?;
+    let guests = guest_usage::ask([&view]).await;
+    let read = move |node: &Node, meters: &Meters| of_pod(node, meters, &view, guests.get(&view.record.id));
+    let stats = reading(node, meters, read).await?;
     Ok(cri::PodSandboxStatsResponse { stats: Some(stats) })
 }
 
@@ -66,12 +76,14 @@ pub(super) async fn list_pod_sandbox_stats(
 ) -> Vec<cri::PodSandboxStats> {
     let filter = filter.unwrap_or_default();
     let views = pods.views().into_iter();
-    let views = views
+    let views: Vec<_> = views
         .filter(|view| view.is_ready() && view.record.id.as_str().starts_with(&filter.id))
         .filter(|view| selects(&filter.label_selector, &view.config().labels))
         .collect();
+    let guests = guest_usage::ask(&views).await;
     let (node, within) = (node.clone(), meters.clone());
-    meters.readings.of(views, move |view| of_pod(&node, &within, view)).await
+    let read = move |view: &PodView| of_pod(&node, &within, view, guests.get(&view.record.id));
+    meters.readings.of(views, read).await
 }
 
 async fn reading<T: Send + 'static>(
@@ -85,7 +97,12 @@ async fn reading<T: Send + 'static>(
         .map_err(|_| Status::internal("reading statistics panicked"))
 }
 
-fn of_container(node: &Node, meters: &Meters, container: &ContainerView) -> cri::ContainerStats {
+fn of_container(
+    node: &Node,
+    meters: &Meters,
+    container: &ContainerView,
+    guest: Option<&GuestUsage>,
+) -> cri::ContainerStats {
     let config = &container.record.config.0;
     let time = now();
     let attributes = cri::ContainerAttributes {
@@ -100,7 +117,11 @@ fn of_container(node: &Node, meters: &Meters, container: &ContainerView) -> cri:
         writable_layer: used.map(|used| filesystem(&used, time)),
         ..Default::default()
     };
-    let read = node.cgroups.cgroup(&container.record.cgroup).stats();
+    let in_guest = guest.and_then(|guest| guest.of_container(container.record.id.as_str()));
+    let read = match in_guest {
+        Some(stats) => Ok(stats.clone()),
+        None => node.cgroups.cgroup(&container.record.cgroup).stats(),
+    };
     if let Ok(read) = &read
         && container.state.may_run()
         && read.pids == Some(0)
@@ -123,7 +144,7 @@ fn of_container(node: &Node, meters: &Meters, container: &ContainerView) -> cri:
     stats
 }
 
-fn of_pod(node: &Node, meters: &Meters, view: &PodView) -> cri::PodSandboxStats {
+fn of_pod(node: &Node, meters: &Meters, view: &PodView, guest: Option<&GuestUsage>) -> cri::PodSandboxStats {
     let config = view.config();
     let time = now();
     let attributes = cri::PodSandboxAttributes {
@@ -135,10 +156,12 @@ fn of_pod(node: &Node, meters: &Meters, view: &PodView) -> cri::PodSandboxStats 
     let containers: Vec<_> = view
         .visible_containers()
         .filter(|one| one.is_running())
-        .map(|one| of_container(node, meters, one))
+        .map(|one| of_container(node, meters, one, guest))
         .collect();
     let parent = cgroup_parent(config);
-    let read = if parent.is_empty() {
+    let read = if let Some(stats) = guest.and_then(|guest| guest.pod.as_ref()) {
+        Some(stats.clone())
+    } else if parent.is_empty() {
         None
     } else {
         node.cgroups.cgroup(&node.driver.parent_cgroup(&parent)).stats().ok()

@@ -11,6 +11,7 @@ mod server;
 mod spdy;
 mod tls;
 mod tokens;
+mod tunnel;
 mod upgrade;
 mod websocket;
 
@@ -24,8 +25,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
+
+pub use tunnel::Tunnel;
 
 /// Where to listen and for how long things live.
 #[derive(Debug, Clone)]
@@ -112,7 +114,7 @@ pub trait Backend: Send + Sync + 'static {
     /// Runs an exec or attach session to its end.
     fn run(&self, session: Session, streams: Streams) -> impl Future<Output = ()> + Send;
     /// A connection to `port` inside the sandbox.
-    fn connect(&self, sandbox: &str, port: u16) -> impl Future<Output = Result<TcpStream, String>> + Send;
+    fn connect(&self, sandbox: &str, port: u16) -> impl Future<Output = Result<Tunnel, String>> + Send;
 }
 
 /// Why the server could not start.

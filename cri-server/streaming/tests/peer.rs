@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use podvisor_streaming::{Backend, Input, Options, Output, Server, Session, Streams};
+use podvisor_streaming::{Backend, Input, Options, Output, Server, Session, Streams, Tunnel};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -83,8 +83,8 @@ impl Backend for Programs {
         let _ = output.send(Output::Exit(code)).await;
     }
 
-    async fn connect(&self, _sandbox: &str, port: u16) -> Result<TcpStream, String> {
-        TcpStream::connect(("127.0.0.1", port)).await.map_err(|error| error.to_string())
+    async fn connect(&self, _sandbox: &str, port: u16) -> Result<Tunnel, String> {
+        TcpStream::connect(("127.0.0.1", port)).await.map(Tunnel::from).map_err(|error| error.to_string())
     }
 }
 

@@ -22,6 +22,7 @@ mod security;
 mod telemetry;
 mod userns;
 mod version;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -46,6 +47,7 @@ fn main() -> Result<ExitCode> {
     telemetry::add(&mut tests);
     recovery::add(&mut tests);
     gvisor::add(&mut tests);
+    vm::add(&mut tests);
     security::add(&mut tests);
     userns::add(&mut tests);
     nri::add(&mut tests);

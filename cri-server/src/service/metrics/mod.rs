@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use podvisor_proto::cri;
 
+use super::guest_usage::{self, GuestUsage};
 use super::{answers, interfaces};
 use crate::meters::Meters;
 use crate::node::{Node, now};
@@ -35,12 +36,19 @@ pub(super) fn descriptors() -> Vec<cri::MetricDescriptor> {
 }
 
 pub(super) async fn list(pods: &Pods, node: &Arc<Node>, meters: &Arc<Meters>) -> Vec<cri::PodSandboxMetrics> {
-    let views = pods.views().into_iter().filter(|view| view.is_ready()).collect();
+    let views: Vec<_> = pods.views().into_iter().filter(|view| view.is_ready()).collect();
+    let guests = guest_usage::ask(&views).await;
     let (node, meters_there) = (node.clone(), meters.clone());
-    meters.readings.of(views, move |view| of_pod(&node, &meters_there, view)).await
+    let read = move |view: &PodView| of_pod(&node, &meters_there, view, guests.get(&view.record.id));
+    meters.readings.of(views, read).await
 }
 
-fn of_pod(node: &Node, meters: &Meters, view: &PodView) -> cri::PodSandboxMetrics {
+fn of_pod(
+    node: &Node,
+    meters: &Meters,
+    view: &PodView,
+    guest: Option<&GuestUsage>,
+) -> cri::PodSandboxMetrics {
     let metadata = view.metadata();
     let labels = |id: &str, name: &str, image: &str, container: &str| {
         [id, name, image, &metadata.namespace, &metadata.name, container].map(str::to_owned)
@@ -79,7 +87,7 @@ fn of_pod(node: &Node, meters: &Meters, view: &PodView) -> cri::PodSandboxMetric
         let samples = Samples::new(labels(&container.record.cgroup, id, image, name));
         cri::ContainerMetrics {
             container_id: id.to_owned(),
-            metrics: of_container(node, meters, container, samples),
+            metrics: of_container(node, meters, container, guest, samples),
         }
     });
     cri::PodSandboxMetrics {
@@ -93,12 +101,15 @@ fn of_container(
     node: &Node,
     meters: &Meters,
     container: &ContainerView,
+    guest: Option<&GuestUsage>,
     mut samples: Samples,
 ) -> Vec<cri::Metric> {
     let record = &container.record;
     samples.times(now(), record.created_at, record.started_at);
     let cgroup = node.cgroups.cgroup(&record.cgroup);
-    if let Ok(stats) = cgroup.stats() {
+    if let Some(stats) = guest.and_then(|guest| guest.of_container(record.id.as_str())) {
+        samples.usage(stats, device_name);
+    } else if let Ok(stats) = cgroup.stats() {
         samples.usage(&stats, device_name);
     }
     if let Ok(details) = cgroup.details(&meters.page_sizes) {

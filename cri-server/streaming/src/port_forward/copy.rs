@@ -4,9 +4,9 @@ use std::io;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 
 use crate::pieces::Piece;
+use crate::tunnel::Tunnel;
 
 const CHUNK: usize = 32 << 10;
 
@@ -35,11 +35,11 @@ pub(super) enum Broken {
 
 /// Copies until both directions have ended, or one breaks.
 pub(super) async fn copy<F: FromClient, T: ToClient>(
-    connection: TcpStream,
+    connection: Tunnel,
     mut from_client: F,
     to_client: &mut T,
 ) -> Result<(), Broken> {
-    let (mut reader, mut writer) = connection.into_split();
+    let Tunnel { mut reader, mut writer } = connection;
     let up = async move {
         loop {
             match from_client.next().await {

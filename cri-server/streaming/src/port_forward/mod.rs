@@ -10,9 +10,8 @@ pub(crate) use websocket::{max_ports, serve as serve_websocket};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpStream;
-
 use crate::Backend;
+use crate::tunnel::Tunnel;
 
 /// How long the backend may take for a connection. Inside a sandbox it takes milliseconds.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -32,7 +31,7 @@ impl<B: Backend> Target<B> {
     }
 
     /// The error is a sentence for the client.
-    async fn connect(&self, port: u16) -> Result<TcpStream, String> {
+    async fn connect(&self, port: u16) -> Result<Tunnel, String> {
         let Self { backend, sandbox, ports } = self;
         if !ports.is_empty() && !ports.contains(&port) {
             return Err(format!(
@@ -40,11 +39,7 @@ impl<B: Backend> Target<B> {
             ));
         }
         match tokio::time::timeout(CONNECT_TIMEOUT, backend.connect(sandbox, port)).await {
-            Ok(Ok(connection)) => {
-                // Forwarded requests are small as often as not; the option fails only on closed sockets.
-                let _ = connection.set_nodelay(true);
-                Ok(connection)
-            }
+            Ok(Ok(connection)) => Ok(connection),
             Ok(Err(why)) => Err(format!("error forwarding port {port} to pod {sandbox}: {why}")),
             Err(_elapsed) => Err(format!("error forwarding port {port} to pod {sandbox}: no answer in time")),
         }

@@ -8,6 +8,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 use super::pattern;
+use crate::Tunnel;
 use crate::{Backend, Input, Output, Session, Streams};
 
 /// Counts what happened, for tests to wait on.
@@ -125,9 +126,9 @@ impl Backend for Programs {
         }
     }
 
-    async fn connect(&self, sandbox: &str, port: u16) -> Result<TcpStream, String> {
+    async fn connect(&self, sandbox: &str, port: u16) -> Result<Tunnel, String> {
         assert_eq!(sandbox, "sandbox");
-        TcpStream::connect(("127.0.0.1", port)).await.map_err(|error| error.to_string())
+        TcpStream::connect(("127.0.0.1", port)).await.map(Tunnel::from).map_err(|error| error.to_string())
     }
 }
 

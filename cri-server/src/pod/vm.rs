@@ -1,0 +1,452 @@
+//! A pod in a virtual machine of its own: what cannot be asked for then, how large the machine is, and how it is started.
+//!
+//! The machine is a process of the pod as its init is: its end is the sandbox's, in a running daemon and after a recovery.
+
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccomp, Spec};
+use podvisor_cgroup::Driver;
+use podvisor_cgroup::systemd::Scope;
+use podvisor_network::tap::GuestInterface;
+use podvisor_proto::agent::{AddInterface, AddRoot, Neighbour, Personalise, Route, Seccomp, add_root};
+use podvisor_proto::cri::{self, NamespaceMode};
+use podvisor_proto::hypervisor::{Network, Start};
+use podvisor_proto::monitor::reply::Result as Answer;
+use podvisor_proto::monitor::request::Verb;
+use podvisor_proto::monitor::{FileServer, GuestContainer, StartVm, VmStarted};
+use podvisor_seccomp::Compiled;
+use podvisor_spec::ResolvedMount;
+
+use super::acquired::Acquisition;
+use super::record::{ContainerRecord, Machine, PinnedVm, PodRecord, ProcessIdentity};
+use super::request::{cgroup_parent, hostname};
+use super::share;
+use super::view::namespace_options;
+use crate::error::PodError;
+use crate::id::{ContainerId, PodId};
+use crate::monitor::{Connection, MonitorError};
+use crate::node::Node;
+
+const FIELD: &str = "config.linux.security_context.namespace_options";
+const MIB: u64 = 1 << 20;
+
+/// What a machine's memory is a multiple of (hypervisor.proto, `Start.memory`).
+const MEMORY_UNIT: u64 = 2 * MIB;
+
+/// How long a guest may take to come up, ms: on a busy machine, and where the processor is translated.
+const START_LIMIT: u32 = 60_000;
+const EMULATED_START_LIMIT: u32 = 300_000;
+
+/// Users that machines run as, one for each pod: beyond what kubelet gives to pods' user namespaces (KEP-127: 65536 for each of at most
+/// some thousand pods, from 65536 on), below the kernel's reserved -1.
+const FIRST_USER: u32 = 0xf000_0000;
+
+/// Refuses a pod that wants of the host what a kernel of its own keeps from it.
+pub(super) fn validate(handler: &str, config: &cri::PodSandboxConfig) -> Result<(), PodError> {
+    let options = namespace_options(config);
+    for (name, mode) in [("network", options.network), ("pid", options.pid), ("ipc", options.ipc)] {
+        if mode == NamespaceMode::Node as i32 {
+            let why = format!(
+                "is NODE, but handler {handler:?} runs each pod in a virtual machine, which cannot use the host's namespaces; \
+                 give the pod another runtime class"
+            );
+            return Err(PodError::invalid(format!("{FIELD}.{name}"), why));
+        }
+    }
+    Ok(())
+}
+
+/// The same for a container.
+pub(super) fn validate_container(config: &cri::ContainerConfig) -> Result<(), PodError> {
+    if super::build::container_namespaces(config).pid == NamespaceMode::Node as i32 {
+        let why = "is NODE, but the pod is a virtual machine, which cannot use the host's namespaces";
+        return Err(PodError::invalid(format!("{FIELD}.pid"), why));
+    }
+    if let Some(device) = config.devices.first() {
+        let why = format!(
+            "{:?} is a device of the host, which a pod in a virtual machine cannot use",
+            device.host_path
+        );
+        return Err(PodError::invalid("config.devices[0]", why));
+    }
+    for (index, mount) in config.mounts.iter().enumerate() {
+        if mount.propagation == cri::MountPropagation::PropagationBidirectional as i32 {
+            let why = "is Bidirectional, but mounts of a virtual machine cannot get to the host";
+            return Err(PodError::invalid(format!("config.mounts[{index}].propagation"), why));
+        }
+    }
+    Ok(())
+}
+
+/// A container's root file system as the agent mounts it (agent.proto, `AddRoot`).
+pub(super) fn root(container: &ContainerId) -> PathBuf {
+    Path::new("/run/podvisor/roots").join(container.as_str())
+}
+
+/// Shows the sources of a container's mounts in the pod's share; `resolved` are the guest's paths afterwards. Blocking.
+pub(super) fn share_mounts(
+    node: &Node,
+    pod: &PodRecord,
+    record: &ContainerRecord,
+    mounts: &[cri::Mount],
+    resolved: &mut [ResolvedMount],
+) -> Result<(), PodError> {
+    for (index, (mount, resolved)) in mounts.iter().zip(resolved).enumerate() {
+        let kind = std::fs::metadata(&resolved.source).map(|metadata| metadata.file_type());
+        if let Ok(kind) = kind
+            && !kind.is_dir()
+            && !kind.is_file()
+        {
+            let what = if kind.is_socket() { "a socket" } else { "no file and no directory" };
+            let why = format!(
+                "{} is {what}: nothing behind it can be reached from a virtual machine",
+                resolved.source.display()
+            );
+            return Err(PodError::invalid(format!("config.mounts[{index}].host_path"), why));
+        }
+        let access = share::Access {
+            read_only: mount.readonly || mount.image.is_some(),
+            recursive: mount.recursive_read_only || mount.image.is_some(),
+            follows: mount.propagation == cri::MountPropagation::PropagationHostToContainer as i32,
+        };
+        resolved.source = share::add_mount(node, &pod.id, &record.id, index, &resolved.source, access)?;
+    }
+    Ok(())
+}
+
+/// A guest's kernel has no AppArmor of the host's: only a profile that was asked for by name is missed.
+pub(super) fn apparmor(config: &cri::ContainerConfig) -> Result<Option<String>, PodError> {
+    let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    let profile = security.and_then(|security| security.apparmor.as_ref());
+    let localhost = cri::security_profile::ProfileType::Localhost as i32;
+    match profile {
+        Some(profile) if profile.profile_type == localhost => {
+            let why = "is a profile of the host, and the guest of a virtual machine has none";
+            Err(PodError::invalid("config.linux.security_context.apparmor", why))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Makes a container's spec one for the guest: its network, host name and IPC are the guest's own, pid namespaces are named in the
+/// request to the agent.
+pub(super) fn in_guest(spec: &mut Spec, device: Option<String>) -> Result<(), PodError> {
+    if let Some(device) = device {
+        let why = format!("{device:?} is a device of the host, which a pod in a virtual machine cannot use");
+        return Err(PodError::invalid("config.cdi_devices", why));
+    }
+    spec.set_hostname(None);
+    let Some(namespaces) = spec.linux_mut().as_mut().and_then(|linux| linux.namespaces_mut().as_mut()) else {
+        return Ok(());
+    };
+    namespaces.retain(|namespace| {
+        use LinuxNamespaceType as T;
+        !matches!(namespace.typ(), T::Network | T::Uts | T::Ipc)
+    });
+    for namespace in namespaces {
+        namespace.set_path(None);
+    }
+    Ok(())
+}
+
+/// What the agent is told of a container beside its spec.
+pub(super) fn container(
+    pod: &PodRecord,
+    record: &ContainerRecord,
+    seccomp: Option<&LinuxSeccomp>,
+) -> Result<GuestContainer, PodError> {
+    let options = super::build::container_namespaces(&record.config.0);
+    let shared = namespace_options(&pod.config.0).pid == NamespaceMode::Pod as i32;
+    let rootfs = format!("{}/{}/rootfs", share::TAG, record.id);
+    let compiled = seccomp.map(podvisor_seccomp::compile).transpose();
+    let compiled = compiled.map_err(|error| {
+        PodError::invalid("config.linux.security_context.seccomp", crate::error::chain(&error))
+    })?;
+    Ok(GuestContainer {
+        root: Some(AddRoot {
+            container_id: record.id.to_string(),
+            lower: Some(add_root::Lower::SharePath(rootfs.clone())),
+            upper: Some(add_root::Upper::SharedUpper(rootfs)),
+            format: false,
+        }),
+        seccomp: compiled.map(|Compiled { program, flags }| Seccomp { program, flags }),
+        share_pid: shared && options.pid == NamespaceMode::Pod as i32,
+        target: if options.pid == NamespaceMode::Target as i32 { options.target_id } else { String::new() },
+    })
+}
+
+/// What is held for the machine.
+pub(super) fn acquisitions(node: &Node, pod: &PodId, parent: &str) -> [Acquisition; 2] {
+    [
+        Acquisition::Cgroup(node.driver.container_cgroup(parent, pod.as_str())),
+        Acquisition::Mount(share::directory(node, pod)),
+    ]
+}
+
+/// Bytes and virtual CPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Size {
+    memory: u64,
+    cpus: u32,
+}
+
+/// What the containers may use together, as kubelet sums it up, with the guest's own part on top.
+fn size(vm: &PinnedVm, config: &cri::PodSandboxConfig) -> Size {
+    let resources = config.linux.as_ref().and_then(|linux| linux.resources.clone()).unwrap_or_default();
+    let containers = u64::try_from(resources.memory_limit_in_bytes).ok().filter(|limit| *limit > 0);
+    let memory = containers.unwrap_or(vm.default_memory).saturating_add(vm.guest_reserve);
+    let (quota, period) = (u64::try_from(resources.cpu_quota), u64::try_from(resources.cpu_period));
+    let cpus = match (quota, period) {
+        (Ok(quota @ 1..), Ok(period @ 1..)) => u32::try_from(quota.div_ceil(period)).unwrap_or(u32::MAX),
+        _ => vm.default_cpus,
+    };
+    Size { memory: memory.next_multiple_of(MEMORY_UNIT), cpus: cpus.clamp(1, vm.max_cpus.max(1)) }
+}
+
+/// The user that a pod's machine runs as.
+fn user(record: &PodRecord) -> u32 {
+    let digits = record.id.as_str().get(..6).unwrap_or_default();
+    FIRST_USER + u32::from_str_radix(digits, 16).unwrap_or_default()
+}
+
+/// Starts the machine. The pod's network must be there.
+pub(super) async fn start(
+    node: &Node,
+    record: &PodRecord,
+    vm: &PinnedVm,
+    monitor: &Connection,
+) -> Result<(ProcessIdentity, Machine), PodError> {
+    let config = &record.config.0;
+    let user = user(record);
+    let interfaces = interfaces(record, user).await?;
+    let Size { memory, cpus } = size(vm, config);
+    let verb = request(node, record, vm, Size { memory, cpus }, user, &interfaces)?;
+    let Answer::VmStarted(started) = monitor.call(Verb::StartVm(verb)).await? else {
+        return Err(MonitorError::Confused { verb: "start the virtual machine" }.into());
+    };
+    if node.driver == Driver::Systemd {
+        place(node, record, &started).await?;
+    }
+    let machine = started.machine.unwrap_or_default();
+    let agent = started.agent.unwrap_or_default();
+    let process = ProcessIdentity { pid: started.pid, start_time: started.start_time };
+    let machine = Machine {
+        hypervisor: format!("{} {}", machine.name, machine.version),
+        emulated: machine.emulated,
+        kernel_release: shortened(agent.kernel_release),
+        agent: shortened(agent.build),
+        memory,
+        cpus,
+        hypervisor_pid: started.hypervisor_pid,
+        file_server_pid: started.file_server_pid,
+    };
+    Ok((process, machine))
+}
+
+/// What a guest says about itself is kept and shown: not more than it can sensibly be.
+fn shortened(mut text: String) -> String {
+    text.retain(|c| c.is_ascii_graphic());
+    text.truncate(128);
+    text
+}
+
+/// Joins the pod's interfaces with taps.
+async fn interfaces(record: &PodRecord, user: u32) -> Result<Vec<GuestInterface>, PodError> {
+    let Some(netns) = record.namespaces().net else { return Ok(Vec::new()) };
+    let joined = tokio::task::spawn_blocking(move || podvisor_network::tap::join(&netns, user)).await;
+    joined.map_err(|_| PodError::TaskGone)?.map_err(PodError::Network)
+}
+
+fn request(
+    node: &Node,
+    record: &PodRecord,
+    vm: &PinnedVm,
+    size: Size,
+    user: u32,
+    interfaces: &[GuestInterface],
+) -> Result<StartVm, PodError> {
+    let config = &record.config.0;
+    let text = |path: &Path| path.display().to_string();
+    let directory = node.pod_directory(&record.id);
+    let machine_directory = directory.join("machine");
+    std::fs::create_dir_all(&machine_directory).map_err(|source| PodError::File {
+        operation: "make",
+        path: machine_directory.clone(),
+        source,
+    })?;
+    let netns = record.namespaces().net.unwrap_or_default();
+    let networks = interfaces.iter().map(|interface| Network {
+        namespace: text(&netns),
+        tap: interface.tap.clone(),
+        hardware_address: interface.hardware_address.clone(),
+        mtu: interface.mtu,
+    });
+    let cgroup_procs = cgroup_procs(node, record)?;
+    let machine = Start {
+        kernel: text(&vm.kernel),
+        initramfs: text(&vm.initramfs),
+        memory: size.memory,
+        cpus: size.cpus,
+        networks: networks.collect(),
+        vsock_path: text(&directory.join("vsock.sock")),
+        run_dir: text(&machine_directory),
+        console_path: text(&directory.join("console.log")),
+        emulate: vm.emulate,
+        cgroup_procs: cgroup_procs.clone(),
+        program: text(&vm.machine),
+        user,
+        ..Start::default()
+    };
+    let sysctls = config.linux.as_ref().map(|linux| linux.sysctls.clone()).unwrap_or_default();
+    let options = namespace_options(config);
+    Ok(StartVm {
+        hypervisor: text(&vm.hypervisor),
+        machine: Some(machine),
+        file_server: Some(FileServer {
+            program: text(&vm.file_server),
+            directory: text(&share::directory(node, &record.id)),
+            tag: share::TAG.to_owned(),
+            socket_path: text(&directory.join("fs.sock")),
+            cgroup_procs,
+        }),
+        personalise: Some(Personalise {
+            hostname: hostname(config),
+            sysctls: sysctls.into_iter().collect(),
+            reserve: vm.guest_reserve,
+            ..Personalise::default()
+        }),
+        interfaces: interfaces.iter().map(add_interface).collect(),
+        init: options.pid == NamespaceMode::Pod as i32,
+        timeout_ms: if vm.emulate { EMULATED_START_LIMIT } else { START_LIMIT },
+    })
+}
+
+fn add_interface(interface: &GuestInterface) -> AddInterface {
+    let text = |address: Option<&std::net::IpAddr>| address.map(ToString::to_string).unwrap_or_default();
+    AddInterface {
+        hardware_address: interface.hardware_address.clone(),
+        name: interface.name.clone(),
+        mtu: interface.mtu,
+        addresses: interface.addresses.iter().map(ToString::to_string).collect(),
+        routes: interface
+            .routes
+            .iter()
+            .map(|route| Route {
+                destination: route.destination.to_string(),
+                gateway: text(route.gateway.as_ref()),
+                source: text(route.source.as_ref()),
+                scope: route.scope.into(),
+                metric: route.metric,
+                mtu: route.mtu,
+                advertised_mss: route.advertised_mss,
+            })
+            .collect(),
+        neighbours: interface
+            .neighbours
+            .iter()
+            .map(|neighbour| Neighbour {
+                address: neighbour.address.to_string(),
+                hardware_address: neighbour.hardware_address.clone(),
+            })
+            .collect(),
+        accepts_router_advertisements: interface.accepts_router_advertisements,
+    }
+}
+
+/// Where the machine's processes go. A scope is made around processes that are there: until then they are where their monitor is.
+fn cgroup_procs(node: &Node, record: &PodRecord) -> Result<Vec<String>, PodError> {
+    if node.driver == Driver::Systemd {
+        return Ok(Vec::new());
+    }
+    let path = node.driver.container_cgroup(&cgroup_parent(&record.config.0), record.id.as_str());
+    let cgroup = node.cgroups.cgroup(&path);
+    cgroup.create()?;
+    Ok(cgroup.procs_files().iter().map(|path| path.display().to_string()).collect())
+}
+
+async fn place(node: &Node, record: &PodRecord, started: &VmStarted) -> Result<(), PodError> {
+    let mut pids: Vec<u32> = [started.pid, started.hypervisor_pid, started.file_server_pid]
+        .into_iter()
+        .filter(|pid| *pid > 0)
+        .map(i32::unsigned_abs)
+        .collect();
+    pids.dedup();
+    let scope = Scope {
+        name: Driver::scope_name(record.id.as_str()),
+        slice: node.driver.parent(&cgroup_parent(&record.config.0))?,
+        description: format!("virtual machine of pod sandbox {}", record.id),
+        pids,
+    };
+    Ok(node.systemd.start_scope(&scope).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pod::request::tests::config;
+
+    fn vm() -> PinnedVm {
+        PinnedVm {
+            hypervisor: "/h".into(),
+            machine: "/q".into(),
+            file_server: "/f".into(),
+            guest: String::new(),
+            kernel: "/k".into(),
+            initramfs: "/i".into(),
+            kernel_release: String::new(),
+            emulate: false,
+            default_memory: 512 * MIB,
+            guest_reserve: 128 * MIB,
+            default_cpus: 1,
+            max_cpus: 8,
+        }
+    }
+
+    fn sized(memory: i64, quota: i64, period: i64) -> (u64, u32) {
+        let resources = cri::LinuxContainerResources {
+            memory_limit_in_bytes: memory,
+            cpu_quota: quota,
+            cpu_period: period,
+            ..Default::default()
+        };
+        let linux = cri::LinuxPodSandboxConfig { resources: Some(resources), ..Default::default() };
+        let size = size(&vm(), &cri::PodSandboxConfig { linux: Some(linux), ..config() });
+        (size.memory / MIB, size.cpus)
+    }
+
+    #[test]
+    fn a_machine_is_as_large_as_its_containers_may_grow() {
+        assert_eq!(sized(0, 0, 0), (640, 1));
+        assert_eq!(sized(-1, -1, 100_000), (640, 1));
+        assert_eq!(sized(32 * (1 << 20) + 1, 50_000, 100_000), (162, 1));
+        assert_eq!(sized(1 << 30, 250_000, 100_000), (1024 + 128, 3));
+        assert_eq!(sized(1 << 30, 9_000_000, 100_000).1, 8);
+        assert_eq!(size(&vm(), &config()), Size { memory: 640 * MIB, cpus: 1 });
+    }
+
+    #[test]
+    fn what_belongs_to_the_host_is_refused_by_name() {
+        assert!(validate("vm", &config()).is_ok());
+        let options = cri::NamespaceOption { network: NamespaceMode::Node.into(), ..Default::default() };
+        let context =
+            cri::LinuxSandboxSecurityContext { namespace_options: Some(options), ..Default::default() };
+        let linux = cri::LinuxPodSandboxConfig { security_context: Some(context), ..Default::default() };
+        let refused = validate("vm", &cri::PodSandboxConfig { linux: Some(linux), ..config() });
+        assert!(refused.unwrap_err().to_string().contains("namespace_options.network"));
+        let bidirectional = cri::Mount {
+            propagation: cri::MountPropagation::PropagationBidirectional.into(),
+            ..Default::default()
+        };
+        let container =
+            cri::ContainerConfig { mounts: vec![cri::Mount::default(), bidirectional], ..Default::default() };
+        assert!(validate_container(&container).unwrap_err().to_string().contains("mounts[1].propagation"));
+        assert!(validate_container(&cri::ContainerConfig::default()).is_ok());
+    }
+
+    #[test]
+    fn what_a_guest_says_is_bounded() {
+        assert_eq!(shortened("6.1.0-44\n\u{1b}[31m".into()), "6.1.0-44[31m");
+        assert_eq!(shortened("x".repeat(1000)).len(), 128);
+    }
+}
