@@ -3,8 +3,8 @@
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 CRITEST := $(TARGET)/release/podvisor-critest
 
-.PHONY: all packages deps build images kernels test lint critest lab critest-lab test-lab demo bench clean
-.PHONY: critest-orders critest-peer test-gvisor bench-pull test-faults bench-load
+.PHONY: all packages deps build images kernels guest test lint critest lab critest-lab test-lab demo bench clean
+.PHONY: critest-vm critest-orders critest-peer test-gvisor bench-pull test-faults bench-load
 
 all: build
 
@@ -30,12 +30,16 @@ images: build
 kernels: build
 	tests/scripts/kernels
 
+# The guest from one of them that tests start pods in virtual machines from.
+guest: kernels
+	tests/scripts/guest
+
 lint: packages
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 
 # Everything: lint, unit tests, black-box tests, conformance. The last line is the total.
-test: deps build images kernels
+test: deps build images guest
 	tests/scripts/test
 
 # All failure tests: kills at every stage and at random, runtimes, plugins and disks that fail. `make test` has a short form of them.
@@ -46,9 +50,13 @@ test-faults: deps build images
 # The conformance suite alone, with each OCI runtime one by one or with those in HANDLER; ARGUMENTS go to it:
 # ARGUMENTS="--focus Streaming". Every run is compared with critest/expected/HANDLER.txt.
 HANDLER := runc crun runc-debian runsc
-critest: deps images
+critest: deps images guest
 	critest/tools/build $(filter runsc,$(HANDLER)) crictl
 	tests/scripts/critest $(HANDLER)
+
+# The same for pods in virtual machines, by QEMU's translator where there is no KVM.
+critest-vm: deps images guest
+	tests/scripts/critest vm
 
 # Pods on gVisor: what the conformance suite does not ask.
 test-gvisor: deps images
@@ -79,8 +87,8 @@ critest-lab: deps images lab
 test-lab: deps images lab
 	tests/lab/test
 
-# Pulls an image through a mirror and runs a pod with it, showing every step.
-demo: build
+# Pulls an image through a mirror and runs pods with it, one of them in a virtual machine, showing every step.
+demo: build kernels
 	critest/tools/build crictl
 	critest/tools/contents busybox-static
 	tests/scripts/demo

@@ -77,6 +77,10 @@ pub(crate) enum PodError {
     NotChanged { id: String, seconds: u64 },
     #[error("container {id} did not end within {seconds} s of SIGKILL")]
     WillNotDie { id: String, seconds: u64 },
+    #[error(
+        "the pod's virtual machine has {memory} MiB and {cpus} virtual CPUs, and cannot have more while it runs"
+    )]
+    CannotGrow { memory: u64, cpus: u32, source: MonitorError },
     #[error("the pod's task has ended")]
     TaskGone,
 }
@@ -97,9 +101,10 @@ impl PodError {
             }
             PodError::Unsupported(_) => Code::Unimplemented,
             PodError::NameTaken { .. } => Code::AlreadyExists,
-            PodError::NotReady { .. } | PodError::NotRunning { .. } | PodError::Denied { .. } => {
-                Code::FailedPrecondition
-            }
+            PodError::NotReady { .. }
+            | PodError::NotRunning { .. }
+            | PodError::Denied { .. }
+            | PodError::CannotGrow { .. } => Code::FailedPrecondition,
             PodError::NetworkNotReady(_) => Code::Unavailable,
             PodError::Image(error) => image_code(error),
             PodError::ImageVolume(error) => match error {

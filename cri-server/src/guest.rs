@@ -89,6 +89,13 @@ pub(crate) fn run(command: &GuestCommand, config: &Config) -> anyhow::Result<Exi
         }
         GuestCommand::Verify { id } => return verify(&guests, id.as_ref()),
         GuestCommand::Remove { id } => {
+            let users =
+                crate::pod::record::Records::new(config.root.join("pods")).users_of_guest(id.as_str())?;
+            anyhow::ensure!(
+                users.is_empty(),
+                "pods run with guest {id}: {}; remove it when they are gone",
+                users.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+            );
             guests.remove(id)?;
             println!("guest {id} is removed");
         }

@@ -123,7 +123,7 @@ pub(crate) fn plan(
         acquired.push(Acquisition::Network { kind: node.network.kind(), sandbox });
     }
     if runtime.vm().is_some() {
-        acquired.extend(vm::acquisitions(node, &id, &cgroup_parent));
+        acquired.extend(vm::acquisitions(node, &id, &config));
     } else if let Some(oci) = runtime.oci()
         && oci.sandbox_container
     {

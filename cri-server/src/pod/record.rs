@@ -350,6 +350,23 @@ impl Records {
         Ok(pods)
     }
 
+    /// Pods whose machines started from a guest and have not been stopped.
+    pub(crate) fn users_of_guest(&self, guest: &str) -> std::io::Result<Vec<PodId>> {
+        let entries = match std::fs::read_dir(&self.root) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let ids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let uses = |id: &PodId| {
+            self.read_pod(id).is_ok_and(|record| {
+                record.runtime.vm().is_some_and(|vm| vm.guest == guest)
+                    && !matches!(record.phase, Phase::Stopped | Phase::Removing)
+            })
+        };
+        Ok(ids.filter(uses).collect())
+    }
+
     pub(crate) fn read_pod(&self, pod: &PodId) -> Result<PodRecord, RecordError> {
         read(&self.pod_dir(pod).join("pod.json"))
     }

@@ -2,7 +2,7 @@
 //!
 //! The call comes before kubelet writes the pod's cgroup, which is kubelet's own; any error but UNIMPLEMENTED vetoes the resize, and the same
 //! call with the former figures rolls it back (kubelet's `kuberuntime_manager.go`, `setPodCgroupConfig`). A pod on the host's kernel needs
-//! nothing for it but that the figures make sense: they are recorded, and shown.
+//! nothing for it but that the figures make sense: they are recorded, and shown. A virtual machine grows before the answer.
 
 use std::sync::Arc;
 
@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::record::Wire;
 use super::task::{Reply, Task};
 use super::view::{PodView, Status};
+use super::vm;
 use crate::error::PodError;
 
 /// What a pod may use, as kubelet said last.
@@ -91,6 +92,21 @@ impl Task {
             return;
         }
         let merged = sizes.over(&self.record.sizes);
+        let machine = match (self.record.runtime.vm(), &self.record.machine) {
+            (Some(pinned), Some(machine)) => {
+                let resources = merged.resources.as_ref().map(|resources| &resources.0);
+                match vm::grow(pinned, machine, resources, self.monitor.as_ref()).await {
+                    Ok(grown) => Some(grown),
+                    Err(error) => {
+                        // Any error but UNIMPLEMENTED makes kubelet give the resize up.
+                        let _ = reply.send(Err(Arc::new(error)));
+                        return;
+                    }
+                }
+            }
+            _ => None,
+        };
+        self.record.machine = machine.or(self.record.machine.take());
         let before = std::mem::replace(&mut self.record.sizes, merged);
         let written = self.persist().await;
         if written.is_err() {

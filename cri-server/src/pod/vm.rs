@@ -14,7 +14,7 @@ use podvisor_proto::cri::{self, NamespaceMode};
 use podvisor_proto::hypervisor::{Network, Start};
 use podvisor_proto::monitor::reply::Result as Answer;
 use podvisor_proto::monitor::request::Verb;
-use podvisor_proto::monitor::{FileServer, GuestContainer, StartVm, VmStarted};
+use podvisor_proto::monitor::{FileServer, GuestContainer, ResizeVm, StartVm, VmStarted};
 use podvisor_seccomp::Compiled;
 use podvisor_spec::ResolvedMount;
 
@@ -176,10 +176,24 @@ pub(super) fn container(
     })
 }
 
+/// Where the machine's processes are: in the pod's cgroup where the pod has declared what a machine costs beside its containers
+/// (RuntimeClass, `overhead`), for then its limit has room for it; else with the monitors.
+fn parent(node: &Node, config: &cri::PodSandboxConfig) -> String {
+    let overhead = config.linux.as_ref().and_then(|linux| linux.overhead.as_ref());
+    let declared = |overhead: &cri::LinuxContainerResources| {
+        overhead.memory_limit_in_bytes > 0 || overhead.cpu_quota > 0 || overhead.cpu_shares > 0
+    };
+    if overhead.is_some_and(declared) {
+        cgroup_parent(config)
+    } else {
+        node.config().runtime.monitor_cgroup.clone()
+    }
+}
+
 /// What is held for the machine.
-pub(super) fn acquisitions(node: &Node, pod: &PodId, parent: &str) -> [Acquisition; 2] {
+pub(super) fn acquisitions(node: &Node, pod: &PodId, config: &cri::PodSandboxConfig) -> [Acquisition; 2] {
     [
-        Acquisition::Cgroup(node.driver.container_cgroup(parent, pod.as_str())),
+        Acquisition::Cgroup(node.driver.container_cgroup(&parent(node, config), pod.as_str())),
         Acquisition::Mount(share::directory(node, pod)),
     ]
 }
@@ -192,8 +206,9 @@ struct Size {
 }
 
 /// What the containers may use together, as kubelet sums it up, with the guest's own part on top.
-fn size(vm: &PinnedVm, config: &cri::PodSandboxConfig) -> Size {
-    let resources = config.linux.as_ref().and_then(|linux| linux.resources.clone()).unwrap_or_default();
+fn size(vm: &PinnedVm, resources: Option<&cri::LinuxContainerResources>) -> Size {
+    let none = cri::LinuxContainerResources::default();
+    let resources = resources.unwrap_or(&none);
     let containers = u64::try_from(resources.memory_limit_in_bytes).ok().filter(|limit| *limit > 0);
     let memory = containers.unwrap_or(vm.default_memory).saturating_add(vm.guest_reserve);
     let (quota, period) = (u64::try_from(resources.cpu_quota), u64::try_from(resources.cpu_period));
@@ -202,6 +217,36 @@ fn size(vm: &PinnedVm, config: &cri::PodSandboxConfig) -> Size {
         _ => vm.default_cpus,
     };
     Size { memory: memory.next_multiple_of(MEMORY_UNIT), cpus: cpus.clamp(1, vm.max_cpus.max(1)) }
+}
+
+/// Makes a running machine large enough for what its containers may use from now on; gives what it is then. Not changed, and an error, where
+/// that cannot be done. A machine does not shrink: limits of containers do what kubelet wants.
+pub(super) async fn grow(
+    vm: &PinnedVm,
+    machine: &Machine,
+    resources: Option<&cri::LinuxContainerResources>,
+    monitor: Option<&Connection>,
+) -> Result<Machine, PodError> {
+    let wanted = size(vm, resources);
+    let grown = Machine {
+        memory: wanted.memory.max(machine.memory),
+        cpus: wanted.cpus.max(machine.cpus),
+        ..machine.clone()
+    };
+    if grown == *machine {
+        return Ok(grown);
+    }
+    let more = |new, old| if new > old { new } else { 0 };
+    let verb = ResizeVm {
+        memory: more(grown.memory, machine.memory),
+        cpus: u32::try_from(more(grown.cpus.into(), machine.cpus.into())).unwrap_or(u32::MAX),
+    };
+    let resized = match monitor {
+        Some(monitor) => monitor.command(Verb::ResizeVm(verb)).await,
+        None => Err(MonitorError::Gone),
+    };
+    let failed = |source| PodError::CannotGrow { memory: machine.memory / MIB, cpus: machine.cpus, source };
+    resized.map(|()| grown).map_err(failed)
 }
 
 /// The user that a pod's machine runs as.
@@ -220,7 +265,8 @@ pub(super) async fn start(
     let config = &record.config.0;
     let user = user(record);
     let interfaces = interfaces(record, user).await?;
-    let Size { memory, cpus } = size(vm, config);
+    let resources = config.linux.as_ref().and_then(|linux| linux.resources.as_ref());
+    let Size { memory, cpus } = size(vm, resources);
     let verb = request(node, record, vm, Size { memory, cpus }, user, &interfaces)?;
     let Answer::VmStarted(started) = monitor.call(Verb::StartVm(verb)).await? else {
         return Err(MonitorError::Confused { verb: "start the virtual machine" }.into());
@@ -359,8 +405,12 @@ fn cgroup_procs(node: &Node, record: &PodRecord) -> Result<Vec<String>, PodError
     if node.driver == Driver::Systemd {
         return Ok(Vec::new());
     }
-    let path = node.driver.container_cgroup(&cgroup_parent(&record.config.0), record.id.as_str());
-    let cgroup = node.cgroups.cgroup(&path);
+    let held = record.acquired.iter().find_map(|acquisition| match acquisition {
+        Acquisition::Cgroup(path) => Some(path),
+        _ => None,
+    });
+    let Some(path) = held else { return Ok(Vec::new()) };
+    let cgroup = node.cgroups.cgroup(path);
     cgroup.create()?;
     Ok(cgroup.procs_files().iter().map(|path| path.display().to_string()).collect())
 }
@@ -374,7 +424,7 @@ async fn place(node: &Node, record: &PodRecord, started: &VmStarted) -> Result<(
     pids.dedup();
     let scope = Scope {
         name: Driver::scope_name(record.id.as_str()),
-        slice: node.driver.parent(&cgroup_parent(&record.config.0))?,
+        slice: node.driver.parent(&parent(node, &record.config.0))?,
         description: format!("virtual machine of pod sandbox {}", record.id),
         pids,
     };
@@ -410,8 +460,7 @@ mod tests {
             cpu_period: period,
             ..Default::default()
         };
-        let linux = cri::LinuxPodSandboxConfig { resources: Some(resources), ..Default::default() };
-        let size = size(&vm(), &cri::PodSandboxConfig { linux: Some(linux), ..config() });
+        let size = size(&vm(), Some(&resources));
         (size.memory / MIB, size.cpus)
     }
 
@@ -422,7 +471,7 @@ mod tests {
         assert_eq!(sized(32 * (1 << 20) + 1, 50_000, 100_000), (162, 1));
         assert_eq!(sized(1 << 30, 250_000, 100_000), (1024 + 128, 3));
         assert_eq!(sized(1 << 30, 9_000_000, 100_000).1, 8);
-        assert_eq!(size(&vm(), &config()), Size { memory: 640 * MIB, cpus: 1 });
+        assert_eq!(size(&vm(), None), Size { memory: 640 * MIB, cpus: 1 });
     }
 
     #[test]
