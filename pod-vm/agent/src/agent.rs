@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use podvisor_cgroup::Layout;
 use podvisor_proto::agent::open::Stream;
 use podvisor_proto::agent::{Exit, StandardStream};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, WaitOptions, WaitStatus, wait};
 
+use crate::boot::Duties;
 use crate::container::Container;
 use crate::control::Control;
 use crate::events::Events;
@@ -30,6 +31,8 @@ const STRAYS: usize = 64;
 pub(crate) struct Agent {
     listeners: Listeners,
     children: OwnedFd,
+    /// As the first process of a guest.
+    pub(crate) duties: Option<Duties>,
     pub(crate) control: Option<Control>,
     pub(crate) events: Events,
     pub(crate) streams: Streams,
@@ -44,6 +47,7 @@ pub(crate) struct Agent {
 #[derive(Debug, Clone)]
 enum Source {
     Children,
+    Devices,
     ControlListener,
     StreamListener,
     Control,
@@ -67,9 +71,11 @@ impl<'a> Watched<'a> {
         self.descriptors.push(PollFd::from_borrowed_fd(descriptor, flags));
     }
 
-    /// Sleeps until something is ready.
-    fn wait(mut self) -> io::Result<Vec<(Source, PollFlags)>> {
-        match poll(&mut self.descriptors, None) {
+    /// Sleeps until something is ready, or for `limit`.
+    fn wait(mut self, limit: Option<Duration>) -> io::Result<Vec<(Source, PollFlags)>> {
+        // Short ones only.
+        let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+        match poll(&mut self.descriptors, limit.as_ref()) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => return Ok(Vec::new()),
             Err(error) => return Err(error.into()),
@@ -80,11 +86,12 @@ impl<'a> Watched<'a> {
 }
 
 impl Agent {
-    pub(crate) fn new(listeners: Listeners, cgroups: PathBuf) -> io::Result<Self> {
+    pub(crate) fn new(listeners: Listeners, cgroups: PathBuf, duties: Option<Duties>) -> io::Result<Self> {
         sys::adopt_orphans()?;
         Ok(Self {
             listeners,
             children: sys::child_signals()?,
+            duties,
             control: None,
             events: Events::default(),
             streams: Streams::default(),
@@ -101,6 +108,11 @@ impl Agent {
         let mut buffer = streams::buffer();
         while !self.ending {
             let ready = self.wait()?;
+            if ready.is_empty()
+                && let Some(duties) = &mut self.duties
+            {
+                duties.load_next();
+            }
             for (source, flags) in ready {
                 self.handle(source, flags, &mut buffer);
             }
@@ -117,6 +129,9 @@ impl Agent {
     fn wait(&self) -> io::Result<Vec<(Source, PollFlags)>> {
         let mut watched = Watched::default();
         watched.add(Source::Children, self.children.as_fd(), PollFlags::IN);
+        if let Some(duties) = &self.duties {
+            watched.add(Source::Devices, duties.devices.descriptor(), PollFlags::IN);
+        }
         watched.add(Source::ControlListener, self.listeners.control.as_fd(), PollFlags::IN);
         watched.add(Source::StreamListener, self.listeners.stream.as_fd(), PollFlags::IN);
         if let Some(control) = &self.control {
@@ -143,7 +158,13 @@ impl Agent {
             flags.set(PollFlags::OUT, wanted.write);
             watched.add(Source::Stream(wanted.key), wanted.descriptor, flags);
         }
-        watched.wait()
+        watched.wait(self.limit())
+    }
+
+    /// How long to sleep at most.
+    fn limit(&self) -> Option<Duration> {
+        let is_idle = self.duties.as_ref().is_none_or(|duties| duties.modules.is_empty());
+        (!is_idle).then_some(Duration::ZERO)
     }
 
     fn handle(&mut self, source: Source, flags: PollFlags, buffer: &mut [u8]) {
@@ -152,6 +173,11 @@ impl Agent {
                 // What it holds says nothing that waiting does not; it only has to be emptied.
                 while rustix::io::read(&self.children, &mut buffer[..1024]).is_ok() {}
                 self.reap();
+            }
+            Source::Devices => {
+                if let Some(duties) = &self.duties {
+                    duties.devices.read();
+                }
             }
             Source::ControlListener => {
                 if let Some(socket) = accept(&self.listeners.control) {

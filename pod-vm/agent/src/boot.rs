@@ -1,21 +1,17 @@
 //! From the kernel's start to a usable guest: kernel file systems, modules, cgroups. Only as PID 1 of a guest.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, reboot};
 
-use crate::sys;
+use crate::modules::{self, LoadError, Waiting};
+use crate::uevents::Uevents;
 
 /// Where cgroup version 2 is mounted.
 pub(crate) const CGROUPS: &str = "/sys/fs/cgroup";
-
-/// Which modules are loaded when, as the guest's builder writes it: a line `start` names one with all that must be loaded before it, and the
-/// lines stand in load order.
-const MODULES: &str = "/modules";
 
 /// What every container mounts below (see `storage.rs`).
 pub(crate) const RUN: &str = "/run/podvisor";
@@ -27,12 +23,42 @@ pub(crate) enum BootError {
     Mount { kind: &'static str, place: &'static str, source: io::Error },
     #[error("make {path}")]
     Make { path: PathBuf, source: io::Error },
-    #[error("load {path}")]
-    Module { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Module(#[from] LoadError),
+    #[error("listen for devices")]
+    Devices(#[source] io::Error),
+}
+
+/// What the first process of a guest has to see to.
+#[derive(Debug)]
+pub(crate) struct Duties {
+    pub(crate) modules: Waiting,
+    pub(crate) devices: Uevents,
+}
+
+impl Duties {
+    /// Loads the next module of those that wait, if any does.
+    pub(crate) fn load_next(&mut self) {
+        if self.modules.is_empty() {
+            return;
+        }
+        self.modules.next();
+        if self.modules.is_empty() {
+            // Those whose transport is part of the kernel were there before anybody listened for them.
+            modules::demand_by_devices();
+        }
+    }
+
+    /// Loads all of them: somebody needs one.
+    pub(crate) fn load_all(&mut self) {
+        while !self.modules.is_empty() {
+            self.load_next();
+        }
+    }
 }
 
 /// Makes a guest of what the kernel has started.
-pub(crate) fn prepare() -> Result<(), BootError> {
+pub(crate) fn prepare() -> Result<Duties, BootError> {
     let mounts: [(&str, &str, MountFlags, &std::ffi::CStr); 6] = [
         ("proc", "/proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, c""),
         ("sysfs", "/sys", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, c""),
@@ -52,48 +78,21 @@ pub(crate) fn prepare() -> Result<(), BootError> {
     for directory in ["/dev/pts", "/dev/shm", RUN] {
         make(Path::new(directory))?;
     }
-    load_modules()?;
+    // From now on what the kernel asks for is loaded, by this program (see `main.rs`).
+    let _ = fs::write("/proc/sys/kernel/modprobe", "/init");
+    let devices = Uevents::open().map_err(BootError::Devices)?;
+    let modules = Waiting::begin()?;
     // Who forks in a loop is stopped by its container's limit, not by the guest's.
     let _ = fs::write("/proc/sys/kernel/pid_max", "4194304");
-    Ok(())
+    Ok(Duties { modules, devices })
 }
 
 fn make(path: &Path) -> Result<(), BootError> {
     fs::create_dir_all(path).map_err(|source| BootError::Make { path: path.to_owned(), source })
 }
 
-fn load_modules() -> Result<(), BootError> {
-    let Ok(list) = fs::read_to_string(MODULES) else { return Ok(()) };
-    for name in at_start(&list) {
-        let path = Path::new("/lib/modules").join(format!("{name}.ko"));
-        match File::open(&path).and_then(|file| sys::load_module(file.as_fd())) {
-            Ok(()) => {}
-            // It is there already; a driver without its device; one that needs a hypervisor's help that is not given.
-            Err(error)
-                if matches!(error.raw_os_error(), Some(libc::EEXIST | libc::ENODEV | libc::EOPNOTSUPP)) => {}
-            Err(source) => return Err(BootError::Module { path, source }),
-        }
-    }
-    Ok(())
-}
-
-fn at_start(list: &str) -> impl Iterator<Item = &str> {
-    list.lines().filter_map(|line| line.strip_prefix("start ")?.split_whitespace().next())
-}
-
 /// Ends the guest. Returns only when the kernel refuses.
 pub(crate) fn power_off() {
     rustix::fs::sync();
     let _ = reboot(RebootCommand::PowerOff);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_what_a_start_needs_is_loaded_at_the_start() {
-        let list = "podvisor-modules 1\nstart virtio\nstart virtio_blk virtio\ndemand virtio_balloon virtio\nalias a b\nstart\n";
-        assert_eq!(at_start(list).collect::<Vec<_>>(), ["virtio", "virtio_blk"]);
-    }
 }

@@ -6,6 +6,8 @@
 //! | file | idea |
 //! |---|---|
 //! | `boot.rs` | from the kernel's start to a usable guest |
+//! | `modules.rs` | kernel modules, those of every start and those that are asked for |
+//! | `uevents.rs` | news of devices |
 //! | `listen.rs` | where the monitor dials |
 //! | `agent.rs` | what there is, and the loop |
 //! | `control.rs` | the control connection |
@@ -31,11 +33,13 @@ mod events;
 mod exec;
 mod failure;
 mod listen;
+mod modules;
 mod pod;
 mod stats;
 mod storage;
 mod streams;
 mod sys;
+mod uevents;
 mod verbs;
 
 use std::path::PathBuf;
@@ -49,6 +53,8 @@ use listen::Listeners;
 enum AgentError {
     #[error("prepare the guest")]
     Boot(#[from] boot::BootError),
+    #[error(transparent)]
+    Module(modules::LoadError),
     #[error("listen for the monitor")]
     Listen(#[source] std::io::Error),
     #[error("wait for events")]
@@ -66,6 +72,8 @@ fn main() -> ExitCode {
         [Some("--listen"), Some(directory), Some("--cgroups"), Some(mount)] => {
             on_unix(directory.into(), mount.into())
         }
+        // The kernel asks for a module: see `modules.rs`.
+        [Some("-q"), Some("--"), Some(alias)] => modules::demand(alias).map_err(AgentError::Module),
         _ if std::process::id() == 1 => in_guest(),
         _ => {
             eprintln!(
@@ -88,14 +96,16 @@ fn main() -> ExitCode {
 }
 
 fn in_guest() -> Result<(), AgentError> {
-    boot::prepare()?;
+    let duties = boot::prepare()?;
     let listeners = Listeners::vsock().map_err(AgentError::Listen)?;
-    Agent::new(listeners, PathBuf::from(boot::CGROUPS)).and_then(Agent::run).map_err(AgentError::Wait)?;
+    Agent::new(listeners, PathBuf::from(boot::CGROUPS), Some(duties))
+        .and_then(Agent::run)
+        .map_err(AgentError::Wait)?;
     boot::power_off();
     Ok(())
 }
 
 fn on_unix(directory: PathBuf, cgroups: PathBuf) -> Result<(), AgentError> {
     let listeners = Listeners::unix(&directory).map_err(AgentError::Listen)?;
-    Agent::new(listeners, cgroups).and_then(Agent::run).map_err(AgentError::Wait)
+    Agent::new(listeners, cgroups, None).and_then(Agent::run).map_err(AgentError::Wait)
 }

@@ -14,6 +14,11 @@ pub(crate) fn done(outcome: Result<(), Failure>) -> Answered {
     outcome.map(|()| Some(reply::Result::Done(Done {})))
 }
 
+/// Whether devices and file systems have to be usable for it.
+fn needs_drivers(verb: &Verb) -> bool {
+    matches!(verb, Verb::AddInterface(_) | Verb::AddShare(_) | Verb::AddRoot(_) | Verb::CreateContainer(_))
+}
+
 impl Agent {
     pub(crate) fn serve(&mut self, request: Request) {
         let Request { id, verb } = request;
@@ -37,6 +42,11 @@ impl Agent {
     }
 
     fn perform(&mut self, id: u64, verb: Verb) -> Answered {
+        if needs_drivers(&verb)
+            && let Some(duties) = &mut self.duties
+        {
+            duties.load_all();
+        }
         match verb {
             Verb::Hello(_) => Ok(None),
             Verb::Personalise(wanted) => done(self.personalise(&wanted)),

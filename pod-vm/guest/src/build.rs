@@ -132,7 +132,13 @@ pub fn build(inputs: &Inputs, progress: &mut dyn FnMut(&str)) -> Result<Built, B
     progress(&format!("choosing modules for kernel {}", kernel.release));
     let failed = |source| BuildError::Modules { release: kernel.release.clone(), source };
     let tree = Tree::open(&inputs.modules).map_err(failed)?;
-    let closure = modules::resolve(&tree, &kernel.release, WANTED, &inputs.extra_modules).map_err(failed)?;
+    let mut closure =
+        modules::resolve(&tree, &kernel.release, WANTED, &inputs.extra_modules).map_err(failed)?;
+    if !modules::is_enforced(&inputs.vmlinuz, &inputs.modules, &kernel.release) {
+        for module in &mut closure.modules {
+            modules::strip(&mut module.content);
+        }
+    }
     progress(&format!("packing {} of {} modules", closure.modules.len(), tree.len()));
     let initramfs = initramfs(&agent, &closure);
 

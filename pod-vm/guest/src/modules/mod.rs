@@ -6,6 +6,7 @@
 //! | `modinfo.rs` | what a module says about itself |
 //! | `tree.rs` | the modules of a kernel package: files, built-in ones |
 //! | `closure.rs` | what is wanted, and what that needs, in load order |
+//! | `signature.rs` | the signature at a module's end |
 //! | `list.rs` | the file `/modules` of the initramfs |
 //!
 //! Decision: dependencies come from the modules themselves (`depends=` and `softdep=` of their `.modinfo` section), not from
@@ -16,6 +17,7 @@
 mod closure;
 mod list;
 mod modinfo;
+mod signature;
 mod tree;
 mod wanted;
 
@@ -26,6 +28,7 @@ use thiserror::Error;
 
 pub(crate) use closure::{Closure, Module, resolve};
 pub(crate) use list::write;
+pub(crate) use signature::{is_enforced, strip};
 pub(crate) use tree::Tree;
 pub(crate) use wanted::{WANTED, Wanted};
 
