@@ -40,6 +40,11 @@ enum Command {
         #[command(subcommand)]
         command: crate::guest::GuestCommand,
     },
+    /// Opens a shell in the guest of a pod that is a virtual machine.
+    Shell {
+        /// The sandbox's id, or its first digits.
+        pod: String,
+    },
     /// Prints the version.
     Version,
 }
@@ -79,6 +84,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         }
         Command::Config { command: ConfigCommand::Show } => print!("{}", load()?.to_toml()),
         Command::Guest { command } => return crate::guest::run(command, &load()?),
+        Command::Shell { pod } => return crate::shell::run(pod, &load()?),
         Command::Version => println!("podvisor {}", env!("CARGO_PKG_VERSION")),
     }
     Ok(ExitCode::SUCCESS)

@@ -69,6 +69,9 @@ pub(crate) struct Build {
     /// The guest's first process; podvisor-agent beside this program if left out.
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
+    /// A static shell, e.g. busybox, for `podvisor shell`. Without one nobody gets a console in the guest.
+    #[arg(long, value_name = "FILE")]
+    shell: Option<PathBuf>,
     /// Carries one more kernel module, with what it needs. May be repeated.
     #[arg(long, value_name = "NAME")]
     module: Vec<String>,
@@ -127,7 +130,14 @@ impl Build {
                 (vmlinuz, modules, Some(package))
             }
         };
-        let inputs = Inputs { vmlinuz, modules, agent, extra_modules: self.module.clone(), package };
+        let inputs = Inputs {
+            vmlinuz,
+            modules,
+            agent,
+            extra_modules: self.module.clone(),
+            package,
+            shell: self.shell.clone(),
+        };
         let built = podvisor_guest::build(&inputs, &mut |step| progress.step(step))?;
         progress.step("installing");
         let installed = guests.install(&built, !self.keep_current)?;

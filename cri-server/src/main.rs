@@ -25,6 +25,7 @@ mod readings;
 mod serve;
 mod service;
 mod sessions;
+mod shell;
 mod telemetry;
 mod trace;
 

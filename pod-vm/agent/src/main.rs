@@ -14,6 +14,7 @@
 //! | `verbs.rs` | which request goes where |
 //! | `container.rs` | a container's states and verbs |
 //! | `exec.rs` | one more process in a container |
+//! | `console.rs` | a shell of the guest itself, for the node's operator |
 //! | `pod.rs` | what a guest becomes a pod by: name, time, randomness, limits, ports |
 //! | `storage.rs` | shares and root file systems |
 //! | `events.rs` | ends of processes, kept until they are acknowledged |
@@ -27,6 +28,7 @@
 
 mod agent;
 mod boot;
+mod console;
 mod container;
 mod control;
 mod events;

@@ -115,6 +115,10 @@ impl Pump {
     fn both(program: OwnedFd, kind: Kind) -> Self {
         Self { program, inward: Direction::default(), outward: Direction::default(), kind }
     }
+    /// A terminal that belongs to this stream alone.
+    pub(crate) fn terminal(controller: OwnedFd) -> Self {
+        Self::both(controller, Kind::Terminal)
+    }
     /// A connection inside the guest.
     pub(crate) fn connection(program: OwnedFd) -> Self {
         Self::both(program, Kind::Socket)

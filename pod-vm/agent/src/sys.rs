@@ -131,3 +131,15 @@ pub(crate) fn signal(number: i32) -> Option<rustix::process::Signal> {
     Signal::from_named_raw(number)
         .or_else(|| real_time.contains(&number).then(|| unsafe { Signal::from_raw_unchecked(number) }))
 }
+
+/// Makes what is started lead a session of its own, whose terminal is its standard input.
+pub(crate) fn on_own_terminal(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt;
+    let prepare = || {
+        rustix::process::setsid()?;
+        rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+        Ok(())
+    };
+    // SAFETY: two system calls, which may be made after a fork; nothing is allocated or locked.
+    unsafe { command.pre_exec(prepare) };
+}

@@ -33,12 +33,23 @@ pub enum AgentError {
     NoProtocol,
 }
 
-/// Checks the program; gives the version of the protocol that it speaks.
-pub(crate) fn protocol(file: &[u8]) -> Result<u32, AgentError> {
-    let elf = Elf::parse(file).map_err(AgentError::Elf)?;
+/// There are no libraries in a guest.
+fn is_static(elf: &Elf<'_>) -> Result<(), AgentError> {
     if elf.segments.iter().any(|segment| segment.kind == PT_INTERP) {
         return Err(AgentError::Dynamic);
     }
+    Ok(())
+}
+
+/// Checks a program that is not the agent.
+pub(crate) fn check_static(file: &[u8]) -> Result<(), AgentError> {
+    is_static(&Elf::parse(file).map_err(AgentError::Elf)?)
+}
+
+/// Checks the program; gives the version of the protocol that it speaks.
+pub(crate) fn protocol(file: &[u8]) -> Result<u32, AgentError> {
+    let elf = Elf::parse(file).map_err(AgentError::Elf)?;
+    is_static(&elf)?;
     let notes = elf.notes().map_err(AgentError::Elf)?;
     let note = notes.iter().find(|note| note.owner == OWNER && note.kind == PROTOCOL);
     note.and_then(|note| note.content.try_into().ok()).map(u32::from_le_bytes).ok_or(AgentError::NoProtocol)

@@ -8,6 +8,7 @@
 //! /modules                 which modules are loaded when: see modules/list.rs
 //! /lib/modules/NAME.ko     the modules, unpacked
 //! /dev/console, /dev/null  the first process has them before it mounts a devtmpfs
+//! /bin/sh                  where one was given: the shell of `podvisor shell`
 //! /dev /proc /run /sys     mount points, empty
 //! /tmp
 //! ```
@@ -42,6 +43,8 @@ pub struct Inputs {
     pub extra_modules: Vec<String>,
     /// The package that kernel and modules come from, if that is known.
     pub package: Option<Package>,
+    /// A shell for the node's operator, static. Without one nobody gets a console in the guest.
+    pub shell: Option<PathBuf>,
 }
 
 /// A guest's files in memory.
@@ -93,6 +96,15 @@ pub enum BuildError {
         #[source]
         source: AgentError,
     },
+    /// The shell cannot be used.
+    #[error("shell {} cannot be used", path.display())]
+    Shell {
+        /// Its path.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: AgentError,
+    },
 }
 
 impl Built {
@@ -122,6 +134,15 @@ pub fn build(inputs: &Inputs, progress: &mut dyn FnMut(&str)) -> Result<Built, B
     let protocol =
         agent::protocol(&agent).map_err(|source| BuildError::Agent { path: inputs.agent.clone(), source })?;
 
+    let shell = match &inputs.shell {
+        Some(path) => {
+            let shell = read("the shell", path, agent::LONGEST)?;
+            agent::check_static(&shell).map_err(|source| BuildError::Shell { path: path.clone(), source })?;
+            Some(shell)
+        }
+        None => None,
+    };
+
     progress(&format!("unpacking kernel {}", inputs.vmlinuz.display()));
     let vmlinuz = read("the kernel", &inputs.vmlinuz, LONGEST_VMLINUZ)?;
     let kernel = Kernel::extract(&vmlinuz)
@@ -140,7 +161,7 @@ pub fn build(inputs: &Inputs, progress: &mut dyn FnMut(&str)) -> Result<Built, B
         }
     }
     progress(&format!("packing {} of {} modules", closure.modules.len(), tree.len()));
-    let initramfs = initramfs(&agent, &closure);
+    let initramfs = initramfs(&agent, shell.as_deref(), &closure);
 
     let modules = closure.modules.iter().map(|module| ModuleFile {
         name: module.name.clone(),
@@ -160,6 +181,7 @@ pub fn build(inputs: &Inputs, progress: &mut dyn FnMut(&str)) -> Result<Built, B
         },
         initramfs: Sum::of(&initramfs),
         agent: AgentFile { protocol, sha256: manifest::sha256(&agent), size: agent.len() as u64 },
+        shell: shell.as_deref().map(Sum::of),
         modules: modules.collect(),
         builtin: closure.builtin,
         missing: closure.missing,
@@ -168,13 +190,17 @@ pub fn build(inputs: &Inputs, progress: &mut dyn FnMut(&str)) -> Result<Built, B
 }
 
 /// The archive: see the top of this file.
-fn initramfs(agent: &[u8], closure: &Closure) -> Vec<u8> {
+fn initramfs(agent: &[u8], shell: Option<&[u8]>, closure: &Closure) -> Vec<u8> {
     let list = modules::write(&closure.modules);
     let mut files: Vec<(String, &[u8])> =
         closure.modules.iter().map(|module| (module_path(&module.name), module.content.as_slice())).collect();
     files.sort();
     let directory = |name, mode| Entry { name, mode, kind: Kind::Directory };
-    let mut entries = vec![
+    let shell = shell.map(|shell| {
+        [directory("bin", 0o755), Entry { name: "bin/sh", mode: 0o755, kind: Kind::File(shell) }]
+    });
+    let mut entries: Vec<Entry<'_>> = shell.into_iter().flatten().collect();
+    entries.extend([
         directory("dev", 0o755),
         // Numbers of Documentation/admin-guide/devices.txt.
         Entry { name: "dev/console", mode: 0o600, kind: Kind::Device(5, 1) },
@@ -182,7 +208,7 @@ fn initramfs(agent: &[u8], closure: &Closure) -> Vec<u8> {
         Entry { name: "init", mode: 0o755, kind: Kind::File(agent) },
         directory("lib", 0o755),
         directory("lib/modules", 0o755),
-    ];
+    ]);
     entries.extend(files.iter().map(|(name, content)| Entry {
         name,
         mode: 0o644,

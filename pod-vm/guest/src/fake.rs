@@ -223,6 +223,7 @@ pub(crate) fn inputs(directory: &Path) -> Inputs {
         modules: modules_directory,
         agent: write("agent", agent(3)),
         extra_modules: Vec::new(),
+        shell: None,
         package: None,
     }
 }

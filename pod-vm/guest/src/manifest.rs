@@ -24,6 +24,9 @@ pub struct Manifest {
     pub initramfs: Sum,
     /// `/init` in the initramfs.
     pub agent: AgentFile,
+    /// `/bin/sh` in the initramfs, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shell: Option<Sum>,
     /// `/lib/modules/NAME.ko` in the initramfs, in load order.
     pub modules: Vec<ModuleFile>,
     /// Wanted modules that are built into the kernel.

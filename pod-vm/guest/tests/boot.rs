@@ -48,7 +48,7 @@ fn inputs(suite: &str, scratch: &Path) -> Inputs {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/init.c");
     run(Command::new("cc").args(["-static", "-Os", "-s", "-Wall", "-Werror", "-o"]).arg(&agent).arg(source));
     let modules = only(&package.join("lib/modules"));
-    Inputs { vmlinuz, modules, agent, extra_modules: Vec::new(), package: None }
+    Inputs { vmlinuz, modules, agent, extra_modules: Vec::new(), package: None, shell: None }
 }
 
 /// Boots a guest with a device of each kind; gives what its console said.
