@@ -8,10 +8,12 @@ use rustix::mount::MountPropagationFlags;
 
 /// What a tree of mounts is to be.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Attributes {
+pub(crate) struct Attributes<'u> {
     pub(crate) read_only: bool,
     /// What is mounted below is read-only too; else only the topmost mount.
     pub(crate) recursive: bool,
+    /// The topmost mount shows its files with the ids of this user namespace: id 0 of a file is what that maps 0 to.
+    pub(crate) user: Option<BorrowedFd<'u>>,
 }
 
 /// `struct mount_attr`.
@@ -27,10 +29,11 @@ struct MountAttr {
 /// Changes the tree of mounts that `tree` (from open_tree(2), at no path yet) is.
 pub(crate) fn set(
     tree: BorrowedFd<'_>,
-    attributes: Attributes,
+    attributes: Attributes<'_>,
     propagation: MountPropagationFlags,
 ) -> io::Result<()> {
     const MOUNT_ATTR_RDONLY: u64 = 1;
+    const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
     let read_only = if attributes.read_only { MOUNT_ATTR_RDONLY } else { 0 };
     let all = MountAttr {
         set: if attributes.recursive { read_only } else { 0 },
@@ -38,8 +41,10 @@ pub(crate) fn set(
         ..MountAttr::default()
     };
     change(tree, &all, libc::AT_RECURSIVE)?;
-    let top = MountAttr { set: read_only, ..MountAttr::default() };
-    if read_only != 0 { change(tree, &top, 0) } else { Ok(()) }
+    let ids = if attributes.user.is_some() { MOUNT_ATTR_IDMAP } else { 0 };
+    let user = attributes.user.map_or(0, |user| user.as_raw_fd().cast_unsigned().into());
+    let top = MountAttr { set: read_only | ids, user, ..MountAttr::default() };
+    if top.set != 0 { change(tree, &top, 0) } else { Ok(()) }
 }
 
 fn change(tree: BorrowedFd<'_>, attributes: &MountAttr, flags: i32) -> io::Result<()> {

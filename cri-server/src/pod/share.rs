@@ -102,10 +102,8 @@ pub(super) fn add_container(
 
 /// How a mount of a container is seen.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Access {
-    pub(super) read_only: bool,
-    /// What is mounted below too.
-    pub(super) recursive: bool,
+pub(super) struct Access<'u> {
+    pub(super) attributes: Attributes<'u>,
     /// Mounts that come to the source on the host later come to the guest.
     pub(super) follows: bool,
 }
@@ -117,17 +115,16 @@ pub(super) fn add_mount(
     container: &ContainerId,
     index: usize,
     source: &Path,
-    access: Access,
+    access: Access<'_>,
 ) -> Result<PathBuf, PodError> {
     let relative = Path::new("mounts").join(index.to_string());
     let target = part(node, pod, container).join(&relative);
-    let attributes = Attributes { read_only: access.read_only, recursive: access.recursive };
-    bind(source, &target, attributes, access.follows)?;
+    bind(source, &target, access.attributes, access.follows)?;
     Ok(in_guest(Path::new(container.as_str()).join(relative)))
 }
 
 /// Mounts a copy of the tree at `source`, complete with its attributes before anybody can see it.
-fn bind(source: &Path, target: &Path, attributes: Attributes, follows: bool) -> Result<(), PodError> {
+fn bind(source: &Path, target: &Path, attributes: Attributes<'_>, follows: bool) -> Result<(), PodError> {
     let is_directory = std::fs::metadata(source)
         .map_err(|error| PodError::File { operation: "look at", path: source.to_owned(), source: error })?
         .is_dir();

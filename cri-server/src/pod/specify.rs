@@ -65,7 +65,11 @@ pub(super) fn specify(
         image: &image.config,
         image_name: config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default(),
         rootfs: if in_vm { vm::root(&record.id) } else { rootfs },
-        namespaces: namespace_paths(pod, &config, target),
+        namespaces: if in_vm {
+            vm::namespace_paths(pod, target)
+        } else {
+            namespace_paths(pod, &config, target)
+        },
         pod_files: PodFiles {
             hostname: Some(files.join("hostname")),
             hosts: Some(files.join("hosts")),

@@ -2,6 +2,7 @@
 //!
 //! The machine is a process of the pod as its init is: its end is the sandbox's, in a running daemon and after a recovery.
 
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
@@ -9,23 +10,24 @@ use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccomp, Spec};
 use podvisor_cgroup::Driver;
 use podvisor_cgroup::systemd::Scope;
 use podvisor_network::tap::GuestInterface;
-use podvisor_proto::agent::{AddInterface, AddRoot, Neighbour, Personalise, Route, Seccomp, add_root};
+use podvisor_proto::agent::{self, AddInterface, AddRoot, Neighbour, Personalise, Route, Seccomp, add_root};
 use podvisor_proto::cri::{self, NamespaceMode};
 use podvisor_proto::hypervisor::{Network, Start};
 use podvisor_proto::monitor::reply::Result as Answer;
 use podvisor_proto::monitor::request::Verb;
 use podvisor_proto::monitor::{FileServer, GuestContainer, ResizeVm, StartVm, VmStarted};
 use podvisor_seccomp::Compiled;
-use podvisor_spec::ResolvedMount;
+use podvisor_spec::{Ids, NamespacePaths, ResolvedMount, UserNamespace};
 
 use super::acquired::Acquisition;
 use super::record::{ContainerRecord, Machine, PinnedVm, PodRecord, ProcessIdentity};
-use super::request::{cgroup_parent, hostname};
+use super::request::{cgroup_parent, hostname, user_namespace};
 use super::share;
 use super::view::namespace_options;
 use crate::error::PodError;
 use crate::id::{ContainerId, PodId};
 use crate::monitor::{Connection, MonitorError};
+use crate::mount_attr::Attributes;
 use crate::node::Node;
 
 const FIELD: &str = "config.linux.security_context.namespace_options";
@@ -92,7 +94,17 @@ pub(super) fn share_mounts(
     mounts: &[cri::Mount],
     resolved: &mut [ResolvedMount],
 ) -> Result<(), PodError> {
+    let user = match pod.namespaces().user {
+        Some(path) => Some(std::fs::File::open(&path).map_err(|source| PodError::File {
+            operation: "open user namespace",
+            path,
+            source,
+        })?),
+        None => None,
+    };
+    let range = user_namespace(&pod.config.0)?;
     for (index, (mount, resolved)) in mounts.iter().zip(resolved).enumerate() {
+        let mapped = mapped(index, mount, range)?;
         let kind = std::fs::metadata(&resolved.source).map(|metadata| metadata.file_type());
         if let Ok(kind) = kind
             && !kind.is_dir()
@@ -105,14 +117,49 @@ pub(super) fn share_mounts(
             );
             return Err(PodError::invalid(format!("config.mounts[{index}].host_path"), why));
         }
-        let access = share::Access {
+        let attributes = Attributes {
             read_only: mount.readonly || mount.image.is_some(),
             recursive: mount.recursive_read_only || mount.image.is_some(),
+            user: user.as_ref().filter(|_| mapped).map(|user| user.as_fd()),
+        };
+        let access = share::Access {
+            attributes,
             follows: mount.propagation == cri::MountPropagation::PropagationHostToContainer as i32,
         };
         resolved.source = share::add_mount(node, &pod.id, &record.id, index, &resolved.source, access)?;
     }
     Ok(())
+}
+
+/// Whether a volume's files are to have the ids of the pod's user namespace (KEP-127). Other ids than the pod's have no meaning in a guest.
+fn mapped(index: usize, mount: &cri::Mount, range: Option<UserNamespace>) -> Result<bool, PodError> {
+    if mount.image.is_some() || (mount.uid_mappings.is_empty() && mount.gid_mappings.is_empty()) {
+        return Ok(false);
+    }
+    let is = |mappings: &[cri::IdMapping], ids: Ids| matches!(mappings, [only] if only.container_id == 0 && only.host_id == ids.first && only.length == ids.length);
+    match range {
+        Some(range) if is(&mount.uid_mappings, range.uids) && is(&mount.gid_mappings, range.gids) => Ok(true),
+        _ => {
+            let why = "are not those of the pod's user namespace, which is what a virtual machine can map";
+            Err(PodError::invalid(format!("config.mounts[{index}].uidMappings"), why))
+        }
+    }
+}
+
+/// The namespaces of a pod with a user namespace, as its agent pins them (agent.proto, `Personalise`).
+pub(super) fn namespace_paths(pod: &PodRecord, target: Option<PathBuf>) -> NamespacePaths {
+    let pinned = |name: &str| {
+        let has_user = pod.namespaces().user.is_some();
+        has_user.then(|| Path::new("/run/podvisor/namespaces").join(name))
+    };
+    NamespacePaths {
+        net: pinned("net"),
+        ipc: pinned("ipc"),
+        uts: pinned("uts"),
+        user: pinned("user"),
+        // Only that there is one; the agent finds it by the container's id.
+        pid: target,
+    }
 }
 
 /// A guest's kernel has no AppArmor of the host's: only a profile that was asked for by name is missed.
@@ -129,8 +176,8 @@ pub(super) fn apparmor(config: &cri::ContainerConfig) -> Result<Option<String>, 
     }
 }
 
-/// Makes a container's spec one for the guest: its network, host name and IPC are the guest's own, pid namespaces are named in the
-/// request to the agent.
+/// Makes a container's spec one for the guest: without a user namespace its network, host name and IPC are the guest's own; pid namespaces are
+/// named in the request to the agent; volumes have their ids already.
 pub(super) fn in_guest(spec: &mut Spec, device: Option<String>) -> Result<(), PodError> {
     if let Some(device) = device {
         let why = format!("{device:?} is a device of the host, which a pod in a virtual machine cannot use");
@@ -140,12 +187,15 @@ pub(super) fn in_guest(spec: &mut Spec, device: Option<String>) -> Result<(), Po
     let Some(namespaces) = spec.linux_mut().as_mut().and_then(|linux| linux.namespaces_mut().as_mut()) else {
         return Ok(());
     };
+    use LinuxNamespaceType as T;
     namespaces.retain(|namespace| {
-        use LinuxNamespaceType as T;
-        !matches!(namespace.typ(), T::Network | T::Uts | T::Ipc)
+        namespace.path().is_some() || !matches!(namespace.typ(), T::Network | T::Uts | T::Ipc)
     });
-    for namespace in namespaces {
+    for namespace in namespaces.iter_mut().filter(|namespace| namespace.typ() == T::Pid) {
         namespace.set_path(None);
+    }
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        mount.set_uid_mappings(None).set_gid_mappings(None);
     }
     Ok(())
 }
@@ -360,6 +410,12 @@ fn request(
             hostname: hostname(config),
             sysctls: sysctls.into_iter().collect(),
             reserve: vm.guest_reserve,
+            user_namespace: user_namespace(config)?.map(|user| agent::UserNamespace {
+                uid: user.uids.first,
+                uids: user.uids.length,
+                gid: user.gids.first,
+                gids: user.gids.length,
+            }),
             ..Personalise::default()
         }),
         interfaces: interfaces.iter().map(add_interface).collect(),
