@@ -54,6 +54,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("podvisor-unpack", &[]),
     ("podvisor-network", &[]),
     ("podvisor-guest", &[]),
+    // Behind a hostile guest: nothing of ours but what it is.
+    ("podvisor-fs", &[]),
     ("podvisor-spec", &["podvisor-proto"]),
     ("podvisor-streaming", &["podvisor-proto"]),
     ("podvisor-image-store", &["podvisor-fault", "podvisor-registry", "podvisor-unpack"]),
