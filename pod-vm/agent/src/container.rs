@@ -311,12 +311,14 @@ impl Agent {
         let before = std::mem::replace(&mut container.state, State::Exited { exit });
         match before {
             State::Creating { mut pending, request } | State::Starting { mut pending, request } => {
-                // The reason is on the socket, unless it was killed.
-                let failure = match pending.poll() {
-                    Err(error) => error.into(),
-                    Ok(_) => Failure::state("the container's process ended before it was ready"),
+                // What became of it is on the socket, unless it was killed.
+                let outcome = match pending.poll() {
+                    // Its program ran, and was quicker than this loop.
+                    Ok(Launch::Executed) => Ok(reply::Result::Done(Done {})),
+                    Ok(_) => Err(Failure::state("the container's process ended before it was ready")),
+                    Err(error) => Err(error.into()),
                 };
-                self.answer(request, Err(failure));
+                self.answer(request, outcome);
             }
             State::Created { .. } | State::Running { .. } | State::Exited { .. } => {}
         }

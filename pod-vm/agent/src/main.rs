@@ -44,6 +44,7 @@ mod sys;
 mod uevents;
 mod verbs;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -71,15 +72,17 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         // For tests, and for a look at it without a virtual machine.
-        [Some("--listen"), Some(directory), Some("--cgroups"), Some(mount)] => {
-            on_unix(directory.into(), mount.into())
+        [Some("--listen"), Some(directory), Some("--cgroups"), Some(mount), ref shares @ ..]
+            if stand_ins(shares).is_some() =>
+        {
+            on_unix(directory.into(), mount.into(), stand_ins(shares).unwrap_or_default())
         }
         // The kernel asks for a module: see `modules.rs`.
         [Some("-q"), Some("--"), Some(alias)] => modules::demand(alias).map_err(AgentError::Module),
         _ if std::process::id() == 1 => in_guest(),
         _ => {
             eprintln!(
-                "usage: podvisor-agent --listen DIRECTORY --cgroups MOUNT | --version (or as the first process of a guest)"
+                "usage: podvisor-agent --listen DIRECTORY --cgroups MOUNT [--share TAG=DIRECTORY] | --version (or as the first process of a guest)"
             );
             return ExitCode::from(2);
         }
@@ -107,7 +110,24 @@ fn in_guest() -> Result<(), AgentError> {
     Ok(())
 }
 
-fn on_unix(directory: PathBuf, cgroups: PathBuf) -> Result<(), AgentError> {
+fn on_unix(
+    directory: PathBuf,
+    cgroups: PathBuf,
+    shares: BTreeMap<String, PathBuf>,
+) -> Result<(), AgentError> {
     let listeners = Listeners::unix(&directory).map_err(AgentError::Listen)?;
-    Agent::new(listeners, cgroups, None).and_then(Agent::run).map_err(AgentError::Wait)
+    let mut agent = Agent::new(listeners, cgroups, None).map_err(AgentError::Wait)?;
+    agent.pod.storage.stand_ins = shares;
+    agent.run().map_err(AgentError::Wait)
+}
+
+/// `--share TAG=DIRECTORY`, any number of times: there is no file server without a machine.
+fn stand_ins(arguments: &[Option<&str>]) -> Option<BTreeMap<String, PathBuf>> {
+    let pairs = arguments.chunks(2).map(|pair| match pair {
+        [Some("--share"), Some(share)] => {
+            share.split_once('=').map(|(tag, directory)| (tag.into(), directory.into()))
+        }
+        _ => None,
+    });
+    pairs.collect()
 }

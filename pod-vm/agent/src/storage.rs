@@ -1,6 +1,6 @@
 //! Shares of the file server and root file systems, below a place that only the agent sees.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
@@ -17,6 +17,8 @@ use crate::failure::Failure;
 pub(crate) struct Storage {
     shares: BTreeSet<String>,
     roots: BTreeSet<String>,
+    /// Directories that are mounted in place of shares, where there is no file server.
+    pub(crate) stand_ins: BTreeMap<String, PathBuf>,
 }
 
 /// Where a container's root file system is mounted.
@@ -53,7 +55,10 @@ impl Storage {
         make(&place)?;
         let mut flags = MountFlags::empty();
         flags.set(MountFlags::RDONLY, wanted.read_only);
-        mounted("virtiofs", Path::new(&wanted.tag), &place, flags, "")?;
+        match self.stand_ins.get(&wanted.tag) {
+            Some(directory) => mounted("none", directory, &place, MountFlags::BIND | MountFlags::REC, "")?,
+            None => mounted("virtiofs", Path::new(&wanted.tag), &place, flags, "")?,
+        }
         self.shares.insert(wanted.tag.clone());
         Ok(())
     }

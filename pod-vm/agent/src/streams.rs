@@ -8,6 +8,7 @@ use podvisor_proto::agent::{Open, Opened, StandardStream, open::Stream};
 use prost::Message;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
+use rustix::termios::{LocalModes, SpecialCodeIndex, tcgetattr};
 
 use crate::control::{put_frame, take_frame};
 use crate::failure::Failure;
@@ -301,10 +302,21 @@ impl Carried {
         }
         if inward.ended && inward.is_empty() && !inward.closed {
             inward.closed = true;
-            if matches!(kind, Kind::Socket) {
-                let _ = shutdown(&*program, Shutdown::Write);
+            match kind {
+                Kind::Socket => drop(shutdown(&*program, Shutdown::Write)),
+                Kind::Terminal => end_of_file(program),
+                Kind::Input | Kind::Output { .. } => {}
             }
         }
+    }
+}
+
+/// A terminal cannot be half-closed; a program that reads whole lines from it sees the end by this character.
+fn end_of_file(terminal: &OwnedFd) {
+    if let Ok(settings) = tcgetattr(terminal)
+        && settings.local_modes.contains(LocalModes::ICANON)
+    {
+        let _ = rustix::io::write(terminal, &[settings.special_codes[SpecialCodeIndex::VEOF]]);
     }
 }
 
