@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketAddrUnix, SocketFlags,
-    SocketType, accept_with, bind, listen, recvmsg, socket_with,
+    SocketType, accept_with, bind, connect, listen, recvmsg, socket_with,
 };
 
 /// A listening socket in a directory of any length. `path` is a name that other processes reach it by.
@@ -21,24 +21,42 @@ pub(crate) struct ListeningSocket {
 
 impl ListeningSocket {
     pub(crate) fn bind(directory: &Path, name: &str) -> io::Result<Self> {
-        let path = directory.join(name);
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        // A socket address holds 107 bytes of path (unix(7)); a longer one is shortened through /proc.
-        let (path, kept) = if let Ok(address) = SocketAddrUnix::new(&path) {
-            bind(&socket, &address)?;
-            (path, None)
-        } else {
-            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let opened = rustix::fs::open(directory, flags, Mode::empty())?;
-            let pid = std::process::id();
-            let path = PathBuf::from(format!("/proc/{pid}/fd/{}/{name}", opened.as_raw_fd()));
-            bind(&socket, &SocketAddrUnix::new(&path)?)?;
-            (path, Some(opened))
-        };
+        let socket = stream_socket()?;
+        let (path, kept) = short_name(directory, name)?;
+        bind(&socket, &SocketAddrUnix::new(&path)?)?;
         listen(&socket, 64)?;
         Ok(Self { socket, path, _directory: kept })
     }
+}
+
+fn stream_socket() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    Ok(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
+}
+
+/// A name that fits a socket's address, which holds 107 bytes of path (unix(7)): a longer one is shortened through /proc, as long as
+/// the descriptor is kept.
+fn short_name(directory: &Path, name: &str) -> io::Result<(PathBuf, Option<OwnedFd>)> {
+    let path = directory.join(name);
+    if SocketAddrUnix::new(&path).is_ok() {
+        return Ok((path, None));
+    }
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let opened = rustix::fs::open(directory, flags, Mode::empty())?;
+    let pid = std::process::id();
+    Ok((PathBuf::from(format!("/proc/{pid}/fd/{}/{name}", opened.as_raw_fd())), Some(opened)))
+}
+
+/// A connection to a unix socket in a directory of any length. When its queue is full, that is an error: this never waits.
+pub(crate) fn connect_to(path: &Path) -> io::Result<OwnedFd> {
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str()))
+    else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let socket = stream_socket()?;
+    let (path, _directory) = short_name(directory, name)?;
+    connect(&socket, &SocketAddrUnix::new(&path)?)?;
+    Ok(socket)
 }
 
 /// Where the OCI runtime sends a terminal's master (`--console-socket`).

@@ -21,6 +21,9 @@ pub(crate) struct ExitRecord {
     pub(crate) finished_at: i64,
     /// The kernel's OOM killer took at least one of its processes.
     pub(crate) oom_killed: bool,
+    /// What the code does not say, of a virtual machine.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) reason: String,
 }
 
 /// Why a record is not durable.
@@ -41,7 +44,12 @@ impl ExitRecord {
             code: exit.code,
             finished_at: exit.finished_at,
             oom_killed: exit.oom_killed,
+            reason: String::new(),
         }
+    }
+
+    pub(crate) fn because(self, reason: &str) -> Self {
+        Self { reason: reason.to_owned(), ..self }
     }
 
     /// Replaces the record in `directory`. When this returns it survives a power cut.

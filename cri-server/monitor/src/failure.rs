@@ -47,6 +47,15 @@ impl Failure {
         Self { code: ErrorCode::Timeout, detail: detail.into(), runtime_log }
     }
 
+    /// The pod's virtual machine could not be started or is gone; the console's last lines.
+    pub(crate) fn vm(detail: impl Into<String>, console: String) -> Self {
+        Self { code: ErrorCode::VmFailed, detail: detail.into(), runtime_log: console }
+    }
+
+    pub(crate) fn not_found(detail: impl Into<String>, runtime_log: String) -> Self {
+        Self { code: ErrorCode::NotFound, detail: detail.into(), runtime_log }
+    }
+
     /// A system call failed: what was attempted, and the cause.
     pub(crate) fn system(attempt: impl std::fmt::Display, cause: impl std::fmt::Display) -> Self {
         Self::new(ErrorCode::System, format!("{attempt}: {cause}"))

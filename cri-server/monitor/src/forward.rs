@@ -23,11 +23,12 @@ pub(crate) struct Forward {
 impl Monitor {
     /// Lets the runtime connect to a port inside.
     pub(crate) fn forward(&mut self, to: ReplyTo, number: u16) -> Answered {
-        let sandbox = self.containers.values().find(|container| container.place == Place::Sandbox);
-        let (Some(sandbox), Some(pod)) = (sandbox, &self.pod) else {
+        let sandbox = self.containers.values().find(|it| it.maker.place() == Some(Place::Sandbox));
+        let host = sandbox.and_then(|sandbox| sandbox.maker.on_host());
+        let (Some(sandbox), Some(host), Some(pod)) = (sandbox, host, &self.pod) else {
             return Err(Failure::wrong_state("the pod's sandbox container is gone"));
         };
-        let (runtime, id, run_dir) = (sandbox.runtime.clone(), sandbox.id.clone(), pod.run_dir.clone());
+        let (runtime, id, run_dir) = (host.runtime.clone(), sandbox.id.clone(), pod.run_dir.clone());
         let key = self.new_key();
         let listening = ListeningSocket::bind(&run_dir, &format!("port{key}.sock"))
             .map_err(|error| Failure::system(format!("connect to port {number} in the pod"), error))?;

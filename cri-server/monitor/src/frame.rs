@@ -1,9 +1,8 @@
-//! Frames of the monitor protocol: a little-endian u32 of length, then one message.
+//! Frames of the monitor's protocols: a little-endian u32 of length, then one message.
 
 use std::io;
 use std::os::fd::AsFd;
 
-use podvisor_proto::monitor::MAX_FRAME;
 use prost::Message;
 use rustix::buffer::spare_capacity;
 
@@ -30,18 +29,27 @@ pub(crate) enum Filled {
 
 /// Why what came is no frame.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("a frame of {0} bytes is longer than the {MAX_FRAME} that are allowed")]
-pub(crate) struct FrameTooLong(pub(crate) usize);
+#[error("a frame of {length} bytes is longer than the {limit} that are allowed")]
+pub(crate) struct FrameTooLong {
+    length: usize,
+    limit: usize,
+}
 
 /// Bytes on their way to becoming frames. Grows with what really came, never with what a length announces.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Incoming {
     bytes: Vec<u8>,
     start: usize,
+    /// Of one frame, in bytes.
+    limit: usize,
 }
 
 impl Incoming {
     const READ_AT_ONCE: usize = 16 * 1024;
+
+    pub(crate) fn new(limit: usize) -> Self {
+        Self { bytes: Vec::new(), start: 0, limit }
+    }
 
     /// Reads once.
     pub(crate) fn fill(&mut self, source: impl AsFd) -> io::Result<Filled> {
@@ -69,8 +77,8 @@ impl Incoming {
             return Ok(None);
         };
         let length = usize::try_from(u32::from_le_bytes(*header)).unwrap_or(usize::MAX);
-        if length > MAX_FRAME {
-            return Err(FrameTooLong(length));
+        if length > self.limit {
+            return Err(FrameTooLong { length, limit: self.limit });
         }
         if body.len() < length {
             return Ok(None);
@@ -83,7 +91,7 @@ impl Incoming {
     /// An idle connection keeps no buffer.
     fn release(&mut self) {
         if self.start == self.bytes.len() {
-            *self = Self::default();
+            *self = Self::new(self.limit);
         }
     }
 }
@@ -101,7 +109,7 @@ mod tests {
         let request = |id| Request { id, verb: Some(Verb::Connect(Connect { port: 80 })) };
         let bytes: Vec<u8> = (1..4).flat_map(|id| frame(&request(id))).collect();
         let (mut writer, reader) = std::os::unix::net::UnixStream::pair().unwrap();
-        let mut incoming = Incoming::default();
+        let mut incoming = Incoming::new(64);
         let mut seen = Vec::new();
         for byte in bytes {
             writer.write_all(&[byte]).unwrap();
@@ -118,8 +126,8 @@ mod tests {
     fn a_length_beyond_the_limit_is_refused_before_its_bytes_come() {
         let (mut writer, reader) = std::os::unix::net::UnixStream::pair().unwrap();
         writer.write_all(&u32::MAX.to_le_bytes()).unwrap();
-        let mut incoming = Incoming::default();
+        let mut incoming = Incoming::new(64);
         incoming.fill(&reader).unwrap();
-        assert_eq!(incoming.next(), Err(FrameTooLong(u32::MAX as usize)));
+        assert_eq!(incoming.next(), Err(FrameTooLong { length: u32::MAX as usize, limit: 64 }));
     }
 }

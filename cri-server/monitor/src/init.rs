@@ -98,8 +98,9 @@ fn prepare_and_fork() -> Result<(Forked, OwnedFd), InitError> {
     Ok((forked, ready))
 }
 
-fn enter_cgroup(path: &str) -> io::Result<()> {
-    // 0 is the writer itself; the init is forked into the same cgroup.
+/// Moves this process; what it forks later is in the same cgroup.
+pub(crate) fn enter_cgroup(path: &str) -> io::Result<()> {
+    // 0 is the writer itself.
     OpenOptions::new().write(true).open(path)?.write_all(b"0")
 }
 

@@ -5,6 +5,7 @@
 
 mod adopt;
 mod cgroup;
+mod channel;
 mod connection;
 mod console;
 mod container;
@@ -14,6 +15,7 @@ mod exit_record;
 mod failure;
 mod forward;
 mod frame;
+mod guest;
 mod init;
 mod journal;
 mod monitor;
@@ -24,6 +26,7 @@ mod port;
 mod process;
 mod runtime;
 mod stdio;
+mod strays;
 mod sys;
 mod verbs;
 
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
         [init::VERB] => init::main(),
+        [guest::leash::VERB, ref arguments @ ..] => guest::leash::main(arguments),
         ["--version"] => {
             println!("podvisor-monitor {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

@@ -1,6 +1,6 @@
 //! The monitor's state and its loop: sleep until something is ready, do it, never wait inside.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -16,6 +16,7 @@ use crate::container::{Container, State};
 use crate::disk::{Disk, Done};
 use crate::exec::Exec;
 use crate::forward::Forward;
+use crate::guest::Machine;
 use crate::journal::Journal;
 use crate::output::lines::Stream;
 use crate::pod_init::PodInit;
@@ -23,6 +24,7 @@ use crate::poll::{Interest, Poller, Ready, Timer, Timers, Token, Watch};
 use crate::port::Port;
 use crate::process::exit_code;
 use crate::runtime::{Call, Purpose, Stopped};
+use crate::strays::Strays;
 use crate::sys;
 
 /// Bytes read from a process at once. A CRI line has as many at most, and a short line grows to forty times its size
@@ -56,6 +58,8 @@ pub(crate) struct Monitor {
     pub(crate) ports: BTreeMap<u64, Port>,
     pub(crate) forwards: BTreeMap<u64, Forward>,
     pub(crate) init: Option<PodInit>,
+    /// The pod's virtual machine, in place of an init.
+    pub(crate) machine: Option<Box<Machine>>,
     pub(crate) strays: Strays,
     /// The monitor is about to end: it only waits for its last replies to be taken.
     pub(crate) farewell: bool,
@@ -91,6 +95,7 @@ impl Monitor {
             ports: BTreeMap::new(),
             forwards: BTreeMap::new(),
             init: None,
+            machine: None,
             strays: Strays::default(),
             farewell: false,
             farewells: Vec::new(),
@@ -132,7 +137,7 @@ impl Monitor {
     pub(crate) fn daemon_is_there(&self) -> bool {
         use rustix::event::{PollFd, PollFlags, poll};
         let Some(cradle) = self.connections.get(&self.cradle) else { return false };
-        let mut polled = [PollFd::new(&cradle.socket, PollFlags::RDHUP)];
+        let mut polled = [PollFd::new(&cradle.channel.socket, PollFlags::RDHUP)];
         let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
         let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
         poll(&mut polled, Some(&now)).is_ok() && !polled[0].revents().intersects(gone)
@@ -140,7 +145,7 @@ impl Monitor {
 
     fn is_over(&self) -> bool {
         if self.farewell {
-            return self.connections.values().all(|connection| connection.queued() == 0);
+            return self.connections.values().all(|connection| connection.channel.queued() == 0);
         }
         self.pod.is_none() && !self.connections.contains_key(&self.cradle)
     }
@@ -156,11 +161,11 @@ impl Monitor {
                 }
                 if let Some(connection) = self.connections.get_mut(&key) {
                     if event.writable {
-                        connection.flush(&self.poller);
+                        connection.channel.flush(&self.poller);
                         self.client_took_output(key);
-                    } else if event.hung_up && !(event.readable && connection.reads()) {
+                    } else if event.hung_up && !(event.readable && connection.channel.reads()) {
                         // What it sent before it went has been read, or has nowhere to go.
-                        connection.abort();
+                        connection.channel.abort();
                     }
                 }
             }
@@ -169,6 +174,12 @@ impl Monitor {
             Token::Stderr(key) => self.pump(key, Stream::Stderr),
             Token::Oom(key) => self.memory_event(key),
             Token::Port(key) => self.port_ready(key),
+            Token::Hypervisor(key) => self.hypervisor_ready(key, event),
+            Token::Agent(key) => self.agent_ready(key, event),
+            Token::Dial(key) => self.dial_ready(key),
+            Token::FilesReady(key) => self.files_ready(key),
+            Token::Words(key) => self.program_speaks(key),
+            Token::MachineGone(key) => self.machine_process_gone(key),
         }
     }
 
@@ -184,6 +195,10 @@ impl Monitor {
             Timer::Oom(key, looks) => self.look_for_oom_kills(key, looks),
             Timer::Port(key) => self.port_time_is_over(key),
             Timer::Init => self.init_time_is_over(),
+            Timer::Machine(key) => self.machine_time_is_over(key),
+            Timer::Dial(key) => self.dial_time_is_over(key),
+            Timer::Request(id) => self.request_time_is_over(id),
+            Timer::Clock => self.correct_clock(),
             Timer::Accept => self.listen(true),
             Timer::Farewell => self.connections.clear(),
         }
@@ -198,16 +213,11 @@ impl Monitor {
     }
 
     fn drain_time_is_over(&mut self, key: u64) {
-        let streams = match (self.containers.get_mut(&key), self.execs.get_mut(&key)) {
-            (Some(container), _) => &mut container.streams,
-            (None, Some(exec)) => &mut exec.streams,
-            (None, None) => return,
-        };
-        for output in [&mut streams.stdout, &mut streams.stderr].into_iter().flatten() {
-            output.limit_to_present();
+        if self.containers.contains_key(&key) {
+            self.container_drain_is_over(key);
+        } else {
+            self.exec_drain_is_over(key);
         }
-        self.pump(key, Stream::Stdout);
-        self.pump(key, Stream::Stderr);
     }
 
     fn accept(&mut self) {
@@ -235,24 +245,29 @@ impl Monitor {
     fn add_connection(&mut self, socket: OwnedFd) -> u64 {
         let key = self.new_key();
         let mut connection = Connection::new(key, socket);
-        connection.watch(&self.poller);
+        connection.channel.watch(&self.poller);
         self.connections.insert(key, connection);
         key
     }
 
     /// Drops the connections that are over, with what was done for them alone.
     fn sweep(&mut self) {
+        self.sweep_machine();
         loop {
-            let over =
-                self.connections.iter().find(|(_, connection)| connection.is_over()).map(|(key, _)| *key);
+            let over = self
+                .connections
+                .iter()
+                .find(|(_, connection)| connection.channel.is_over())
+                .map(|(key, _)| *key);
             let Some((key, connection)) = over.and_then(|key| self.connections.remove_entry(&key)) else {
                 return;
             };
             if let Role::Attach { container, stdin } = connection.role {
                 self.detach(key, container, stdin);
             }
-            connection.end(&self.poller);
+            connection.channel.end(&self.poller);
             self.ports_abandoned(key);
+            self.dials_abandoned(key);
             self.execs_abandoned(key);
         }
     }
@@ -276,9 +291,11 @@ impl Monitor {
             self.container_ended(key, exit_code(status));
         } else if let Some(key) = self.execs.iter().find(|(_, it)| it.pid() == Some(pid)).map(|(key, _)| *key)
         {
-            self.exec_ended(key, status);
+            self.exec_ended(key, exit_code(status));
         } else if self.init.as_ref().is_some_and(|init| init.pid() == Some(pid)) {
             self.init_ended(pid, status);
+        } else if self.machine.as_ref().is_some_and(|machine| machine.owns(pid)) {
+            self.machine_program_ended(pid, status);
         } else if self.pid_files_expected() {
             self.strays.add(pid, status);
         }
@@ -338,6 +355,8 @@ impl Monitor {
                     }
                     if self.containers.contains_key(&key) {
                         self.container_recorded(key);
+                    } else if self.machine.is_some() {
+                        self.machine_recorded();
                     } else {
                         self.init_recorded(key);
                     }
@@ -352,7 +371,7 @@ impl Monitor {
             let detail = format!("container {} still exists", container.id);
             return Err(crate::failure::Failure::wrong_state(detail));
         }
-        if self.end_init(to) {
+        if self.end_init(to) || self.shut_machine_down(to) {
             return Ok(crate::verbs::Answer::Later);
         }
         self.say_farewell();
@@ -369,33 +388,12 @@ impl Monitor {
         }
     }
 
-    /// The containers and the pod's init.
+    /// The containers and the pod's init or machine.
     pub(crate) fn list_processes(&self) -> Vec<proto::Process> {
         let containers =
             self.containers.values().filter(|container| !matches!(container.state, State::Failed { .. }));
         let init = self.pod.as_ref().zip(self.init.as_ref()).map(|(pod, init)| init.describe(&pod.id));
-        containers.map(Container::describe).chain(init).collect()
-    }
-}
-
-/// How processes ended whose pid nobody had asked about yet: a container or exec that was quicker than its runtime.
-#[derive(Debug, Default)]
-pub(crate) struct Strays(VecDeque<(Pid, WaitStatus)>);
-
-impl Strays {
-    /// With the host's pid namespace every orphan of a container ends up here, so the number is bounded.
-    const LIMIT: usize = 4096;
-
-    fn add(&mut self, pid: Pid, status: WaitStatus) {
-        if self.0.len() == Self::LIMIT {
-            self.0.pop_front();
-        }
-        self.0.push_back((pid, status));
-    }
-
-    /// The latest with this pid.
-    pub(crate) fn take(&mut self, pid: Pid) -> Option<WaitStatus> {
-        let index = self.0.iter().rposition(|(stray, _)| *stray == pid)?;
-        self.0.remove(index).map(|(_, status)| status)
+        let machine = self.pod.as_ref().zip(self.machine.as_ref()).map(|(pod, it)| it.describe(&pod.id));
+        containers.map(Container::describe).chain(init).chain(machine).collect()
     }
 }

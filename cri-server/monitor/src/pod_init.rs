@@ -92,6 +92,9 @@ impl PodInit {
 
 impl Monitor {
     pub(crate) fn start_init(&mut self, to: ReplyTo, request: &StartInit) -> Answered {
+        if self.machine.is_some() {
+            return Err(Failure::wrong_state("the pod is a virtual machine, which has an init of its own"));
+        }
         if self.init.is_some() {
             return Err(Failure::exists("the pod has an init"));
         }
@@ -177,13 +180,7 @@ impl Monitor {
             exit: Some(exit),
             reason: String::new(),
         }));
-        let waiting = std::mem::take(&mut self.farewells);
-        if !waiting.is_empty() {
-            for to in waiting {
-                self.reply(to, Ok(reply::Result::Done(proto::Done {})));
-            }
-            self.say_farewell();
-        }
+        self.finish_shutdown();
     }
 
     /// Ends the init before the monitor; `false` when there is none to wait for.

@@ -30,6 +30,18 @@ pub(crate) enum Token {
     Oom(u64),
     /// A connection into the pod's network namespace was made or refused.
     Port(u64),
+    /// The hypervisor's connection.
+    Hypervisor(u64),
+    /// The connection to the agent.
+    Agent(u64),
+    /// A connection to a port of the guest that is being made.
+    Dial(u64),
+    /// The file server listens.
+    FilesReady(u64),
+    /// A process of the machine says something on stderr.
+    Words(u64),
+    /// The process that is the machine has ended.
+    MachineGone(u64),
 }
 
 impl Token {
@@ -38,27 +50,39 @@ impl Token {
             Self::Children => 0,
             Self::Disk => 1,
             Self::Listener => 2,
-            Self::Connection(key) => key << 4 | 3,
-            Self::Stdin(key) => key << 4 | 4,
-            Self::Stdout(key) => key << 4 | 5,
-            Self::Stderr(key) => key << 4 | 6,
-            Self::Oom(key) => key << 4 | 7,
-            Self::Port(key) => key << 4 | 8,
+            Self::Connection(key) => key << 4 | 0x3,
+            Self::Stdin(key) => key << 4 | 0x4,
+            Self::Stdout(key) => key << 4 | 0x5,
+            Self::Stderr(key) => key << 4 | 0x6,
+            Self::Oom(key) => key << 4 | 0x7,
+            Self::Port(key) => key << 4 | 0x8,
+            Self::Hypervisor(key) => key << 4 | 0x9,
+            Self::Agent(key) => key << 4 | 0xa,
+            Self::Dial(key) => key << 4 | 0xb,
+            Self::FilesReady(key) => key << 4 | 0xc,
+            Self::Words(key) => key << 4 | 0xd,
+            Self::MachineGone(key) => key << 4 | 0xe,
         }
     }
 
     fn decode(value: u64) -> Option<Self> {
         let key = value >> 4;
-        Some(match value & 15 {
+        Some(match value & 0xf {
             0 => Self::Children,
             1 => Self::Disk,
             2 => Self::Listener,
-            3 => Self::Connection(key),
-            4 => Self::Stdin(key),
-            5 => Self::Stdout(key),
-            6 => Self::Stderr(key),
-            7 => Self::Oom(key),
-            8 => Self::Port(key),
+            0x3 => Self::Connection(key),
+            0x4 => Self::Stdin(key),
+            0x5 => Self::Stdout(key),
+            0x6 => Self::Stderr(key),
+            0x7 => Self::Oom(key),
+            0x8 => Self::Port(key),
+            0x9 => Self::Hypervisor(key),
+            0xa => Self::Agent(key),
+            0xb => Self::Dial(key),
+            0xc => Self::FilesReady(key),
+            0xd => Self::Words(key),
+            0xe => Self::MachineGone(key),
             _ => return None,
         })
     }
@@ -177,6 +201,14 @@ pub(crate) enum Timer {
     Port(u64),
     /// The pod's init did not obey SIGTERM.
     Init,
+    /// The machine's start takes too long, or the next thing is to be done for its end.
+    Machine(u64),
+    /// A connection to a port of the guest is to be tried, or takes too long.
+    Dial(u64),
+    /// The agent does not answer a request.
+    Request(u64),
+    /// The guest's clock is to be corrected.
+    Clock,
     /// Clients can be accepted again, perhaps.
     Accept,
     /// The last replies before the monitor ends should have been taken by now.

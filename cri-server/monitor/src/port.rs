@@ -47,7 +47,10 @@ impl Monitor {
     pub(crate) fn connect(&mut self, to: ReplyTo, port: u32) -> Answered {
         let port = u16::try_from(port).ok().filter(|port| *port != 0);
         let port = port.ok_or_else(|| Failure::invalid("port must be 1 to 65535"))?;
-        if self.containers.values().any(|container| container.place == Place::Sandbox) {
+        if self.machine.is_some() {
+            return self.connect_in_guest(to, port);
+        }
+        if self.containers.values().any(|container| container.maker.place() == Some(Place::Sandbox)) {
             return self.forward(to, port);
         }
         let key = self.new_key();
@@ -121,14 +124,14 @@ impl Monitor {
         let mut control = SendAncillaryBuffer::new(&mut space);
         control.push(SendAncillaryMessage::ScmRights(&descriptors));
         // Nothing else is on its way on this connection, so a few bytes always fit.
-        let sent = (connection.queued() == 0).then(|| {
+        let sent = (connection.channel.queued() == 0).then(|| {
             let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            sendmsg(&connection.socket, &[io::IoSlice::new(&bytes)], &mut control, flags)
+            sendmsg(&connection.channel.socket, &[io::IoSlice::new(&bytes)], &mut control, flags)
         });
         if matches!(sent, Some(Ok(count)) if count == bytes.len()) {
-            connection.close(&self.poller);
+            connection.channel.close(&self.poller);
         } else {
-            connection.abort();
+            connection.channel.abort();
         }
     }
 

@@ -32,6 +32,11 @@ impl Child {
         Self { pid, start_time: 0, pidfd: None }
     }
 
+    /// A process in what `machine` is; it takes no signals from us.
+    pub(crate) fn of_relative(machine: &Relative) -> Self {
+        Self { pid: machine.pid, start_time: machine.start_time, pidfd: None }
+    }
+
     /// One that is no child of ours and takes no signals from us; it lives as long as the process `pid`.
     pub(crate) fn elsewhere(pid: Pid) -> io::Result<Self> {
         let start_time = Stat::read(pid.as_raw_pid())?.start_time;
@@ -45,6 +50,36 @@ impl Child {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// A process that another one says is its own.
+#[derive(Debug)]
+pub(crate) struct Relative {
+    pub(crate) pid: Pid,
+    pub(crate) start_time: u64,
+    /// Readable when it has ended.
+    pub(crate) pidfd: OwnedFd,
+}
+
+impl Relative {
+    /// The process `pid`, which must be `of` or descend from it: nobody is to have strangers killed.
+    pub(crate) fn identify(pid: Pid, of: Pid) -> io::Result<Self> {
+        const GENERATIONS: usize = 16;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+        let start_time = Stat::read(pid.as_raw_pid())?.start_time;
+        let mut ancestor = pid.as_raw_pid();
+        for _ in 0..GENERATIONS {
+            if ancestor == of.as_raw_pid() {
+                return Ok(Self { pid, start_time, pidfd });
+            }
+            ancestor = Stat::read(ancestor)?.parent;
+        }
+        Err(io::Error::from_raw_os_error(libc::ECHILD))
+    }
+
+    pub(crate) fn kill(&self) {
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
 }
 

@@ -1,4 +1,4 @@
-//! The monitor's ends of a process's standard streams: pipes, or a terminal.
+//! The monitor's ends of a process's standard streams: pipes, a terminal, or connections to the agent in a guest.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -7,15 +7,19 @@ use std::process::Stdio;
 
 use rustix::fs::OFlags;
 use rustix::io::{Errno, ioctl_fionread};
+use rustix::net::{Shutdown, shutdown};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 use rustix::termios::{LocalModes, SpecialCodeIndex, Winsize, tcgetattr, tcsetwinsize};
 
 use crate::console::ConsoleSocket;
+use crate::output::lines::Stream;
 use crate::poll::{Interest, Poller, Token, Watch};
 
 /// Input that may wait for a process that does not read. Then its senders are not read either.
 const INPUT_LIMIT: usize = 64 * 1024;
+/// What may still come from a guest after a process there has ended: a pipe and the buffers of sockets on the way, with room to spare.
+const ON_ITS_WAY: usize = 4 * 1024 * 1024;
 
 /// Which streams a process gets.
 #[derive(Debug, Clone, Copy)]
@@ -24,6 +28,15 @@ pub(crate) struct Wanted {
     pub(crate) stdin: bool,
     pub(crate) stdout: bool,
     pub(crate) stderr: bool,
+}
+
+impl Wanted {
+    pub(crate) fn has(self, stream: Stream) -> bool {
+        match stream {
+            Stream::Stdout => self.stdout,
+            Stream::Stderr => self.stderr,
+        }
+    }
 }
 
 /// The process's ends, to be handed to the OCI runtime.
@@ -56,7 +69,7 @@ impl Streams {
         if wanted.stdin {
             let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
             theirs.stdin = reader.into();
-            ours.stdin = Some(Input::new(writer, Token::Stdin(key), false)?);
+            ours.stdin = Some(Input::new(writer, Token::Stdin(key), Closing::Pipe)?);
         }
         if wanted.stdout {
             let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -81,11 +94,41 @@ impl Streams {
             ioctl_tiocgptpeer(&terminal, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
         if wanted.stdin {
             let writer = rustix::io::fcntl_dupfd_cloexec(&terminal, 0)?;
-            self.stdin = Some(Input::new(writer, Token::Stdin(key), true)?);
+            self.stdin = Some(Input::new(writer, Token::Stdin(key), Closing::Terminal)?);
         }
         // Read also when nobody wants it, or the process would wait for somebody to.
         self.stdout = Some(Output::new(terminal, Token::Stdout(key), Some(slave))?);
         Ok(())
+    }
+
+    /// Takes a connection that carries an output of a process in a guest; with `input` its terminal's input too.
+    pub(crate) fn plug_output(
+        &mut self,
+        key: u64,
+        which: Stream,
+        socket: OwnedFd,
+        input: bool,
+    ) -> io::Result<()> {
+        if input {
+            let writer = rustix::io::fcntl_dupfd_cloexec(&socket, 0)?;
+            self.stdin = Some(Input::new(writer, Token::Stdin(key), Closing::Half)?);
+        }
+        let (place, token) = match which {
+            Stream::Stdout => (&mut self.stdout, Token::Stdout(key)),
+            Stream::Stderr => (&mut self.stderr, Token::Stderr(key)),
+        };
+        *place = Some(Output::new(socket, token, None)?);
+        Ok(())
+    }
+
+    /// Takes a connection that carries the input of a process in a guest.
+    pub(crate) fn plug_input(&mut self, key: u64, socket: OwnedFd) -> io::Result<()> {
+        self.stdin = Some(Input::new(socket, Token::Stdin(key), Closing::Pipe)?);
+        Ok(())
+    }
+
+    pub(crate) fn outputs(&mut self) -> impl Iterator<Item = &mut Output> {
+        [&mut self.stdout, &mut self.stderr].into_iter().flatten()
     }
 
     /// All output has been read to its end.
@@ -131,30 +174,46 @@ pub(crate) struct Output {
     watch: Watch,
     /// For a terminal: its other side.
     slave: Option<OwnedFd>,
+    until: Until,
+    /// Something has come since that was asked last.
+    progressed: bool,
+}
+
+/// What is read of an output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Until {
+    /// Everything.
+    End,
     /// The process has ended: this many bytes more, and no waiting for any.
-    remaining: Option<usize>,
+    Present(usize),
+    /// The process has ended in a guest, and what it wrote is on its way: until its end comes, but no more than this many bytes.
+    Arrival(usize),
 }
 
 impl Output {
     fn new(descriptor: OwnedFd, token: Token, slave: Option<OwnedFd>) -> io::Result<Self> {
         set_nonblocking(&descriptor)?;
-        Ok(Self { descriptor, watch: Watch::new(token), slave, remaining: None })
+        Ok(Self { descriptor, watch: Watch::new(token), slave, until: Until::End, progressed: false })
     }
 
     pub(crate) fn read(&mut self, into: &mut [u8]) -> Chunk {
-        let room = self.remaining.map_or(into.len(), |remaining| remaining.min(into.len()));
+        let room = match self.until {
+            Until::End => into.len(),
+            Until::Present(rest) | Until::Arrival(rest) => rest.min(into.len()),
+        };
         if room == 0 {
             return Chunk::End;
         }
         match rustix::io::read(&self.descriptor, &mut into[..room]) {
             Ok(0) => Chunk::End,
             Ok(count) => {
-                if let Some(remaining) = &mut self.remaining {
-                    *remaining -= count;
+                if let Until::Present(rest) | Until::Arrival(rest) = &mut self.until {
+                    *rest -= count;
                 }
+                self.progressed = true;
                 Chunk::Data(count)
             }
-            Err(Errno::AGAIN | Errno::INTR) if self.remaining.is_some() => Chunk::End,
+            Err(Errno::AGAIN | Errno::INTR) if matches!(self.until, Until::Present(_)) => Chunk::End,
             Err(Errno::AGAIN | Errno::INTR) => Chunk::Blocked,
             // The terminal was hung up (vhangup(2), or its session's leader ended) and may be opened again: until
             // the process has ended, that is no end.
@@ -184,7 +243,19 @@ impl Output {
     /// From now on only what is there already counts: others may hold the other end for ever.
     pub(crate) fn limit_to_present(&mut self) {
         let present = ioctl_fionread(&self.descriptor).unwrap_or(0);
-        self.remaining = Some(usize::try_from(present).unwrap_or(usize::MAX));
+        self.until = Until::Present(usize::try_from(present).unwrap_or(usize::MAX));
+    }
+
+    /// The process has ended in a guest.
+    pub(crate) fn expect_arrival(&mut self) {
+        self.until = Until::Arrival(ON_ITS_WAY);
+        self.progressed = false;
+    }
+
+    /// More of what a process in a guest wrote has come since this was asked last, or could have, had it not been `held_back`.
+    pub(crate) fn still_arrives(&mut self, held_back: bool) -> bool {
+        let progressed = std::mem::take(&mut self.progressed);
+        matches!(self.until, Until::Arrival(_)) && (progressed || held_back)
     }
 
     /// Watches for output, or not. Not watched it reports nothing at all, also no hang-up, which would be reported
@@ -203,15 +274,26 @@ impl Output {
 pub(crate) struct Input {
     descriptor: OwnedFd,
     watch: Watch,
-    terminal: bool,
+    closing: Closing,
     waiting: Vec<u8>,
     ending: bool,
 }
 
+/// How an input is ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Closing {
+    /// By closing it.
+    Pipe,
+    /// By the terminal's character for it.
+    Terminal,
+    /// By closing this direction of a connection that carries both.
+    Half,
+}
+
 impl Input {
-    fn new(descriptor: OwnedFd, token: Token, terminal: bool) -> io::Result<Self> {
+    fn new(descriptor: OwnedFd, token: Token, closing: Closing) -> io::Result<Self> {
         set_nonblocking(&descriptor)?;
-        Ok(Self { descriptor, watch: Watch::new(token), terminal, waiting: Vec::new(), ending: false })
+        Ok(Self { descriptor, watch: Watch::new(token), closing, waiting: Vec::new(), ending: false })
     }
 
     /// Writes, now or when the process takes it.
@@ -228,7 +310,7 @@ impl Input {
         }
         self.ending = true;
         // A terminal cannot be half-closed; a program that reads whole lines from it sees the end by this character.
-        if self.terminal
+        if self.closing == Closing::Terminal
             && let Ok(settings) = tcgetattr(&self.descriptor)
             && settings.local_modes.contains(LocalModes::ICANON)
         {
@@ -269,6 +351,9 @@ impl Input {
 
     pub(crate) fn close(mut self, poller: &Poller) {
         let _ = self.watch.set(poller, &self.descriptor, None);
+        if self.closing == Closing::Half {
+            let _ = shutdown(&self.descriptor, Shutdown::Write);
+        }
     }
 }
 

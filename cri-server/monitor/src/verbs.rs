@@ -19,6 +19,7 @@ pub(crate) struct ReplyTo {
 }
 
 /// What a verb gives at once.
+#[allow(clippy::large_enum_variant)] // it lives for one call
 pub(crate) enum Answer {
     Now(reply::Result),
     /// The answer comes when the work is done.
@@ -29,34 +30,41 @@ impl Answer {
     pub(crate) const DONE: Self = Self::Now(reply::Result::Done(proto::Done {}));
 }
 
+/// The answer of verbs that have nothing to tell.
+pub(crate) fn done() -> reply::Result {
+    reply::Result::Done(proto::Done {})
+}
+
 /// A verb's immediate result.
 pub(crate) type Answered = Result<Answer, Failure>;
 
 impl Monitor {
     /// Reads once from a client, and does what came.
     pub(crate) fn read_connection(&mut self, key: u64) {
-        let Some(connection) = self.connections.get_mut(&key).filter(|connection| connection.reads()) else {
+        let Some(connection) = self.connections.get_mut(&key).filter(|connection| connection.channel.reads())
+        else {
             return;
         };
-        match connection.incoming.fill(&connection.socket) {
+        match connection.channel.incoming.fill(&connection.channel.socket) {
             Ok(Filled::More) => self.process_frames(key),
             Ok(Filled::Nothing) => {}
-            Ok(Filled::End) | Err(_) => connection.abort(),
+            Ok(Filled::End) | Err(_) => connection.channel.abort(),
         }
     }
 
     /// Does what has been read, until the client has to wait.
     pub(crate) fn process_frames(&mut self, key: u64) {
         loop {
-            let Some(connection) = self.connections.get_mut(&key).filter(|connection| connection.reads())
+            let Some(connection) =
+                self.connections.get_mut(&key).filter(|connection| connection.channel.reads())
             else {
                 return;
             };
-            let body = match connection.incoming.next() {
+            let body = match connection.channel.incoming.next() {
                 Ok(Some(body)) => body,
                 Ok(None) => return,
                 Err(error) => {
-                    connection.abort();
+                    connection.channel.abort();
                     return self.journal.note("a client sent no frame", "connection", &error);
                 }
             };
@@ -72,7 +80,7 @@ impl Monitor {
             if let Err(error) = processed {
                 self.journal.note("a client sent no message", "connection", &error);
                 if let Some(connection) = self.connections.get_mut(&key) {
-                    connection.abort();
+                    connection.channel.abort();
                 }
             }
         }
@@ -135,9 +143,9 @@ impl Monitor {
             Verb::Exec(request) => self.opening(to, |monitor| monitor.exec(to, request)),
             Verb::Attach(request) => self.opening(to, |monitor| monitor.attach(to, &request)),
             Verb::Connect(request) => self.opening(to, |monitor| monitor.connect(to, request.port)),
-            Verb::StartVm(_) | Verb::GuestStats(_) | Verb::ResizeVm(_) => {
-                Err(Failure::unsupported("this monitor drives no virtual machine yet"))
-            }
+            Verb::StartVm(request) => self.start_vm(to, request),
+            Verb::GuestStats(request) => self.guest_stats(to, request),
+            Verb::ResizeVm(request) => self.resize_vm(to, &request),
             Verb::Shutdown(proto::Shutdown {}) => self.shutdown(to),
         }
     }
@@ -146,7 +154,7 @@ impl Monitor {
     fn opening(&mut self, to: ReplyTo, verb: impl FnOnce(&mut Self) -> Answered) -> Answered {
         if let Some(connection) = self.connections.get_mut(&to.connection) {
             connection.role = Role::Opening;
-            connection.pause(&self.poller, true);
+            connection.channel.pause(&self.poller, true);
         }
         verb(self)
     }
@@ -168,9 +176,9 @@ impl Monitor {
         let Some(connection) = self.connections.get_mut(&to.connection) else { return };
         let failed = result.is_err();
         let result = result.unwrap_or_else(|failure| reply::Result::Error(failure.into()));
-        connection.send(&self.poller, frame(&Reply { id: to.request, result: Some(result) }));
+        connection.channel.send(&self.poller, frame(&Reply { id: to.request, result: Some(result) }));
         if failed && connection.role == Role::Opening {
-            connection.close(&self.poller);
+            connection.channel.close(&self.poller);
         }
     }
 
@@ -179,7 +187,7 @@ impl Monitor {
         self.reply(to, Ok(reply::Result::Started(started)));
         if let Some(connection) = self.connections.get_mut(&to.connection) {
             connection.role = role;
-            connection.pause(&self.poller, false);
+            connection.channel.pause(&self.poller, false);
         }
         // What the client sent right after its request.
         self.process_frames(to.connection);
@@ -187,7 +195,7 @@ impl Monitor {
 
     pub(crate) fn send_frame(&mut self, connection: u64, frame_kind: stream_frame::Frame) {
         if let Some(connection) = self.connections.get_mut(&connection) {
-            connection.send(&self.poller, frame(&StreamFrame { frame: Some(frame_kind) }));
+            connection.channel.send(&self.poller, frame(&StreamFrame { frame: Some(frame_kind) }));
         }
     }
 
@@ -196,7 +204,7 @@ impl Monitor {
         let event = reply::Result::Event(proto::Event { kind: Some(kind) });
         let bytes = frame(&Reply { id: 0, result: Some(event) });
         for connection in self.connections.values_mut().filter(|connection| connection.subscribed) {
-            connection.send(&self.poller, bytes.clone());
+            connection.channel.send(&self.poller, bytes.clone());
         }
     }
 }

@@ -54,14 +54,14 @@ fn from_create_to_delete() {
         assert_eq!(record(&pod, "c1")["finished_at"], exit.finished_at);
         let lines: BTreeSet<String> = pod.log_lines("c1").into_iter().collect();
         assert_eq!(lines, BTreeSet::from(["stdout F out".to_owned(), "stderr F err".to_owned()]));
-        let listed = pod.list();
+        let listed = pod.containers();
         assert_eq!((listed[0].state(), listed[0].pid), (ProcessState::Exited, started.pid));
         assert_eq!(listed[0].exit, Some(exit));
         // Its cgroup goes without anybody asking.
         until("the cgroup is gone", || cgroups(&pod, "c1").is_empty());
 
         pod.delete("c1");
-        assert_eq!(pod.list(), []);
+        assert_eq!(pod.containers(), []);
         assert!(!pid_file.exists());
         pod.delete("c1");
         pod.delete("never-there");
@@ -72,66 +72,57 @@ fn from_create_to_delete() {
     });
 }
 
-#[test]
-fn signals_and_their_exit_codes() {
-    run(|lab| {
-        let mut pod = lab.pod();
-        pod.run("term", &Spec::waiting());
-        until("the trap is set", || !pod.log_lines("term").is_empty());
-        pod.daemon.done(kill("term", 15, false));
-        assert_eq!(pod.exit("term").code, 0);
-        pod.run("kill", &Spec::waiting());
-        pod.daemon.done(kill("kill", 9, false));
-        assert_eq!(pod.exit("kill").code, 137);
-        pod.run("all", &Spec::shell("sleep 1000 & wait"));
-        pod.daemon.done(kill("all", 9, true));
-        assert_eq!(pod.exit("all").code, 137);
-        // What it is to reach is reached already.
-        pod.daemon.done(kill("kill", 9, false));
-        pod.daemon.done(kill("kill", 15, true));
-        assert_eq!(pod.daemon.refused(kill("nobody", 9, false)).0, ErrorCode::NotFound);
-        assert_eq!(pod.daemon.refused(kill("kill", 0, false)).0, ErrorCode::Invalid);
-        // A daemon that was started again repeats a start that has been done, also when the container has ended since.
-        pod.daemon.done(Verb::StartContainer(StartContainer { container_id: "kill".into() }));
-    });
+fn signals_and_their_exit_codes(lab: &mut lab::Lab) {
+    let mut pod = lab.pod();
+    pod.run("term", &Spec::waiting());
+    until("the trap is set", || !pod.log_lines("term").is_empty());
+    pod.daemon.done(kill("term", 15, false));
+    assert_eq!(pod.exit("term").code, 0);
+    pod.run("kill", &Spec::waiting());
+    pod.daemon.done(kill("kill", 9, false));
+    assert_eq!(pod.exit("kill").code, 137);
+    pod.run("all", &Spec::shell("sleep 1000 & wait"));
+    pod.daemon.done(kill("all", 9, true));
+    assert_eq!(pod.exit("all").code, 137);
+    // What it is to reach is reached already.
+    pod.daemon.done(kill("kill", 9, false));
+    pod.daemon.done(kill("kill", 15, true));
+    assert_eq!(pod.daemon.refused(kill("nobody", 9, false)).0, ErrorCode::NotFound);
+    assert_eq!(pod.daemon.refused(kill("kill", 0, false)).0, ErrorCode::Invalid);
+    // A daemon that was started again repeats a start that has been done, also when the container has ended since.
+    pod.daemon.done(Verb::StartContainer(StartContainer { container_id: "kill".into() }));
 }
 
-#[test]
-fn a_container_that_was_never_started() {
-    run(|lab| {
-        let mut pod = lab.pod();
-        let mut events = pod.subscribe();
-        pod.create("killed", &Spec::waiting());
-        pod.daemon.done(kill("killed", 9, false));
-        assert_eq!(events.exited().1.code, 137);
-        let start = Verb::StartContainer(StartContainer { container_id: "killed".into() });
-        assert_eq!(pod.daemon.refused(start).0, ErrorCode::WrongState);
-        pod.create("deleted", &Spec::waiting());
-        pod.delete("deleted");
-        assert_eq!(events.exited().0, "deleted");
-        pod.delete("killed");
-        assert_eq!(pod.list(), []);
-    });
+fn a_container_that_was_never_started(lab: &mut lab::Lab) {
+    let mut pod = lab.pod();
+    let mut events = pod.subscribe();
+    pod.create("killed", &Spec::waiting());
+    pod.daemon.done(kill("killed", 9, false));
+    assert_eq!(events.exited().1.code, 137);
+    let start = Verb::StartContainer(StartContainer { container_id: "killed".into() });
+    assert_eq!(pod.daemon.refused(start).0, ErrorCode::WrongState);
+    pod.create("deleted", &Spec::waiting());
+    pod.delete("deleted");
+    assert_eq!(events.exited().0, "deleted");
+    pod.delete("killed");
+    assert_eq!(pod.containers(), []);
 }
 
-#[test]
-fn deleting_a_running_container_ends_everything_of_it() {
-    run(|lab| {
-        let mut pod = lab.pod();
-        pod.run("c1", &Spec::shell("trap '' TERM; sleep 1000 & sleep 1000"));
-        let mut second = pod.connect();
-        // Two at once, both answered.
-        let delete = || Verb::DeleteContainer(DeleteContainer { container_id: "c1".into() });
-        let first_id = pod.daemon.send(delete());
-        let second_id = second.send(delete());
-        pod.daemon.result(first_id).unwrap();
-        second.result(second_id).unwrap();
-        assert_eq!(pod.list(), []);
-        assert_eq!(cgroups(&pod, "c1"), Vec::<PathBuf>::new());
-        assert_eq!(record(&pod, "c1")["code"], 137);
-        // The name is free again.
-        assert_eq!(pod.run_to_end("c1", &Spec::new(&["true"])).code, 0);
-    });
+fn deleting_a_running_container_ends_everything_of_it(lab: &mut lab::Lab) {
+    let mut pod = lab.pod();
+    pod.run("c1", &Spec::shell("trap '' TERM; sleep 1000 & sleep 1000"));
+    let mut second = pod.connect();
+    // Two at once, both answered.
+    let delete = || Verb::DeleteContainer(DeleteContainer { container_id: "c1".into() });
+    let first_id = pod.daemon.send(delete());
+    let second_id = second.send(delete());
+    pod.daemon.result(first_id).unwrap();
+    second.result(second_id).unwrap();
+    assert_eq!(pod.containers(), []);
+    assert_eq!(cgroups(&pod, "c1"), Vec::<PathBuf>::new());
+    assert_eq!(record(&pod, "c1")["code"], 137);
+    // The name is free again.
+    assert_eq!(pod.run_to_end("c1", &Spec::new(&["true"])).code, 0);
 }
 
 /// A set of no signals, as /proc shows it.
@@ -157,22 +148,18 @@ fn a_container_inherits_nothing_of_the_monitor() {
     });
 }
 
-#[test]
-fn the_quickest_containers_are_not_lost() {
-    run(|lab| {
-        let mut pod = lab.pod();
-        let open =
-            |pod: &lab::Pod| std::fs::read_dir(format!("/proc/{}/fd", pod.child.id())).unwrap().count();
-        let before = open(&pod);
-        for round in 0..10 {
-            let id = format!("quick{round}");
-            let exit = pod.run_to_end(&id, &Spec::shell(&format!("echo {round}; exit {round}")));
-            assert_eq!(exit.code, round);
-            assert_eq!(pod.log_lines(&id), [format!("stdout F {round}")]);
-            pod.delete(&id);
-        }
-        assert_eq!(open(&pod), before, "descriptors are given back");
-    });
+fn the_quickest_containers_are_not_lost(lab: &mut lab::Lab) {
+    let mut pod = lab.pod();
+    let open = |pod: &lab::Pod| std::fs::read_dir(format!("/proc/{}/fd", pod.child.id())).unwrap().count();
+    let before = open(&pod);
+    for round in 0..10 {
+        let id = format!("quick{round}");
+        let exit = pod.run_to_end(&id, &Spec::shell(&format!("echo {round}; exit {round}")));
+        assert_eq!(exit.code, round);
+        assert_eq!(pod.log_lines(&id), [format!("stdout F {round}")]);
+        pod.delete(&id);
+    }
+    assert_eq!(open(&pod), before, "descriptors are given back");
 }
 
 #[test]
@@ -214,32 +201,29 @@ fn another_runtime() {
     });
 }
 
-#[test]
-fn several_are_created_at_once() {
-    run(|lab| {
-        let mut pod = lab.pod();
-        let mut events = pod.subscribe();
-        let ids: Vec<String> = (0..4).map(|n| format!("c{n}")).collect();
-        for id in &ids {
-            let request = pod.container(id, &Spec::shell(&format!("echo {id}")));
-            pod.daemon.send(Verb::CreateContainer(request));
-        }
-        // The loop goes on meanwhile.
-        assert_eq!(pod.connect().refused(kill("nobody", 9, false)).0, ErrorCode::NotFound);
-        let answered: BTreeSet<u64> = ids.iter().map(|_| pod.daemon.reply().id).collect();
-        assert_eq!(answered.len(), ids.len());
-        for id in &ids {
-            pod.start(id);
-        }
-        let ended: BTreeSet<String> = ids.iter().map(|_| events.exited().0).collect();
-        assert_eq!(ended, ids.iter().cloned().collect());
-        for id in &ids {
-            assert_eq!(pod.log_lines(id), [format!("stdout F {id}")]);
-        }
-        let request = pod.container("c0", &Spec::new(&["true"]));
-        let (code, _) = pod.daemon.refused(Verb::CreateContainer(request));
-        assert_eq!(code, ErrorCode::AlreadyExists);
-    });
+fn several_are_created_at_once(lab: &mut lab::Lab) {
+    let mut pod = lab.pod();
+    let mut events = pod.subscribe();
+    let ids: Vec<String> = (0..4).map(|n| format!("c{n}")).collect();
+    for id in &ids {
+        let request = pod.container(id, &Spec::shell(&format!("echo {id}")));
+        pod.daemon.send(Verb::CreateContainer(request));
+    }
+    // The loop goes on meanwhile.
+    assert_eq!(pod.connect().refused(kill("nobody", 9, false)).0, ErrorCode::NotFound);
+    let answered: BTreeSet<u64> = ids.iter().map(|_| pod.daemon.reply().id).collect();
+    assert_eq!(answered.len(), ids.len());
+    for id in &ids {
+        pod.start(id);
+    }
+    let ended: BTreeSet<String> = ids.iter().map(|_| events.exited().0).collect();
+    assert_eq!(ended, ids.iter().cloned().collect());
+    for id in &ids {
+        assert_eq!(pod.log_lines(id), [format!("stdout F {id}")]);
+    }
+    let request = pod.container("c0", &Spec::new(&["true"]));
+    let (code, _) = pod.daemon.refused(Verb::CreateContainer(request));
+    assert_eq!(code, ErrorCode::AlreadyExists);
 }
 
 #[test]
@@ -296,33 +280,28 @@ fn resources_are_updated() {
     });
 }
 
-#[test]
-fn the_monitor_outlives_the_daemon_and_ends_when_it_is_told() {
-    run(|lab| {
-        use std::os::unix::fs::PermissionsExt;
-        let mut pod = lab.pod();
-        pod.run("c1", &Spec::waiting());
-        until("the trap is set", || !pod.log_lines("c1").is_empty());
-        let socket = std::fs::metadata(pod.run_dir.join("monitor.sock")).unwrap();
-        assert_eq!(socket.permissions().mode() & 0o777, 0o600);
-        // The old daemon goes, and stray signals come.
-        pod.daemon = pod.connect();
-        for signal in ["TERM", "HUP", "INT", "PIPE"] {
-            let pid = pod.child.id().to_string();
-            assert!(
-                std::process::Command::new("kill").args(["-s", signal, &pid]).status().unwrap().success()
-            );
-        }
-        assert_eq!(pod.state("c1"), Some(ProcessState::Running));
-        // Signals of the monitor's own are not handed down to containers.
-        assert_eq!(pod.daemon.refused(Verb::Shutdown(Shutdown {})).0, ErrorCode::WrongState);
-        pod.daemon.done(kill("c1", 15, false));
-        assert_eq!(pod.exit("c1").code, 0);
-        pod.delete("c1");
-        pod.daemon.done(Verb::Shutdown(Shutdown {}));
-        assert!(pod.child.wait().unwrap().success());
-        assert!(!pod.run_dir.join("monitor.sock").exists());
-    });
+fn the_monitor_outlives_the_daemon_and_ends_when_it_is_told(lab: &mut lab::Lab) {
+    use std::os::unix::fs::PermissionsExt;
+    let mut pod = lab.pod();
+    pod.run("c1", &Spec::waiting());
+    until("the trap is set", || !pod.log_lines("c1").is_empty());
+    let socket = std::fs::metadata(pod.run_dir.join("monitor.sock")).unwrap();
+    assert_eq!(socket.permissions().mode() & 0o777, 0o600);
+    // The old daemon goes, and stray signals come.
+    pod.daemon = pod.connect();
+    for signal in ["TERM", "HUP", "INT", "PIPE"] {
+        let pid = pod.child.id().to_string();
+        assert!(std::process::Command::new("kill").args(["-s", signal, &pid]).status().unwrap().success());
+    }
+    assert_eq!(pod.state("c1"), Some(ProcessState::Running));
+    // Signals of the monitor's own are not handed down to containers.
+    assert_eq!(pod.daemon.refused(Verb::Shutdown(Shutdown {})).0, ErrorCode::WrongState);
+    pod.daemon.done(kill("c1", 15, false));
+    assert_eq!(pod.exit("c1").code, 0);
+    pod.delete("c1");
+    pod.daemon.done(Verb::Shutdown(Shutdown {}));
+    assert!(pod.child.wait().unwrap().success());
+    assert!(!pod.run_dir.join("monitor.sock").exists());
 }
 
 #[test]
@@ -337,4 +316,13 @@ fn a_monitor_of_the_pool_ends_with_its_daemon() {
         daemon.done(Verb::Shutdown(Shutdown {}));
         assert!(child.wait().unwrap().success());
     });
+}
+
+crate::on_both! {
+    signals_and_their_exit_codes
+    a_container_that_was_never_started
+    deleting_a_running_container_ends_everything_of_it
+    the_quickest_containers_are_not_lost
+    several_are_created_at_once
+    the_monitor_outlives_the_daemon_and_ends_when_it_is_told
 }

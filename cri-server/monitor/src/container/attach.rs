@@ -7,7 +7,7 @@
 
 use podvisor_proto::monitor::{self as proto, Attach, StreamFrame, stream_frame::Frame};
 
-use super::Attached;
+use super::{Attached, Maker};
 use crate::connection::Role;
 use crate::failure::Failure;
 use crate::monitor::Monitor;
@@ -39,7 +39,10 @@ impl Monitor {
     pub(crate) fn attach_input(&mut self, key: u64, stdin: bool, frame: StreamFrame) {
         let Some(container) = self.containers.get_mut(&key) else { return };
         match frame.frame {
-            Some(Frame::Resize(size)) => container.streams.resize(size.width, size.height),
+            Some(Frame::Resize(size)) => match container.maker {
+                Maker::Runtime(_) => container.streams.resize(size.width, size.height),
+                Maker::Guest(_) => self.resize_in_guest(key, size),
+            },
             Some(Frame::Stdin(bytes)) if stdin => {
                 let Some(input) = &mut container.streams.stdin else { return };
                 if !bytes.is_empty() {
@@ -79,7 +82,7 @@ impl Monitor {
             .collect();
         for sender in senders {
             let Some(connection) = self.connections.get_mut(&sender) else { continue };
-            let waited = connection.pause(&self.poller, full);
+            let waited = connection.channel.pause(&self.poller, full);
             if waited && !full {
                 self.process_frames(sender);
             }
@@ -93,14 +96,14 @@ impl Monitor {
 
     /// Gives output to one attached client, or ends its stream when it does not keep up.
     pub(super) fn send_attached(&mut self, key: u64, connection: u64, frame: Frame) {
-        let queued = self.connections.get(&connection).map_or(0, crate::connection::Connection::queued);
+        let queued = self.connections.get(&connection).map_or(0, |it| it.channel.queued());
         if queued < WINDOW {
             return self.send_frame(connection, frame);
         }
         let detail = format!("the client does not keep up: {queued} bytes wait for it");
         self.send_frame(connection, Frame::Error(Failure::wrong_state(detail).into()));
         if let Some(connection) = self.connections.get_mut(&connection) {
-            connection.close(&self.poller);
+            connection.channel.close(&self.poller);
         }
         if let Some(container) = self.containers.get_mut(&key) {
             container.attached.retain(|attached| attached.connection != connection);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use podvisor_proto::monitor::{self as proto, CreateContainer, Place, reply};
 use rustix::process::Pid;
 
-use super::{Container, MemoryWatch, Removal, State};
+use super::{Container, InGuest, Maker, MemoryWatch, OnHost, Removal, State};
 use crate::cgroup::Cgroup;
 use crate::disk::Job;
 use crate::failure::{Failure, check_absolute, check_id};
@@ -39,13 +39,16 @@ impl Monitor {
         if longest > LINE_MAX {
             return Err(Failure::invalid(format!("log_line {longest} is more than {LINE_MAX}")));
         }
-        let runtime = Runtime::parse(request.runtime)?;
         let Some(pod) = &self.pod else { return Err(Failure::wrong_state("this monitor has no pod yet")) };
         let run_dir = pod.run_dir.clone();
         let place = Place::try_from(request.place).map_err(|_| Failure::invalid("place is not known"))?;
         if (id == pod.id) != (place == Place::Sandbox) {
             return Err(Failure::invalid("the sandbox's container and no other has the pod's id"));
         }
+        let guest = match request.guest {
+            Some(guest) => Some(self.check_guest_container(&id, place, guest)?),
+            None => self.check_host_container().map(|()| None)?,
+        };
         if let Some(key) = self.find_container(&id) {
             let state = self.containers[&key].state_name();
             return Err(Failure::exists(format!("container {id} exists and is {state}")));
@@ -57,19 +60,23 @@ impl Monitor {
             stdout: true,
             stderr: !request.terminal,
         };
-        let (streams, ends) = Streams::open(key, wanted, &run_dir).map_err(|error| {
-            Failure::system(format!("make the standard streams of container {id}"), error)
-        })?;
+        let (maker, streams) = if let Some(guest) = guest {
+            // Its streams are connections to the agent, which has them when it has made the container.
+            (Maker::Guest(InGuest { wanted: guest, ended: None }), Streams::default())
+        } else {
+            let runtime = Runtime::parse(request.runtime)?;
+            let (streams, ends) = Streams::open(key, wanted, &run_dir).map_err(|error| {
+                Failure::system(format!("make the standard streams of container {id}"), error)
+            })?;
+            (Maker::Runtime(OnHost { runtime, place, ends: Some(ends), words: Vec::new() }), streams)
+        };
         let container = Container {
             id,
-            runtime,
-            state: State::Opening { reply: to, ends },
+            maker,
+            state: State::Opening { reply: to },
             streams,
             cgroup: None,
-            place,
             bundle: request.bundle,
-            held: None,
-            runtime_words: Vec::new(),
             wanted,
             stdin_once: request.stdin_once,
             logged,
@@ -90,9 +97,18 @@ impl Monitor {
         if logged {
             self.disk.send(Job::Open { key, path: request.log_path.into() });
         } else {
-            self.run_create(key);
+            self.make(key);
         }
         Ok(Answer::Later)
+    }
+
+    /// Lets its maker create a container whose log is open.
+    fn make(&mut self, key: u64) {
+        match self.containers.get(&key).map(|container| &container.maker) {
+            Some(Maker::Runtime(_)) => self.run_create(key),
+            Some(Maker::Guest(_)) => self.create_in_guest(key),
+            None => {}
+        }
     }
 
     pub(crate) fn find_container(&self, id: &str) -> Option<u64> {
@@ -110,17 +126,15 @@ impl Monitor {
         } else if let Err(error) = result {
             self.creation_failed(key, Failure::system(format!("create container {id}"), error), false);
         } else {
-            self.run_create(key);
+            self.make(key);
         }
     }
 
     fn run_create(&mut self, key: u64) {
         let pid_file = self.pid_file(key);
         let Some(container) = self.containers.get_mut(&key) else { return };
-        let State::Opening { reply, ends } = &mut container.state else { return };
-        let reply = *reply;
-        let none = || std::process::Stdio::null();
-        let ends = std::mem::replace(ends, TheirEnds { stdin: none(), stdout: none(), stderr: none() });
+        let State::Opening { reply } = container.state else { return };
+        let Maker::Runtime(host) = &mut container.maker else { return };
         let _ = std::fs::remove_file(&pid_file);
         let mut arguments: Vec<OsString> =
             vec!["--bundle".into(), container.bundle.clone().into(), "--pid-file".into(), pid_file.into()];
@@ -128,17 +142,12 @@ impl Monitor {
             arguments.extend(["--console-socket".into(), console.path().into()]);
         }
         arguments.push(container.id.clone().into());
-        let runtime = container.runtime.clone();
-        let ends = if container.place == Place::Inside {
-            container.held = Some(ends);
-            None
-        } else {
-            Some(ends)
-        };
+        let runtime = host.runtime.clone();
+        let ends = if host.place == Place::Inside { None } else { host.ends.take() };
         match self.call(&runtime, "create", &arguments, ends, Purpose::Create(key)) {
             Ok(call) => {
                 if let Some(container) = self.containers.get_mut(&key) {
-                    container.state = State::Creating { reply, call };
+                    container.state = State::Creating { reply, call: Some(call) };
                 }
                 self.watch_output(key);
             }
@@ -195,10 +204,11 @@ impl Monitor {
         // The last of what the runtime itself has to say. What comes later is the container's.
         self.watch_output(key);
         let Some(container) = self.containers.get_mut(&key) else { return };
-        let runtime_words = std::mem::take(&mut container.runtime_words);
+        let Maker::Runtime(host) = &mut container.maker else { return };
+        let words = std::mem::take(&mut host.words);
         if let Err(mut failure) = outcome {
             if failure.runtime_log.is_empty() {
-                String::from_utf8_lossy(&runtime_words).trim().clone_into(&mut failure.runtime_log);
+                String::from_utf8_lossy(&words).trim().clone_into(&mut failure.runtime_log);
             }
             return self.creation_failed(key, failure, true);
         }
@@ -222,13 +232,14 @@ impl Monitor {
             return Err(Failure::wrong_state("the container is gone"));
         };
         let pid = read_pid(pid_file)?;
+        let inside = container.maker.place() == Some(Place::Inside);
         let ended = self.strays.take(pid);
         let not_found =
             |error| Failure::system(format!("find process {pid} of container {}", container.id), error);
         let child = match ended {
             // Reaped before its pid was known. Its pidfd and start time are lost with it.
             Some(_) => Child::gone(pid),
-            None if container.place == Place::Inside => Child::elsewhere(pid).map_err(not_found)?,
+            None if inside => Child::elsewhere(pid).map_err(not_found)?,
             None => Child::identify(pid).map_err(not_found)?,
         };
         container
@@ -236,7 +247,7 @@ impl Monitor {
             .take_terminal(key, container.wanted)
             .map_err(|error| Failure::system("receive the terminal from the OCI runtime", error))?;
         // Inside, the process is everybody's: its cgroup says nothing about this container.
-        container.cgroup = (container.place != Place::Inside).then(|| Cgroup::of_process(pid)).flatten();
+        container.cgroup = (!inside).then(|| Cgroup::of_process(pid)).flatten();
         container.oom_kills = container.cgroup.as_ref().and_then(Cgroup::oom_kills).unwrap_or(0);
         if let Some(notices) = container.cgroup.as_ref().and_then(|cgroup| cgroup.watch_memory().ok()) {
             let mut watch = Watch::new(Token::Oom(key));
@@ -249,17 +260,24 @@ impl Monitor {
         Ok(Creation { started, previous: Some(previous), ended })
     }
 
-    /// Undoes what there is of a container that could not be created, and then answers. `runtime_knows`: the runtime may
+    /// Undoes what there is of a container that could not be created, and then answers. `maker_knows`: the runtime or the agent may
     /// have made something.
-    fn creation_failed(&mut self, key: u64, failure: Failure, runtime_knows: bool) {
+    pub(crate) fn creation_failed(&mut self, key: u64, failure: Failure, maker_knows: bool) {
         let Some(container) = self.containers.get_mut(&key) else { return };
         let (State::Opening { reply, .. } | State::Creating { reply, .. }) = container.state else { return };
         container.state = State::Failed { reply, failure };
         container.streams.close(&self.poller);
-        container.held = None;
-        let runtime = container.runtime.clone();
-        let arguments = ["--force".into(), container.id.clone().into()];
-        if !runtime_knows || self.call(&runtime, "delete", &arguments, None, Purpose::CleanUp(key)).is_err() {
+        drop(container.maker.ends());
+        let undoing = maker_knows
+            && match &container.maker {
+                Maker::Runtime(host) => {
+                    let runtime = host.runtime.clone();
+                    let arguments = ["--force".into(), container.id.clone().into()];
+                    self.call(&runtime, "delete", &arguments, None, Purpose::CleanUp(key)).is_ok()
+                }
+                Maker::Guest(_) => self.clean_up_in_guest(key),
+            };
+        if !undoing {
             self.creation_undone(key);
         }
     }
@@ -275,6 +293,7 @@ impl Monitor {
         for waiting in container.deletes {
             self.reply(waiting, Ok(reply::Result::Done(proto::Done {})));
         }
+        self.exit_is_settled(key);
     }
 }
 

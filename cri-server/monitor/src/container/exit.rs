@@ -5,7 +5,7 @@ use std::time::Duration;
 use podvisor_proto::monitor::{self as proto, Exit, Place, event, reply, stream_frame::Frame};
 use rustix::process::Signal;
 
-use super::{Ending, Removal, State};
+use super::{Ending, Maker, Removal, State};
 use crate::cgroup::Cgroup;
 use crate::disk::Job;
 use crate::exit_record::ExitRecord;
@@ -34,7 +34,7 @@ impl Monitor {
         {
             cgroup.signal_all(Signal::KILL);
         }
-        container.held = None;
+        drop(container.maker.ends());
         let exit = Exit { code, finished_at, oom_killed: container.oom_kills > 0 };
         container.state = State::Ending(Ending {
             pid: child.pid.as_raw_pid(),
@@ -51,13 +51,38 @@ impl Monitor {
         if let Some(input) = container.streams.stdin.take() {
             input.close(&self.poller);
         }
-        for output in [&mut container.streams.stdout, &mut container.streams.stderr].into_iter().flatten() {
-            output.give_up_slave();
+        let guest = matches!(container.maker, Maker::Guest(_));
+        for output in container.streams.outputs() {
+            if guest {
+                output.expect_arrival();
+            } else {
+                output.give_up_slave();
+            }
         }
         self.resume_attached(key);
         self.pump_container(key, Stream::Stdout);
         self.pump_container(key, Stream::Stderr);
         self.advance_ending(key);
+    }
+
+    /// A container that has ended should have come to the end of its output by now.
+    pub(crate) fn container_drain_is_over(&mut self, key: u64) {
+        let Some(container) = self.containers.get_mut(&key) else { return };
+        let held_back = container.held_back;
+        let mut arrives = false;
+        for output in container.streams.outputs() {
+            arrives |= output.still_arrives(held_back);
+        }
+        if arrives {
+            if let State::Ending(ending) = &mut container.state {
+                ending.patience = self.timers.set(PATIENCE, Timer::Drain(key));
+            }
+            return;
+        }
+        for output in container.streams.outputs() {
+            output.limit_to_present();
+        }
+        self.watch_output(key);
     }
 
     /// Does what can be done next for a container that has ended.
@@ -82,6 +107,16 @@ impl Monitor {
         }
         if recorded {
             self.announce_exit(key);
+        }
+    }
+
+    /// What held up the removal of a container that has ended may be gone.
+    pub(crate) fn continue_removal(&mut self, key: u64) {
+        let Some(container) = self.containers.get(&key) else { return };
+        match (&container.removal, &container.state) {
+            (Removal::NotBegun, State::Ending(_)) => self.advance_ending(key),
+            (Removal::NotBegun, State::Exited { .. }) => self.begin_removal(key),
+            _ => {}
         }
     }
 
@@ -110,21 +145,32 @@ impl Monitor {
         for attached in attached {
             self.send_frame(attached.connection, Frame::Exit(exit));
             if let Some(connection) = self.connections.get_mut(&attached.connection) {
-                connection.close(&self.poller);
+                connection.channel.close(&self.poller);
             }
         }
         self.finish_deletes(key);
+        self.exit_is_settled(key);
+    }
+
+    /// Lets its maker delete what is left of a container that has ended.
+    fn begin_removal(&mut self, key: u64) {
+        match self.containers.get(&key).map(|container| &container.maker) {
+            Some(Maker::Runtime(_)) => self.remove_from_host(key),
+            Some(Maker::Guest(_)) => self.remove_from_guest(key),
+            None => {}
+        }
     }
 
     /// Lets the runtime delete what is left, its cgroup above all. Not by force at first: with it runc kills once more and
     /// looks again only after 100 ms, although the process has been reaped. What the plain way refuses, force is for: a
     /// state that the runtime lost, or that it does not hold for stopped.
-    fn begin_removal(&mut self, key: u64) {
+    fn remove_from_host(&mut self, key: u64) {
         let Some(container) = self.containers.get_mut(&key) else { return };
-        let force = container.place == Place::Inside
-            || matches!(container.removal, Removal::Refused | Removal::Failed);
+        let Maker::Runtime(host) = &container.maker else { return };
+        let force =
+            host.place == Place::Inside || matches!(container.removal, Removal::Refused | Removal::Failed);
         container.removal = Removal::Running { force };
-        let runtime = container.runtime.clone();
+        let runtime = host.runtime.clone();
         let mut arguments = vec![container.id.clone().into()];
         if force {
             arguments.insert(0, "--force".into());
@@ -134,7 +180,7 @@ impl Monitor {
         }
     }
 
-    /// The runtime's `delete` has ended.
+    /// Its maker has deleted it, or could not.
     pub(crate) fn removal_ended(&mut self, key: u64, outcome: Result<(), Failure>) {
         let Some(container) = self.containers.get_mut(&key) else { return };
         match outcome {
@@ -147,7 +193,7 @@ impl Monitor {
                 self.begin_removal(key);
             }
             Err(failure) => {
-                self.journal.note("the runtime could not delete a container", &container.id, &failure.detail);
+                self.journal.note("a container could not be deleted", &container.id, &failure.detail);
                 container.removal = Removal::Failed;
                 for to in std::mem::take(&mut container.deletes) {
                     self.reply(to, Err(failure.clone()));

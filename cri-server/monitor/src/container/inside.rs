@@ -25,7 +25,8 @@ impl Monitor {
     pub(super) fn begin_wait(&mut self, key: u64) {
         let file = self.run_file(&format!("{key}.wait"));
         let Some(container) = self.containers.get(&key) else { return };
-        let (runtime, arguments) = (container.runtime.clone(), [container.id.clone().into()]);
+        let Some(host) = container.maker.on_host() else { return };
+        let (runtime, arguments) = (host.runtime.clone(), [container.id.clone().into()]);
         let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&file);
         let called = opened
             .map_err(|error| Failure::system(format!("make {}", file.display()), error))
@@ -71,7 +72,8 @@ impl Monitor {
             }
             return Ok(Answer::DONE);
         }
-        let runtime = container.runtime.clone();
+        let Some(host) = container.maker.on_host() else { return Ok(Answer::DONE) };
+        let runtime = host.runtime.clone();
         let mut arguments = vec![container.id.clone().into(), signal.as_raw().to_string().into()];
         if all {
             arguments.insert(0, "--all".into());
@@ -83,7 +85,8 @@ impl Monitor {
     /// Kills one process of a container, by the number that the runtime knows it by.
     pub(crate) fn kill_inside(&mut self, key: u64, process: Pid) {
         let Some(container) = self.containers.get(&key) else { return };
-        let runtime = container.runtime.clone();
+        let Some(host) = container.maker.on_host() else { return };
+        let runtime = host.runtime.clone();
         let number = process.as_raw_pid().to_string();
         let arguments = ["--pid".into(), number.into(), container.id.clone().into(), "9".into()];
         if let Err(failure) = self.call(&runtime, "kill", &arguments, None, Purpose::Kill(key, None)) {

@@ -5,7 +5,7 @@ use podvisor_proto::monitor::{
 };
 use rustix::process::Signal;
 
-use super::State;
+use super::{Maker, State};
 use crate::failure::Failure;
 use crate::monitor::Monitor;
 use crate::runtime::{Purpose, Stopped};
@@ -29,15 +29,20 @@ impl Monitor {
             }
             _ => return Err(container.wrong_state("created and waiting to be started")),
         }
-        let (runtime, ends) = (container.runtime.clone(), container.held.take());
-        self.call(&runtime, "start", &[id.into()], ends, Purpose::Start(key, to))?;
+        match &mut container.maker {
+            Maker::Runtime(host) => {
+                let (runtime, ends) = (host.runtime.clone(), host.ends.take());
+                self.call(&runtime, "start", &[id.into()], ends, Purpose::Start(key, to))?;
+            }
+            Maker::Guest(_) => self.start_in_guest(key, to)?,
+        }
         if let Some(State::Created { starting, .. }) = self.containers.get_mut(&key).map(|it| &mut it.state) {
             *starting = true;
         }
         Ok(Answer::Later)
     }
 
-    /// The runtime's `start` has ended.
+    /// Its maker has started it, or could not.
     pub(crate) fn start_ended(&mut self, key: u64, to: ReplyTo, outcome: Result<(), Failure>) {
         let mut waiting = vec![to];
         if let Some(container) = self.containers.get_mut(&key) {
@@ -58,7 +63,7 @@ impl Monitor {
         for to in waiting {
             self.reply(to, outcome.clone().map(|()| reply::Result::Done(proto::Done {})));
         }
-        if started && self.containers.get(&key).is_some_and(|container| container.place == Place::Inside) {
+        if started && self.containers.get(&key).is_some_and(|it| it.maker.place() == Some(Place::Inside)) {
             self.begin_wait(key);
         }
         self.advance_ending(key);
@@ -70,27 +75,35 @@ impl Monitor {
         let key = self.find_container(id).ok_or_else(|| Failure::no_container(id))?;
         let container = &self.containers[&key];
         match &container.state {
-            State::Created { .. } | State::Running { .. } if container.place == Place::Inside => {
-                self.signal_inside(key, signal, request.all, Some(to))
-            }
-            State::Created { child, .. } | State::Running { child } => {
-                if request.all
-                    && let Some(cgroup) = &container.cgroup
-                {
-                    cgroup.signal_all(signal);
-                }
-                // The whole cgroup has got it already, but a process may have left its container's cgroup.
-                if !request.all || container.cgroup.is_none() || signal == Signal::KILL {
-                    child
-                        .signal(signal)
-                        .map_err(|error| Failure::system(format!("signal container {id}"), error))?;
-                }
-                Ok(Answer::DONE)
+            State::Created { .. } | State::Running { .. } => {
+                self.signal_container(key, signal, request.all, Some(to))
             }
             // What it was to reach is reached.
             State::Ending(_) | State::Exited { .. } => Ok(Answer::DONE),
             State::Opening { .. } | State::Creating { .. } | State::Failed { .. } => {
                 Err(container.wrong_state("created"))
+            }
+        }
+    }
+
+    /// Signals a container that has not ended: its first process, or `all`. `to` is answered when that happens later.
+    fn signal_container(&mut self, key: u64, signal: Signal, all: bool, to: Option<ReplyTo>) -> Answered {
+        let Some(container) = self.containers.get(&key) else { return Ok(Answer::DONE) };
+        let Some(child) = container.child() else { return Ok(Answer::DONE) };
+        match &container.maker {
+            Maker::Guest(_) => self.signal_in_guest(key, signal, all, to),
+            Maker::Runtime(host) if host.place == Place::Inside => self.signal_inside(key, signal, all, to),
+            Maker::Runtime(_) => {
+                if all && let Some(cgroup) = &container.cgroup {
+                    cgroup.signal_all(signal);
+                }
+                // The whole cgroup has got it already, but a process may have left its container's cgroup.
+                if !all || container.cgroup.is_none() || signal == Signal::KILL {
+                    child.signal(signal).map_err(|error| {
+                        Failure::system(format!("signal container {}", container.id), error)
+                    })?;
+                }
+                Ok(Answer::DONE)
             }
         }
     }
@@ -103,26 +116,15 @@ impl Monitor {
             // log_opened sees the delete.
             State::Opening { .. } | State::Failed { .. } | State::Ending(_) => {}
             State::Creating { call, .. } => {
-                if let Some(call) = self.calls.get_mut(call) {
+                // An agent cannot be stopped half-way: its answer sees the delete.
+                if let Some(call) = call.and_then(|call| self.calls.get_mut(&call)) {
                     call.stop(Stopped::Cancelled);
                 }
             }
-            State::Created { .. } | State::Running { .. } if container.place == Place::Inside => {
-                if let Err(failure) = self.signal_inside(key, Signal::KILL, true, None) {
-                    self.journal.note(
-                        "a container could not be killed",
-                        &request.container_id,
-                        &failure.detail,
-                    );
-                }
-            }
-            State::Created { child, .. } | State::Running { child } => {
-                let killed = child.signal(Signal::KILL);
-                if let Some(cgroup) = &container.cgroup {
-                    cgroup.signal_all(Signal::KILL);
-                }
-                if let Err(error) = killed {
-                    self.journal.note("a container could not be killed", &container.id, &error);
+            State::Created { .. } | State::Running { .. } => {
+                if let Err(failure) = self.signal_container(key, Signal::KILL, true, None) {
+                    let id = &request.container_id;
+                    self.journal.note("a container could not be killed", id, &failure.detail);
                 }
             }
             State::Exited { .. } => self.finish_deletes(key),
@@ -140,7 +142,10 @@ impl Monitor {
         if request.resources.is_empty() {
             return Err(Failure::invalid("resources is empty"));
         }
-        let runtime = container.runtime.clone();
+        let Some(host) = container.maker.on_host() else {
+            return self.update_in_guest(to, key, request.resources.clone());
+        };
+        let runtime = host.runtime.clone();
         let serial = self.new_key();
         let file = self.run_file(&format!("{serial}.resources.json"));
         std::fs::write(&file, &request.resources)

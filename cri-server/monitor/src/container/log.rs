@@ -5,7 +5,7 @@
 
 use podvisor_proto::monitor::{self as proto, ReopenLog, reply, stream_frame::Frame};
 
-use super::{Container, State};
+use super::{Container, Maker, State};
 use crate::disk::{BACKLOG, Job};
 use crate::failure::Failure;
 use crate::monitor::Monitor;
@@ -45,7 +45,7 @@ impl Container {
 
 impl Monitor {
     /// Begins to read what a container writes.
-    pub(super) fn watch_output(&mut self, key: u64) {
+    pub(crate) fn watch_output(&mut self, key: u64) {
         self.pump_container(key, Stream::Stdout);
         self.pump_container(key, Stream::Stderr);
     }
@@ -73,8 +73,9 @@ impl Monitor {
             match output.read(&mut buffer) {
                 // Nobody but the runtime can have written this: the container's program does not run yet.
                 Chunk::Data(count) if creating => {
-                    let room = LOG_LIMIT.saturating_sub(container.runtime_words.len()).min(count);
-                    container.runtime_words.extend_from_slice(&buffer[..room]);
+                    let Maker::Runtime(host) = &mut container.maker else { break };
+                    let room = LOG_LIMIT.saturating_sub(host.words.len()).min(count);
+                    host.words.extend_from_slice(&buffer[..room]);
                 }
                 Chunk::Data(count) => {
                     let lines = container.cut(stream, Some(&buffer[..count]));

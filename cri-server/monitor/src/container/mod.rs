@@ -9,6 +9,8 @@
 //!          Failed ──▶ (forgotten)                  Ending ──────────▶ Exited ──▶ (deleted, forgotten)
 //!           runtime delete                          output drained, exit record durable
 //! ```
+//!
+//! In a guest the agent has the runtime's part.
 
 mod attach;
 mod create;
@@ -16,9 +18,11 @@ mod exit;
 mod inside;
 mod lifecycle;
 mod log;
+mod maker;
 
 pub(crate) use create::{present_text, read_pid};
-use podvisor_proto::monitor::{self as proto, Exit, Place, ProcessState};
+pub(crate) use maker::{InGuest, Maker, OnHost};
+use podvisor_proto::monitor::{self as proto, Exit, ProcessState};
 use rustix::process::Pid;
 
 use crate::cgroup::Cgroup;
@@ -26,25 +30,19 @@ use crate::failure::Failure;
 use crate::output::lines::Lines;
 use crate::poll::{TimerId, Watch};
 use crate::process::Child;
-use crate::runtime::Runtime;
-use crate::stdio::{Streams, TheirEnds, Wanted};
+use crate::stdio::{Streams, Wanted};
 use crate::verbs::ReplyTo;
 
 /// One container.
 #[derive(Debug)]
 pub(crate) struct Container {
     pub(crate) id: String,
-    pub(crate) runtime: Runtime,
+    pub(crate) maker: Maker,
     pub(crate) state: State,
     pub(crate) streams: Streams,
     pub(crate) cgroup: Option<Cgroup>,
-    pub(crate) place: Place,
-    bundle: String,
-    /// What its process gets for standard streams, where the runtime wants them with `start`.
-    held: Option<TheirEnds>,
-    /// What the runtime has written to the container's stderr while it created it.
-    runtime_words: Vec<u8>,
-    wanted: Wanted,
+    pub(crate) bundle: String,
+    pub(crate) wanted: Wanted,
     stdin_once: bool,
     /// Its output goes to a log; else only to who is attached.
     logged: bool,
@@ -57,23 +55,23 @@ pub(crate) struct Container {
     reopening: Vec<ReplyTo>,
     attached: Vec<Attached>,
     memory: Option<MemoryWatch>,
-    oom_kills: u64,
-    removal: Removal,
+    pub(crate) oom_kills: u64,
+    pub(crate) removal: Removal,
     /// Its program has been started.
     started: bool,
     /// Who waits for the `start` that is under way, besides the first who asked.
     starts: Vec<ReplyTo>,
     /// Who waits for it to be deleted.
-    deletes: Vec<ReplyTo>,
+    pub(crate) deletes: Vec<ReplyTo>,
 }
 
 /// Where a container is in its life.
 #[derive(Debug)]
 pub(crate) enum State {
     /// The disk thread opens its log.
-    Opening { reply: ReplyTo, ends: TheirEnds },
-    /// The runtime creates it.
-    Creating { reply: ReplyTo, call: u64 },
+    Opening { reply: ReplyTo },
+    /// The runtime creates it by this call, or the agent.
+    Creating { reply: ReplyTo, call: Option<u64> },
     /// It came to nothing; what there is of it is removed.
     Failed { reply: ReplyTo, failure: Failure },
     /// Its process waits to become the container's program. `starting`: the runtime has been told.
@@ -108,9 +106,9 @@ pub(crate) struct Ending {
     patience: TimerId,
 }
 
-/// How far the runtime's `delete` of a container that has ended is.
+/// How far its maker is with deleting a container that has ended.
 #[derive(Debug)]
-enum Removal {
+pub(crate) enum Removal {
     NotBegun,
     Running {
         force: bool,
@@ -140,7 +138,7 @@ struct Attached {
 impl Container {
     /// Of its first process, while that has not been reaped; `None` for one that is no child of the monitor.
     pub(crate) fn pid(&self) -> Option<Pid> {
-        self.child().filter(|_| self.place != Place::Inside).map(|child| child.pid)
+        self.child().filter(|_| self.maker.makes_children()).map(|child| child.pid)
     }
 
     fn child(&self) -> Option<&Child> {
@@ -148,6 +146,16 @@ impl Container {
             State::Created { child, .. } | State::Running { child } => Some(child),
             _ => None,
         }
+    }
+
+    /// It has a process, whose end will be told.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.child().is_some()
+    }
+
+    /// Its maker works on it.
+    pub(crate) fn is_being_created(&self) -> bool {
+        matches!(self.state, State::Creating { .. })
     }
 
     pub(crate) fn is_running(&self) -> bool {

@@ -1,57 +1,63 @@
 //! Exec and ExecSync: another process in a running container.
 //!
-//! Both let the runtime start the process detached, with streams of the monitor's, and become its parent when the
-//! runtime has ended. The client of a stream that reads slowly slows its process down (its own output is all
+//! On the host (`host.rs`) the runtime starts the process detached, with streams of the monitor's, which becomes its parent when the
+//! runtime has ended; in a guest the agent does (`guest/exec.rs`). The client of a stream that reads slowly slows its process down (its own output is all
 //! there is); ExecSync reads everything and keeps up to its limit. When the process has ended, what is in
 //! its pipes is still passed on, but nobody waits for background children that hold them open.
 //!
 //! The time limit of ExecSync begins when the process runs, as in containerd: on a busy node the runtime's own start
 //! would otherwise eat a probe's second.
 
-use std::ffi::OsString;
-use std::os::unix::fs::OpenOptionsExt;
+mod host;
+mod output;
+
 use std::time::Duration;
 
 use podvisor_proto::monitor::{
-    self as proto, ExecProcess, ExecSyncReply, Exit, Place, StreamFrame, reply, stream_frame::Frame,
+    self as proto, ExecProcess, ExecSyncReply, Exit, StreamFrame, reply, stream_frame::Frame,
 };
-use rustix::process::{Pid, WaitStatus};
+use rustix::process::Pid;
 
-use crate::cgroup::Cgroup;
-use crate::connection::Role;
-use crate::container::{present_text, read_pid};
+use crate::container::Maker;
 use crate::failure::{Failure, check_id};
+use crate::guest::GuestExec;
 use crate::monitor::Monitor;
-use crate::output::lines::Stream;
 use crate::output::timestamp;
 use crate::poll::{Timer, TimerId};
-use crate::process::{Child, all_processes, exit_code, kill_tree};
-use crate::runtime::Purpose;
-use crate::stdio::{Chunk, Streams, Wanted};
+use crate::process::Child;
+use crate::stdio::{Streams, Wanted};
 use crate::verbs::{Answer, Answered, ReplyTo};
 
 /// Bytes that may wait for the client of a stream before its process has to.
 const WINDOW: usize = 256 * 1024;
-/// How long a terminal may take to report its end after its process has ended.
+/// How long a terminal may take to report its end after its process has ended, and a guest to send more of what a process there wrote.
 const PATIENCE: Duration = Duration::from_millis(500);
 
 /// An exec from its request until its process is reaped and its client has everything.
 #[derive(Debug)]
 pub(crate) struct Exec {
-    id: String,
-    container: u64,
-    wanted: Wanted,
+    pub(crate) id: String,
+    pub(crate) container: u64,
+    pub(crate) wanted: Wanted,
     pub(crate) streams: Streams,
-    client: Client,
-    stage: Stage,
-    /// The number that the runtime knows its process by, where that is no process of the host.
-    inner: Option<Pid>,
-    timer: Option<TimerId>,
+    pub(crate) client: Client,
+    pub(crate) stage: Stage,
+    pub(crate) known: Known,
+    pub(crate) timer: Option<TimerId>,
+}
+
+/// By whom its process is known.
+#[derive(Debug)]
+pub(crate) enum Known {
+    /// The kernel; and `inner`, the number that the runtime knows it by where that is no process of the host.
+    OnHost { inner: Option<Pid> },
+    /// The agent.
+    InGuest(GuestExec),
 }
 
 /// Who gets the output.
 #[derive(Debug)]
-enum Client {
+pub(crate) enum Client {
     Sync {
         to: ReplyTo,
         limit: usize,
@@ -68,8 +74,8 @@ enum Client {
 
 /// How far it is.
 #[derive(Debug)]
-enum Stage {
-    /// The runtime has been told.
+pub(crate) enum Stage {
+    /// The runtime or the agent has been told.
     Starting,
     Running(Child),
     /// Its process has been reaped; its output may not have been passed on completely.
@@ -77,11 +83,28 @@ enum Stage {
 }
 
 impl Exec {
-    /// Of its process, while that has not been reaped.
+    /// Of its process, while that is a child of the monitor that has not been reaped.
     pub(crate) fn pid(&self) -> Option<Pid> {
-        match &self.stage {
-            Stage::Running(child) => Some(child.pid),
-            Stage::Starting | Stage::Ended(_) => None,
+        match (&self.stage, &self.known) {
+            (Stage::Running(child), Known::OnHost { .. }) => Some(child.pid),
+            _ => None,
+        }
+    }
+
+    /// Its process runs, as far as is known.
+    pub(crate) fn is_alive(&self) -> bool {
+        matches!(self.stage, Stage::Running(_))
+    }
+
+    pub(crate) fn has_not_ended(&self) -> bool {
+        !matches!(self.stage, Stage::Ended(_))
+    }
+
+    /// What belongs to it in a guest.
+    pub(crate) fn in_guest(&self) -> Option<&GuestExec> {
+        match &self.known {
+            Known::InGuest(guest) => Some(guest),
+            Known::OnHost { .. } => None,
         }
     }
 
@@ -93,12 +116,14 @@ impl Exec {
     }
 
     /// Whether its client has as much waiting as it may.
-    fn window_is_full(
+    pub(crate) fn window_is_full(
         &self,
         connections: &std::collections::BTreeMap<u64, crate::connection::Connection>,
     ) -> bool {
         match self.client {
-            Client::Stream { to } => connections.get(&to.connection).is_some_and(|it| it.queued() >= WINDOW),
+            Client::Stream { to } => {
+                connections.get(&to.connection).is_some_and(|it| it.channel.queued() >= WINDOW)
+            }
             Client::Sync { .. } | Client::Gone => false,
         }
     }
@@ -147,184 +172,44 @@ impl Monitor {
         if self.execs.values().any(|exec| exec.id == id) {
             return Err(Failure::exists(format!("exec {id} is running")));
         }
-        let Some(pod) = &self.pod else { return Err(Failure::wrong_state("this monitor has no pod yet")) };
-        let (runtime, run_dir) = (target.runtime.clone(), pod.run_dir.clone());
-        let inside = target.place == Place::Inside;
+        let guest = matches!(target.maker, Maker::Guest(_));
         let key = self.new_key();
-        let (streams, ends) = Streams::open(key, wanted, &run_dir)
-            .map_err(|error| Failure::system(format!("make the standard streams of exec {id}"), error))?;
-        let process_file = self.exec_file(key, "process.json");
-        write_private(&process_file, &process.process)
-            .map_err(|error| Failure::system(format!("write {}", process_file.display()), error))?;
-        let mut arguments: Vec<OsString> = vec![
-            "--process".into(),
-            process_file.into(),
-            "--pid-file".into(),
-            self.exec_file(key, "pid").into(),
-            "--detach".into(),
-        ];
-        if inside {
-            arguments.extend(["--internal-pid-file".into(), self.exec_file(key, "inner").into()]);
-        }
-        if let Some(console) = &streams.console {
-            arguments.extend(["--console-socket".into(), console.path().into()]);
-        }
-        arguments.push(container_id.into());
-        if let Err(failure) = self.call(&runtime, "exec", &arguments, Some(ends), Purpose::Exec(key)) {
-            self.remove_exec_files(key);
-            return Err(failure);
-        }
+        let known = if guest {
+            Known::InGuest(self.exec_in_guest(key, container, &process.process, wanted)?)
+        } else {
+            Known::OnHost { inner: None }
+        };
+        let streams = if guest {
+            Streams::default()
+        } else {
+            self.exec_on_host(key, container, &id, &process.process, wanted)?
+        };
         let stage = Stage::Starting;
-        let exec = Exec { id, container, wanted, streams, client, stage, inner: None, timer: None };
+        let exec = Exec { id, container, wanted, streams, client, stage, known, timer: None };
         self.execs.insert(key, exec);
         Ok(Answer::Later)
     }
 
-    fn exec_file(&self, key: u64, suffix: &str) -> std::path::PathBuf {
-        self.run_file(&format!("exec{key}.{suffix}"))
-    }
-
-    fn remove_exec_files(&self, key: u64) {
-        for suffix in ["process.json", "pid", "inner"] {
-            let _ = std::fs::remove_file(self.exec_file(key, suffix));
-        }
-    }
-
-    /// The runtime's `exec` has ended: the process runs, or has run, or could not be started.
-    pub(crate) fn exec_call_ended(&mut self, key: u64, outcome: Result<(), Failure>) {
-        let pid = read_pid(&self.exec_file(key, "pid"));
-        let inner = read_pid(&self.exec_file(key, "inner")).ok();
-        self.remove_exec_files(key);
-        let Some(exec) = self.execs.get_mut(&key) else { return };
-        exec.inner = inner;
-        let started = outcome.and_then(|()| pid.clone()).and_then(|pid| {
-            let ended = self.strays.take(pid);
-            let child = match ended {
-                Some(_) => Child::gone(pid),
-                None => Child::identify(pid).map_err(|error| {
-                    Failure::system(format!("find process {pid} of exec {}", exec.id), error)
-                })?,
-            };
-            exec.streams
-                .take_terminal(key, exec.wanted)
-                .map_err(|error| Failure::system("receive the terminal from the OCI runtime", error))?;
-            Ok((child, ended))
-        });
-        let (child, ended) = match started {
-            Ok(started) => started,
-            Err(failure) => return self.exec_failed(key, failure, pid.ok()),
-        };
-        let started = proto::Started { pid: child.pid.as_raw_pid(), start_time: child.start_time };
-        exec.stage = Stage::Running(child);
-        match exec.client {
-            Client::Stream { to } => self.stream_opened(to, started, Role::Exec(key)),
-            Client::Sync { timeout: Some(timeout), .. } => {
-                exec.timer = Some(self.timers.set(timeout, Timer::Exec(key)));
-            }
-            Client::Sync { timeout: None, .. } => {}
-            Client::Gone => self.kill_exec(key),
-        }
-        match ended {
-            Some(status) => self.exec_ended(key, status),
-            None => self.resume_exec_output(key),
-        }
-    }
-
-    fn exec_failed(&mut self, key: u64, mut failure: Failure, pid: Option<Pid>) {
+    /// An exec came to nothing.
+    pub(crate) fn exec_failed(&mut self, key: u64, failure: Failure) {
         let Some(mut exec) = self.execs.remove(&key) else { return };
-        // A runtime that was stopped half-way may have started the process nevertheless.
-        if let Some(child) = pid.and_then(|pid| Child::identify(pid).ok()) {
-            kill_tree(&child, || self.candidates(exec.container));
-        }
-        if failure.runtime_log.is_empty()
-            && let Some(stderr) = &mut exec.streams.stderr
-        {
-            failure.runtime_log = present_text(stderr);
-        }
         exec.streams.close(&self.poller);
+        if let Some(timer) = exec.timer {
+            self.timers.cancel(timer);
+        }
         if let Client::Sync { to, .. } | Client::Stream { to } = exec.client {
             self.reply(to, Err(failure));
         }
+        self.continue_removal(exec.container);
     }
 
-    /// Passes on what an exec's process writes, as fast as its client takes it.
-    pub(crate) fn pump_exec(&mut self, key: u64, stream: Stream) {
-        const TURNS: usize = 8;
-        let mut buffer = std::mem::take(&mut self.buffer);
-        for turn in 0.. {
-            let Some(exec) = self.execs.get_mut(&key) else { break };
-            let full = exec.window_is_full(&self.connections);
-            let place = match stream {
-                Stream::Stdout => &mut exec.streams.stdout,
-                Stream::Stderr => &mut exec.streams.stderr,
-            };
-            let Some(output) = place else { break };
-            if full || turn == TURNS {
-                output.watch(&self.poller, !full);
-                break;
-            }
-            match output.read(&mut buffer) {
-                Chunk::Data(count) => self.pass_on(key, stream, &buffer[..count]),
-                Chunk::Blocked => {
-                    output.watch(&self.poller, true);
-                    break;
-                }
-                Chunk::End => {
-                    if let Some(output) = place.take() {
-                        output.close(&self.poller);
-                    }
-                    break;
-                }
-            }
-        }
-        self.buffer = buffer;
-        self.finish_exec(key);
-    }
-
-    fn pass_on(&mut self, key: u64, stream: Stream, bytes: &[u8]) {
+    /// An exec's process has been reaped, by the monitor or in the guest.
+    pub(crate) fn exec_ended(&mut self, key: u64, code: i32) {
+        let exit = Exit { code, finished_at: timestamp::nanoseconds(), oom_killed: false };
         let Some(exec) = self.execs.get_mut(&key) else { return };
-        match &mut exec.client {
-            Client::Sync { limit, stdout, stderr, .. } => {
-                let kept = match stream {
-                    Stream::Stdout => stdout,
-                    Stream::Stderr => stderr,
-                };
-                let room = limit.saturating_sub(kept.len()).min(bytes.len());
-                kept.extend_from_slice(&bytes[..room]);
-            }
-            // A terminal is read also when its output was not asked for.
-            Client::Stream { to } if exec.wanted.stdout || stream == Stream::Stderr => {
-                let connection = to.connection;
-                let frame = match stream {
-                    Stream::Stdout => Frame::Stdout(bytes.to_vec()),
-                    Stream::Stderr => Frame::Stderr(bytes.to_vec()),
-                };
-                self.send_frame(connection, frame);
-            }
-            Client::Stream { .. } | Client::Gone => {}
+        if matches!(exec.stage, Stage::Ended(_)) {
+            return;
         }
-    }
-
-    /// Reads an exec's output again.
-    fn resume_exec_output(&mut self, key: u64) {
-        self.pump_exec(key, Stream::Stdout);
-        self.pump_exec(key, Stream::Stderr);
-    }
-
-    /// A client has taken some of what waited for it.
-    pub(crate) fn client_took_output(&mut self, connection: u64) {
-        if let Some(connection) = self.connections.get(&connection)
-            && let Role::Exec(exec) = connection.role
-            && connection.queued() < WINDOW / 2
-        {
-            self.resume_exec_output(exec);
-        }
-    }
-
-    /// An exec's process has been reaped.
-    pub(crate) fn exec_ended(&mut self, key: u64, status: WaitStatus) {
-        let exit = Exit { code: exit_code(status), finished_at: timestamp::nanoseconds(), oom_killed: false };
-        let Some(exec) = self.execs.get_mut(&key) else { return };
         exec.stage = Stage::Ended(exit);
         if let Some(timer) = exec.timer.take() {
             self.timers.cancel(timer);
@@ -332,52 +217,39 @@ impl Monitor {
         if let Some(input) = exec.streams.stdin.take() {
             input.close(&self.poller);
         }
-        for output in [&mut exec.streams.stdout, &mut exec.streams.stderr].into_iter().flatten() {
-            if output.is_terminal() {
+        let guest = exec.in_guest().is_some();
+        let mut wait = false;
+        for output in exec.streams.outputs() {
+            if guest {
+                output.expect_arrival();
+            } else if output.is_terminal() {
                 // What was written last is still on its way through the kernel, so the terminal's end is waited for:
                 // its session ends with this process, which hangs it up.
                 output.give_up_slave();
-                exec.timer = Some(self.timers.set(PATIENCE, Timer::Drain(key)));
             } else {
                 output.limit_to_present();
+                continue;
             }
+            wait = true;
         }
+        if wait {
+            exec.timer = Some(self.timers.set(PATIENCE, Timer::Drain(key)));
+        }
+        let container = exec.container;
         self.flush_input(key);
         self.resume_exec_output(key);
         self.finish_exec(key);
-    }
-
-    /// The last frame or the reply, when everything is passed on.
-    fn finish_exec(&mut self, key: u64) {
-        let Some(exec) = self.execs.get(&key) else { return };
-        let Stage::Ended(exit) = exec.stage else { return };
-        if !exec.streams.drained() {
-            return;
-        }
-        let Some(exec) = self.execs.remove(&key) else { return };
-        if let Some(timer) = exec.timer {
-            self.timers.cancel(timer);
-        }
-        match exec.client {
-            Client::Sync { to, stdout, stderr, .. } => {
-                let exec_sync = ExecSyncReply { exit_code: exit.code, stdout, stderr, timed_out: false };
-                self.reply(to, Ok(reply::Result::ExecSync(exec_sync)));
-            }
-            Client::Stream { to } => {
-                self.send_frame(to.connection, Frame::Exit(exit));
-                if let Some(connection) = self.connections.get_mut(&to.connection) {
-                    connection.close(&self.poller);
-                }
-            }
-            Client::Gone => {}
-        }
+        self.continue_removal(container);
     }
 
     /// What the client of an exec stream sends.
     pub(crate) fn exec_input(&mut self, key: u64, frame: StreamFrame) {
         let Some(exec) = self.execs.get_mut(&key) else { return };
         match frame.frame {
-            Some(Frame::Resize(size)) => exec.streams.resize(size.width, size.height),
+            Some(Frame::Resize(size)) => match &exec.known {
+                Known::OnHost { .. } => exec.streams.resize(size.width, size.height),
+                Known::InGuest(_) => self.resize_in_guest(key, size),
+            },
             Some(Frame::Stdin(bytes)) => {
                 let Some(input) = &mut exec.streams.stdin else { return };
                 if bytes.is_empty() {
@@ -395,7 +267,7 @@ impl Monitor {
     pub(crate) fn exec_time_is_over(&mut self, key: u64) {
         self.kill_exec(key);
         let Some(exec) = self.execs.get_mut(&key) else { return };
-        for output in [&mut exec.streams.stdout, &mut exec.streams.stderr].into_iter().flatten() {
+        for output in exec.streams.outputs() {
             output.limit_to_present();
         }
         self.resume_exec_output(key);
@@ -429,25 +301,11 @@ impl Monitor {
     }
 
     /// Kills an exec's process and what it started; its end is noticed as any other.
-    fn kill_exec(&mut self, key: u64) {
+    pub(crate) fn kill_exec(&mut self, key: u64) {
         let Some(exec) = self.execs.get(&key) else { return };
-        let Stage::Running(child) = &exec.stage else { return };
-        match exec.inner {
-            // The child only waits for it, and ends with it.
-            Some(inner) => self.kill_inside(exec.container, inner),
-            None => kill_tree(child, || self.candidates(exec.container)),
+        match &exec.known {
+            Known::OnHost { .. } => self.kill_on_host(key),
+            Known::InGuest(_) => self.kill_exec_in_guest(key),
         }
     }
-
-    /// The processes among which an exec's descendants are.
-    fn candidates(&self, container: u64) -> Vec<i32> {
-        let cgroup = self.containers.get(&container).and_then(|container| container.cgroup.as_ref());
-        cgroup.map_or_else(all_processes, Cgroup::processes)
-    }
-}
-
-fn write_private(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
-    use std::io::Write;
-    let mut options = std::fs::OpenOptions::new();
-    options.write(true).create(true).truncate(true).mode(0o600).open(path)?.write_all(bytes)
 }

@@ -112,6 +112,16 @@ impl Client {
         }
     }
 
+    /// The next event, which must be an end: of whom, with which code, and why.
+    pub fn end(&mut self) -> (String, i32, String) {
+        match self.event() {
+            event::Kind::Exited(ProcessExit { id, exit, reason }) => {
+                (id, exit.expect("an exit").code, reason)
+            }
+            other @ event::Kind::Oom(_) => panic!("expected an exit, got {other:?}"),
+        }
+    }
+
     pub fn exec_sync(&mut self, request: ExecSync) -> Result<ExecSyncReply, Error> {
         self.ask(Verb::ExecSync(request)).map(|result| match result {
             reply::Result::ExecSync(reply) => reply,

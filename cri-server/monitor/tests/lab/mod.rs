@@ -6,6 +6,8 @@
 
 pub mod bundle;
 pub mod client;
+pub mod fake;
+pub mod machine;
 
 use std::fs;
 use std::os::fd::AsRawFd;
@@ -27,6 +29,16 @@ pub fn monitor() -> String {
     std::env::var("PODVISOR_MONITOR").unwrap_or_else(|_| env!("CARGO_BIN_EXE_podvisor-monitor").into())
 }
 
+/// The agent, which is the guest of a machine that is none.
+pub fn agent_program() -> PathBuf {
+    let path = std::env::var_os("PODVISOR_AGENT").map_or_else(
+        || Path::new(env!("CARGO_BIN_EXE_podvisor-monitor")).with_file_name("podvisor-agent"),
+        PathBuf::from,
+    );
+    assert!(path.exists(), "{} is missing: cargo build -p podvisor-agent", path.display());
+    path
+}
+
 pub const POD: &str = "pod0";
 const RUNC: &str = "/usr/sbin/runc";
 const MARKER: &str = "PODVISOR_MONITOR_LAB";
@@ -34,10 +46,38 @@ const MARKER: &str = "PODVISOR_MONITOR_LAB";
 /// Longest that anything in a test is waited for.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Makes two tests of each function: one whose pods have containers on the host, one whose pods are machines.
+#[macro_export]
+macro_rules! on_both {
+    ($($name:ident)*) => {
+        mod on_host {
+            $(#[test] fn $name() { super::lab::run(super::$name); })*
+        }
+        mod in_guest {
+            $(#[test] fn $name() { super::lab::run_in_guest(super::$name); })*
+        }
+        /// The hypervisor of the latter.
+        #[test]
+        fn plays_a_program() {
+            lab::fake::play();
+        }
+    };
+}
+
 /// Runs a test inside.
 pub fn run(test: impl FnOnce(&mut Lab)) {
+    run_as(false, test);
+}
+
+/// The same with pods that are machines.
+pub fn run_in_guest(test: impl FnOnce(&mut Lab)) {
+    run_as(true, test);
+}
+
+fn run_as(guest: bool, test: impl FnOnce(&mut Lab)) {
     if let Ok(cgroup) = std::env::var(MARKER) {
         let mut lab = Lab::new(cgroup);
+        lab.guest = guest;
         test(&mut lab);
         return;
     }
@@ -117,6 +157,8 @@ pub struct Lab {
     pub cgroup: String,
     pub directory: PathBuf,
     pub rootfs: PathBuf,
+    /// Its pods are machines.
+    pub guest: bool,
 }
 
 impl Lab {
@@ -130,12 +172,12 @@ impl Lab {
         let directory = PathBuf::from("/run/lab");
         let rootfs = directory.join("rootfs");
         bundle::make_rootfs(&rootfs);
-        Self { cgroup, directory, rootfs }
+        Self { cgroup, directory, rootfs, guest: false }
     }
 
     /// A monitor of [`POD`] in the node's network, and a connection to it.
     pub fn pod(&self) -> Pod {
-        self.pod_with(self.directory.join("run"), "")
+        if self.guest { self.machine() } else { self.pod_with(self.directory.join("run"), "") }
     }
 
     pub fn pod_with(&self, run_dir: PathBuf, network_namespace: &str) -> Pod {
@@ -159,6 +201,7 @@ impl Lab {
             cgroup: self.cgroup.clone(),
             runtime: RUNC.into(),
             timeout_ms: 0,
+            guest: false,
         }
     }
 
@@ -184,6 +227,8 @@ pub struct Pod {
     pub cgroup: String,
     pub runtime: String,
     pub timeout_ms: u32,
+    /// The pod is a virtual machine: its containers are made in it.
+    pub guest: bool,
 }
 
 impl Pod {
@@ -202,17 +247,20 @@ impl Pod {
     /// The request that creates a container, with its bundle written.
     pub fn container(&self, id: &str, spec: &Spec) -> CreateContainer {
         let bundle = self.bundles.join(id);
-        spec.write(&bundle, &self.rootfs, &format!("/{}/{id}", self.cgroup));
+        // In a guest the root is where the agent mounts it.
+        let rootfs = if self.guest { Path::new("") } else { &self.rootfs };
+        spec.write(&bundle, rootfs, &format!("/{}/{id}", self.cgroup));
+        let runtime = Runtime {
+            path: self.runtime.clone(),
+            root: "/run/lab/runc".into(),
+            timeout_ms: self.timeout_ms,
+            ..Runtime::default()
+        };
         CreateContainer {
             place: 0,
-            guest: None,
+            guest: self.guest.then(|| machine::guest_container(id)),
             container_id: id.into(),
-            runtime: Some(Runtime {
-                path: self.runtime.clone(),
-                root: "/run/lab/runc".into(),
-                timeout_ms: self.timeout_ms,
-                ..Runtime::default()
-            }),
+            runtime: (!self.guest).then_some(runtime),
             bundle: bundle.display().to_string(),
             terminal: spec.terminal,
             stdin: spec.stdin,
@@ -266,6 +314,13 @@ impl Pod {
             reply::Result::Processes(processes) => processes.processes,
             other => panic!("list answered {other:?}"),
         }
+    }
+
+    /// The same without the machine.
+    pub fn containers(&mut self) -> Vec<Process> {
+        let mut processes = self.list();
+        processes.retain(|process| process.id != POD);
+        processes
     }
 
     pub fn state(&mut self, id: &str) -> Option<ProcessState> {
