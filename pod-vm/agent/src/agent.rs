@@ -12,12 +12,14 @@ use podvisor_proto::agent::{Exit, StandardStream};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, WaitOptions, WaitStatus, wait};
 
+use crate::awaited::Awaited;
 use crate::boot::Duties;
 use crate::container::Container;
 use crate::control::Control;
 use crate::events::Events;
 use crate::exec::Exec;
 use crate::failure::Failure;
+use crate::init::Init;
 use crate::listen::{Listeners, accept};
 use crate::pod::Pod;
 use crate::streams::{self, Pump, Standard, Streams};
@@ -34,6 +36,9 @@ pub(crate) struct Agent {
     /// As the first process of a guest.
     pub(crate) duties: Option<Duties>,
     pub(crate) control: Option<Control>,
+    /// How many requests there have been: a number for each, whichever connection it came over.
+    pub(crate) requests: u64,
+    pub(crate) awaited: Awaited,
     pub(crate) events: Events,
     pub(crate) streams: Streams,
     pub(crate) cgroups: Layout,
@@ -93,6 +98,8 @@ impl Agent {
             children: sys::child_signals()?,
             duties,
             control: None,
+            requests: 0,
+            awaited: Awaited::default(),
             events: Events::default(),
             streams: Streams::default(),
             cgroups: Layout::V2 { mount: cgroups },
@@ -112,6 +119,10 @@ impl Agent {
                 && let Some(duties) = &mut self.duties
             {
                 duties.load_next();
+            }
+            let news = ready.iter().any(|(source, _)| matches!(source, Source::Devices));
+            if self.awaited.are_due(news) {
+                self.retry();
             }
             for (source, flags) in ready {
                 self.handle(source, flags, &mut buffer);
@@ -163,8 +174,10 @@ impl Agent {
 
     /// How long to sleep at most.
     fn limit(&self) -> Option<Duration> {
-        let is_idle = self.duties.as_ref().is_none_or(|duties| duties.modules.is_empty());
-        (!is_idle).then_some(Duration::ZERO)
+        if self.duties.as_ref().is_some_and(|duties| !duties.modules.is_empty()) {
+            return Some(Duration::ZERO);
+        }
+        self.awaited.interval()
     }
 
     fn handle(&mut self, source: Source, flags: PollFlags, buffer: &mut [u8]) {
@@ -257,6 +270,9 @@ impl Agent {
         let exec = self.execs.iter().find(|(_, exec)| exec.pid() == Some(pid));
         if let Some(id) = exec.map(|(id, _)| id.clone()) {
             return self.exec_ended(&id, exit);
+        }
+        if self.pod.init.as_ref().and_then(Init::pid) == Some(pid) {
+            return self.init_ended(exit);
         }
         // An orphan of a container's, or a child that ended before its request was over: the latter is asked for.
         self.pod.strays.push_back((pid, exit));

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::mount::{MountFlags, mount};
+use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
 use rustix::system::{RebootCommand, reboot};
 
 use crate::modules::{self, LoadError, Waiting};
@@ -25,6 +25,8 @@ pub(crate) enum BootError {
     Make { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Module(#[from] LoadError),
+    #[error("take a root that can be left")]
+    Root(#[source] io::Error),
     #[error("listen for devices")]
     Devices(#[source] io::Error),
 }
@@ -59,10 +61,18 @@ impl Duties {
 
 /// Makes a guest of what the kernel has started.
 pub(crate) fn prepare() -> Result<Duties, BootError> {
-    let mounts: [(&str, &str, MountFlags, &std::ffi::CStr); 6] = [
+    leave_rootfs().map_err(BootError::Root)?;
+    let mounts: [(&str, &str, MountFlags, &std::ffi::CStr); 7] = [
         ("proc", "/proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, c""),
         ("sysfs", "/sys", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, c""),
         ("devtmpfs", "/dev", MountFlags::NOSUID, c"mode=0755"),
+        // The pod's: every container that shares IPC gets it, as large as every runtime makes it.
+        (
+            "tmpfs",
+            "/dev/shm",
+            MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC,
+            c"mode=1777,size=64m",
+        ),
         ("tmpfs", "/run", MountFlags::NOSUID | MountFlags::NODEV, c"mode=0755"),
         ("tmpfs", "/tmp", MountFlags::NOSUID | MountFlags::NODEV, c"mode=1777"),
         ("cgroup2", CGROUPS, MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, c"nsdelegate"),
@@ -75,7 +85,7 @@ pub(crate) fn prepare() -> Result<Duties, BootError> {
             Err(error) => return Err(BootError::Mount { kind, place, source: error.into() }),
         }
     }
-    for directory in ["/dev/pts", "/dev/shm", RUN] {
+    for directory in ["/dev/pts", RUN] {
         make(Path::new(directory))?;
     }
     // From now on what the kernel asks for is loaded, by this program (see `main.rs`).
@@ -85,6 +95,17 @@ pub(crate) fn prepare() -> Result<Duties, BootError> {
     // Who forks in a loop is stopped by its container's limit, not by the guest's.
     let _ = fs::write("/proc/sys/kernel/pid_max", "4194304");
     Ok(Duties { modules, devices })
+}
+
+/// The kernel's rootfs has no parent, and so nobody whose root it is can make another one the root (pivot_root(2)), which every container
+/// does. A mount of the same files over it has one (`switch_root` does the same with other files).
+fn leave_rootfs() -> io::Result<()> {
+    const PLACE: &str = "/tmp";
+    mount_bind("/", PLACE)?;
+    rustix::process::chdir(PLACE)?;
+    mount_move(".", "/")?;
+    rustix::process::chroot(".")?;
+    Ok(rustix::process::chdir("/")?)
 }
 
 fn make(path: &Path) -> Result<(), BootError> {

@@ -22,6 +22,7 @@ use rustix::process::{Pid, Signal, pidfd_send_signal};
 
 use crate::agent::Agent;
 use crate::failure::Failure;
+use crate::init::{Init, NAME};
 use crate::storage;
 use crate::streams::Standard;
 use crate::sys;
@@ -166,7 +167,7 @@ pub(crate) fn seccomp(wanted: Option<&wire::Seccomp>) -> Option<Seccomp> {
 /// An id as the monitor makes them: it becomes a directory's name.
 pub(crate) fn check_id(id: &str) -> Result<(), Failure> {
     let plain = id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
-    if id.is_empty() || id.len() > 128 || !plain || id.starts_with('.') || id == "init" {
+    if id.is_empty() || id.len() > 128 || !plain || id.starts_with('.') || id == NAME {
         return Err(Failure::invalid(format!("{id:?} is no id: 1 to 128 letters, digits, '-', '_' and '.'")));
     }
     Ok(())
@@ -213,7 +214,8 @@ impl Agent {
         let pid = match (wanted.share_pid, wanted.target.as_str()) {
             (false, "") => return Ok(()),
             (true, "") => {
-                return Err(Failure::unsupported("this agent does not share a pid namespace in the pod yet"));
+                let running = self.pod.init.as_ref().and_then(Init::pid);
+                running.ok_or_else(|| Failure::state("the pod has no init that runs"))?
             }
             (false, target) => {
                 let container = self.containers.get(target);
@@ -405,13 +407,17 @@ impl Agent {
     pub(crate) fn list(&self) -> wire::Processes {
         let containers = self.containers.iter().map(|(id, container)| container.describe(id));
         let execs = self.execs.iter().map(|(id, exec)| exec.describe(id));
-        wire::Processes { processes: containers.chain(execs).collect() }
+        let init = self.pod.init.as_ref().map(Init::describe);
+        wire::Processes { processes: init.into_iter().chain(containers).chain(execs).collect() }
     }
 
     /// Before the guest ends.
     pub(crate) fn kill_all(&mut self) {
         for container in self.containers.values() {
             let _ = container.cgroup.place().kill();
+        }
+        if let Some(init) = &self.pod.init {
+            init.kill();
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The control connection: frames in, frames out, never waiting.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -20,6 +21,9 @@ pub(crate) struct Control {
     socket: OwnedFd,
     incoming: Vec<u8>,
     outgoing: Vec<u8>,
+    /// The requests that are not answered yet: the agent's number of each, and the monitor's. One that came over another connection is not
+    /// answered here.
+    open: BTreeMap<u64, u64>,
     /// It has said Hello: before that nothing else is answered.
     pub(crate) greeted: bool,
     over: bool,
@@ -27,7 +31,14 @@ pub(crate) struct Control {
 
 impl Control {
     pub(crate) fn new(socket: OwnedFd) -> Self {
-        Self { socket, incoming: Vec::new(), outgoing: Vec::new(), greeted: false, over: false }
+        Self {
+            socket,
+            incoming: Vec::new(),
+            outgoing: Vec::new(),
+            open: BTreeMap::new(),
+            greeted: false,
+            over: false,
+        }
     }
 
     pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
@@ -66,7 +77,13 @@ impl Control {
         requests
     }
 
-    pub(crate) fn reply(&mut self, id: u64, outcome: Result<reply::Result, Failure>) {
+    /// Remembers that the request `number` of the agent's is `id` of the monitor's.
+    pub(crate) fn asked(&mut self, number: u64, id: u64) {
+        self.open.insert(number, id);
+    }
+
+    pub(crate) fn reply(&mut self, number: u64, outcome: Result<reply::Result, Failure>) {
+        let Some(id) = self.open.remove(&number) else { return };
         let result = outcome.unwrap_or_else(|failure| reply::Result::Error(failure.into_message()));
         self.put(&Reply { id, result: Some(result) });
     }

@@ -35,6 +35,10 @@ impl Failure {
         Self::new(ErrorCode::Unsupported, detail)
     }
 
+    pub(crate) fn timeout(detail: impl Into<String>) -> Self {
+        Self::new(ErrorCode::Timeout, detail)
+    }
+
     /// A system call failed while `what`.
     pub(crate) fn system(what: &str, error: impl std::error::Error) -> Self {
         Self::new(ErrorCode::System, format!("cannot {what}: {}", chain(&error)))

@@ -15,7 +15,11 @@
 //! | `container.rs` | a container's states and verbs |
 //! | `exec.rs` | one more process in a container |
 //! | `console.rs` | a shell of the guest itself, for the node's operator |
+//! | `init.rs` | the first process of a pid namespace that containers share |
 //! | `pod.rs` | what a guest becomes a pod by: name, time, randomness, limits, ports |
+//! | `interface.rs` | network interfaces |
+//! | `netlink.rs` | the kernel's interface for those |
+//! | `awaited.rs` | requests about devices that have not appeared yet |
 //! | `storage.rs` | shares and root file systems |
 //! | `events.rs` | ends of processes, kept until they are acknowledged |
 //! | `streams.rs` | bytes between programs and stream connections |
@@ -27,6 +31,7 @@
 //! acknowledged.
 
 mod agent;
+mod awaited;
 mod boot;
 mod console;
 mod container;
@@ -34,8 +39,11 @@ mod control;
 mod events;
 mod exec;
 mod failure;
+mod init;
+mod interface;
 mod listen;
 mod modules;
+mod netlink;
 mod pod;
 mod stats;
 mod storage;

@@ -14,6 +14,8 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 use crate::agent::Agent;
 use crate::container::PARENT;
 use crate::failure::Failure;
+use crate::init::Init;
+use crate::interface::{self, Interface};
 use crate::stats::kilobytes;
 use crate::storage::Storage;
 use crate::sys;
@@ -27,6 +29,10 @@ pub(crate) struct Pod {
     began: Instant,
     personalised: bool,
     pub(crate) storage: Storage,
+    /// PID 1 of the namespace that containers share.
+    pub(crate) init: Option<Init>,
+    /// Those that are configured.
+    pub(crate) interfaces: Vec<Interface>,
     /// Children that ended and that nobody was known by.
     pub(crate) strays: VecDeque<(Pid, Exit)>,
 }
@@ -37,6 +43,8 @@ impl Default for Pod {
             began: Instant::now(),
             personalised: false,
             storage: Storage::default(),
+            init: None,
+            interfaces: Vec::new(),
             strays: VecDeque::new(),
         }
     }
@@ -81,6 +89,7 @@ impl Agent {
             for (name, value) in &wanted.sysctls {
                 set_sysctl(name, value)?;
             }
+            interface::bring_loopback_up()?;
         }
         let parent = self.cgroups.cgroup(PARENT);
         parent.create().map_err(|error| Failure::system("make the pod's cgroup", error))?;

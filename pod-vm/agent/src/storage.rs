@@ -5,8 +5,10 @@ use std::ffi::CString;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
-use podvisor_proto::agent::{AddRoot, AddShare, add_root};
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use podvisor_proto::agent::add_root::{Lower, Upper};
+use podvisor_proto::agent::{AddRoot, AddShare};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, unmount};
 
 use crate::boot::RUN;
 use crate::container::check_id;
@@ -46,7 +48,8 @@ fn mounted(kind: &str, source: &Path, place: &Path, flags: MountFlags, data: &st
 }
 
 impl Storage {
-    pub(crate) fn add_share(&mut self, wanted: &AddShare) -> Result<(), Failure> {
+    /// `false` when no device has that tag.
+    pub(crate) fn add_share(&mut self, wanted: &AddShare) -> Result<bool, Failure> {
         check_id(&wanted.tag)?;
         if self.shares.contains(&wanted.tag) {
             return Err(Failure::exists(format!("share {:?} is mounted already", wanted.tag)));
@@ -55,12 +58,20 @@ impl Storage {
         make(&place)?;
         let mut flags = MountFlags::empty();
         flags.set(MountFlags::RDONLY, wanted.read_only);
-        match self.stand_ins.get(&wanted.tag) {
-            Some(directory) => mounted("none", directory, &place, MountFlags::BIND | MountFlags::REC, "")?,
-            None => mounted("virtiofs", Path::new(&wanted.tag), &place, flags, "")?,
+        let outcome = match self.stand_ins.get(&wanted.tag) {
+            Some(directory) => mount_bind_recursive(directory, &place),
+            None => mount(wanted.tag.as_str(), &place, "virtiofs", flags, None),
+        };
+        match outcome {
+            Ok(()) => {}
+            // What virtio_fs says of a tag that it does not know.
+            Err(Errno::INVAL) => return Ok(false),
+            Err(error) => {
+                return Err(Failure::system(&format!("mount a share at {}", place.display()), error));
+            }
         }
         self.shares.insert(wanted.tag.clone());
-        Ok(())
+        Ok(true)
     }
 
     pub(crate) fn remove_share(&mut self, tag: &str) -> Result<(), Failure> {
@@ -82,66 +93,110 @@ impl Storage {
         Ok(share(tag).join(rest))
     }
 
-    pub(crate) fn add_root(&mut self, wanted: &AddRoot) -> Result<(), Failure> {
-        use add_root::{Lower, Upper};
+    /// `false` when a disk is not there.
+    pub(crate) fn add_root(&mut self, wanted: &AddRoot) -> Result<bool, Failure> {
         let id = &wanted.container_id;
         check_id(id)?;
         if self.roots.contains(id) {
             return Err(Failure::exists(format!("container {id:?} has a root file system already")));
         }
-        let place = root_of(id);
-        make(&place)?;
-        match (&wanted.lower, &wanted.upper) {
-            // The host has joined the layers already.
-            (_, Some(Upper::SharedUpper(path))) => {
-                let source = self.in_share(path)?;
-                mounted("none", &source, &place, MountFlags::BIND | MountFlags::REC, "")?;
-            }
-            (Some(Lower::SharePath(lower)), Some(Upper::Tmpfs(upper))) => {
-                let lower = self.in_share(lower)?;
-                let parts = parts_of(id);
-                make(&parts)?;
-                let size = format!("size={},mode=0755", upper.size.max(4096));
-                mounted("tmpfs", Path::new("upper"), &parts, MountFlags::NODEV, &size)?;
-                let joined = (|| {
-                    make(&parts.join("upper"))?;
-                    make(&parts.join("work"))?;
-                    let [lower, parts] = [lower.display().to_string(), parts.display().to_string()];
-                    if lower.contains([',', ':', '\\']) {
-                        return Err(Failure::invalid(format!("{lower:?} cannot be a layer of an overlay")));
-                    }
-                    let data = format!("lowerdir={lower},upperdir={parts}/upper,workdir={parts}/work");
-                    mounted("overlay", Path::new("overlay"), &place, MountFlags::empty(), &data)
-                })();
-                if joined.is_err() {
-                    let _ = release(&parts);
-                }
-                joined?;
-            }
-            (None, _) | (_, None) => {
-                return Err(Failure::invalid("a root file system needs a lower and an upper part"));
-            }
-            _ => return Err(Failure::unsupported("this agent does not mount images from devices yet")),
+        let joined = self.join_root(id, wanted);
+        if matches!(joined, Ok(true)) {
+            self.roots.insert(id.clone());
+        } else {
+            // The first failure is the one to tell.
+            let _ = release_root(id);
         }
-        self.roots.insert(id.clone());
-        Ok(())
+        joined
+    }
+
+    fn join_root(&self, id: &str, wanted: &AddRoot) -> Result<bool, Failure> {
+        let (place, parts) = (root_of(id), parts_of(id));
+        make(&place)?;
+        let (Some(lower), Some(upper)) = (&wanted.lower, &wanted.upper) else {
+            return Err(Failure::invalid("a root file system needs a lower and an upper part"));
+        };
+        if let Upper::SharedUpper(path) = upper {
+            // The host has joined the layers already.
+            let source = self.in_share(path)?;
+            return mounted("none", &source, &place, MountFlags::BIND | MountFlags::REC, "").map(|()| true);
+        }
+        let lower = match lower {
+            Lower::SharePath(path) => self.in_share(path)?,
+            Lower::BlockSerial(serial) => {
+                let Some(disk) = disk(serial) else { return Ok(false) };
+                let place = parts.join("lower");
+                make(&place)?;
+                mounted("erofs", &disk, &place, MountFlags::RDONLY | MountFlags::NODEV, "")?;
+                place
+            }
+            Lower::PmemSerial(_) => {
+                return Err(Failure::unsupported(
+                    "this agent mounts no images from pmem devices: they have no serial",
+                ));
+            }
+        };
+        let layers = parts.join("upper");
+        make(&layers)?;
+        match upper {
+            Upper::Tmpfs(upper) => {
+                let size = format!("size={},mode=0755", upper.size.max(4096));
+                mounted("tmpfs", Path::new("upper"), &layers, MountFlags::NODEV, &size)?;
+            }
+            Upper::DiskSerial(_) if wanted.format => {
+                return Err(Failure::unsupported(
+                    "this agent makes no file systems: give it a disk that has an ext4",
+                ));
+            }
+            Upper::DiskSerial(serial) => {
+                let Some(disk) = disk(serial) else { return Ok(false) };
+                mounted("ext4", &disk, &layers, MountFlags::NODEV, "")?;
+            }
+            // Done above.
+            Upper::SharedUpper(_) => {}
+        }
+        let (upper, work) = (layers.join("upper"), layers.join("work"));
+        make(&upper)?;
+        make(&work)?;
+        let [lower, upper, work] = [lower, upper, work].map(|path| path.display().to_string());
+        if lower.contains([',', ':', '\\']) {
+            return Err(Failure::invalid(format!("{lower:?} cannot be a layer of an overlay")));
+        }
+        let data = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+        mounted("overlay", Path::new("overlay"), &place, MountFlags::empty(), &data).map(|()| true)
     }
 
     pub(crate) fn remove_root(&mut self, id: &str) -> Result<(), Failure> {
         if !self.roots.contains(id) {
             return Ok(());
         }
-        release(&root_of(id))?;
-        release(&parts_of(id))?;
+        release_root(id)?;
         self.roots.remove(id);
         Ok(())
     }
 }
 
+fn release_root(id: &str) -> Result<(), Failure> {
+    let parts = parts_of(id);
+    for place in [root_of(id), parts.join("upper"), parts.join("lower"), parts] {
+        release(&place)?;
+    }
+    Ok(())
+}
+
+/// The disk that has this serial (virtio-blk, as sysfs shows it).
+fn disk(serial: &str) -> Option<PathBuf> {
+    let disks = fs::read_dir("/sys/block").ok()?.flatten();
+    let found = disks
+        .map(|disk| disk.path())
+        .find(|disk| fs::read_to_string(disk.join("serial")).is_ok_and(|found| found.trim() == serial))?;
+    Some(Path::new("/dev").join(found.file_name()?))
+}
+
 /// Unmounts and removes a place; fine when nothing is there.
 fn release(place: &Path) -> Result<(), Failure> {
     match unmount(place, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-        Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => {}
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
         Err(error) => return Err(Failure::system(&format!("unmount {}", place.display()), error)),
     }
     match fs::remove_dir(place) {

@@ -4,7 +4,9 @@ use podvisor_proto::agent::request::Verb;
 use podvisor_proto::agent::{Done, HelloReply, PROTOCOL_VERSION, Request, reply};
 
 use crate::agent::Agent;
+use crate::awaited::Wanted;
 use crate::failure::Failure;
+use crate::interface::Interface;
 
 /// What a request comes to: an answer, or later.
 pub(crate) type Answered = Result<Option<reply::Result>, Failure>;
@@ -22,17 +24,22 @@ fn needs_drivers(verb: &Verb) -> bool {
 impl Agent {
     pub(crate) fn serve(&mut self, request: Request) {
         let Request { id, verb } = request;
+        self.requests += 1;
+        let number = self.requests;
+        if let Some(control) = &mut self.control {
+            control.asked(number, id);
+        }
         let greeted = self.control.as_ref().is_some_and(|control| control.greeted);
         let answered = match verb {
             None => Err(Failure::unsupported("this agent does not know the verb")),
             Some(Verb::Hello(_)) => Ok(Some(reply::Result::Hello(self.hello()))),
             Some(_) if !greeted => Err(Failure::state("Hello comes first")),
-            Some(verb) => self.perform(id, verb),
+            Some(verb) => self.perform(number, verb),
         };
         match answered {
             Ok(None) => {}
-            Ok(Some(result)) => self.answer(id, Ok(result)),
-            Err(failure) => self.answer(id, Err(failure)),
+            Ok(Some(result)) => self.answer(number, Ok(result)),
+            Err(failure) => self.answer(number, Err(failure)),
         }
         if !greeted && let Some(control) = self.control.as_mut().filter(|control| control.greeted) {
             for event in self.events.waiting() {
@@ -41,7 +48,7 @@ impl Agent {
         }
     }
 
-    fn perform(&mut self, id: u64, verb: Verb) -> Answered {
+    fn perform(&mut self, request: u64, verb: Verb) -> Answered {
         if needs_drivers(&verb)
             && let Some(duties) = &mut self.duties
         {
@@ -55,22 +62,21 @@ impl Agent {
                 self.events.acknowledge(acknowledged.sequence);
                 done(Ok(()))
             }
-            Verb::AddInterface(_) | Verb::RemoveInterface(_) => {
-                Err(Failure::unsupported("this agent does not configure network interfaces yet"))
+            Verb::AddInterface(wanted) => {
+                self.attempt(request, Wanted::Interface(Interface::parse(&wanted)?))
             }
-            Verb::AddShare(share) => done(self.pod.storage.add_share(&share)),
+            Verb::RemoveInterface(interface) => done(self.remove_interface(&interface.hardware_address)),
+            Verb::AddShare(share) => self.attempt(request, Wanted::Share(share)),
             Verb::RemoveShare(share) => done(self.pod.storage.remove_share(&share.tag)),
-            Verb::AddRoot(root) => done(self.pod.storage.add_root(&root)),
+            Verb::AddRoot(root) => self.attempt(request, Wanted::Root(root)),
             Verb::RemoveRoot(root) => done(self.pod.storage.remove_root(&root.container_id)),
-            Verb::StartInit(_) => {
-                Err(Failure::unsupported("this agent does not share a pid namespace in the pod yet"))
-            }
-            Verb::CreateContainer(create) => self.create_container(id, &create),
-            Verb::StartContainer(start) => self.start_container(id, &start.container_id),
+            Verb::StartInit(_) => self.start_init(),
+            Verb::CreateContainer(create) => self.create_container(request, &create),
+            Verb::StartContainer(start) => self.start_container(request, &start.container_id),
             Verb::KillContainer(kill) => done(self.kill_container(&kill)),
             Verb::DeleteContainer(delete) => done(self.delete_container(&delete.container_id)),
             Verb::UpdateContainer(update) => done(self.update_container(&update)),
-            Verb::Exec(exec) => self.execute(id, &exec),
+            Verb::Exec(exec) => self.execute(request, &exec),
             Verb::KillExec(kill) => done(self.kill_exec(&kill)),
             Verb::Resize(resize) => done(self.resize(&resize)),
             Verb::Stats(stats) => Ok(Some(reply::Result::Stats(self.stats(&stats)))),
@@ -97,9 +103,9 @@ impl Agent {
     }
 
     /// Answers a request; nobody may be there any more to hear it.
-    pub(crate) fn answer(&mut self, id: u64, outcome: Result<reply::Result, Failure>) {
+    pub(crate) fn answer(&mut self, request: u64, outcome: Result<reply::Result, Failure>) {
         if let Some(control) = &mut self.control {
-            control.reply(id, outcome);
+            control.reply(request, outcome);
         }
     }
 }

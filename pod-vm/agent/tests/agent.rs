@@ -1,13 +1,14 @@
 //! The agent as a process, driven over its two sockets as a pod's monitor would.
 
+#[allow(dead_code, reason = "not every test program uses all of it")]
 mod guest;
 
 use guest::{Guest, Outcome, code, process, shell};
 use podvisor_proto::agent::request::Verb;
 use podvisor_proto::agent::{
     Acknowledge, AddShare, Connect, CreateContainer, DeleteContainer, ErrorCode, Exec, KillContainer,
-    KillExec, List, Open, ProcessState, Resize, Standard, StandardStream, StartContainer, Stats,
-    open::Stream, reply,
+    KillExec, List, Open, ProcessState, Resize, Standard, StandardStream, StartContainer, StartInit, Stats,
+    event, open::Stream, reply,
 };
 
 #[test]
@@ -223,4 +224,58 @@ fn an_exec_needs_a_running_container() {
         ..Default::default()
     };
     assert_eq!(code(guest.ask(Verb::Exec(exec))), ErrorCode::WrongState);
+}
+
+#[test]
+fn containers_share_a_pid_namespace_whose_init_reaps() {
+    let mut guest = Guest::new();
+    let shared = |guest: &Guest, id: &str, script: &str| {
+        let mut spec = guest.spec(&shell(script));
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.retain(|namespace| namespace["type"] != "pid");
+        let all = serde_json::json!(["CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_DAC_READ_SEARCH"]);
+        spec["process"]["capabilities"] =
+            serde_json::json!({"bounding": all, "effective": all, "permitted": all});
+        let spec = spec.to_string().into_bytes();
+        let create = CreateContainer { container_id: id.into(), spec, share_pid: true, ..Default::default() };
+        Verb::CreateContainer(create)
+    };
+    assert_eq!(code(guest.ask(shared(&guest, "c1", "true"))), ErrorCode::WrongState);
+    let Outcome::Ok(reply::Result::Started(init)) = guest.ask(Verb::StartInit(StartInit {})) else {
+        panic!()
+    };
+    assert_eq!(code(guest.ask(Verb::StartInit(StartInit {}))), ErrorCode::AlreadyExists);
+
+    // An orphan ends, and nobody keeps it.
+    guest.ask(shared(&guest, "c1", "sh -c 'sleep 0 & :'; exec sleep 1000")).unwrap();
+    guest.start("c1");
+    let script = "cat /proc/1/comm; ls -A /proc/1/root/ /proc/1/fd/; \
+        until pidof sleep > /dev/null; do :; done; \
+        while grep -qs '^State:.*zombie' /proc/[0-9]*/status; do :; done; echo end";
+    guest.ask(shared(&guest, "c2", script)).unwrap();
+    let stdout = guest.stream("c2", StandardStream::Stdout);
+    guest.start("c2");
+    assert_eq!(stdout.read_all(), "podvisor-init\n/proc/1/fd/:\n\n/proc/1/root/:\nend\n");
+    assert_eq!(guest.exit_of("c2").code, 0);
+    let target = CreateContainer {
+        container_id: "c3".into(),
+        spec: guest.spec(&shell("cat /proc/1/comm")).to_string().into_bytes(),
+        target: "c1".into(),
+        ..Default::default()
+    };
+    guest.ask(Verb::CreateContainer(target)).unwrap();
+    let stdout = guest.stream("c3", StandardStream::Stdout);
+    guest.start("c3");
+    assert_eq!(stdout.read_all(), "podvisor-init\n");
+    assert_eq!(guest.exit_of("c3").code, 0);
+
+    let Outcome::Ok(reply::Result::Processes(list)) = guest.ask(Verb::List(List {})) else { panic!() };
+    assert_eq!((list.processes[0].id.as_str(), list.processes[0].pid), ("init", init.pid));
+    Guest::kill(init.pid);
+    let ends = [guest.next_event(), guest.next_event()].map(|event| match event.kind {
+        Some(event::Kind::Exited(exited)) => (exited.id, exited.exit.unwrap().code),
+        other => panic!("{other:?}"),
+    });
+    assert!(ends.contains(&("init".into(), 137)) && ends.contains(&("c1".into(), 137)), "{ends:?}");
+    assert_eq!(code(guest.ask(shared(&guest, "c4", "true"))), ErrorCode::WrongState);
 }

@@ -59,7 +59,8 @@ fn filter(process: &ProcessPlan) -> Step {
     }
 }
 
-fn drop_bounding(kept: CapabilitySet) -> Step {
+/// Drops every capability from the bounding set but those.
+pub(crate) fn drop_bounding(kept: CapabilitySet) -> Step {
     for number in 0..CAPABILITIES {
         let Some(capability) = CapabilitySet::from_bits(1 << number) else { continue };
         if kept.contains(capability) {

@@ -19,6 +19,7 @@
 //! | `process.rs` | what a process is to be: the first of a container or one more |
 //! | `launch.rs` | the caller's side |
 //! | `child.rs` | the child's steps in their order |
+//! | `init.rs` | the first process of a pid namespace that containers share |
 //! | `namespaces.rs` | joining and making |
 //! | `filesystem.rs` | mounts, by descriptors |
 //! | `root.rs` | devices, pivot, hidden paths |
@@ -44,6 +45,7 @@ mod credentials;
 mod device_filter;
 mod error;
 mod filesystem;
+mod init;
 mod launch;
 mod limits;
 mod namespaces;
@@ -57,6 +59,7 @@ mod terminal;
 
 pub use cgroup::Cgroup;
 pub use error::{ContainerError, Refused};
+pub use init::start_init;
 pub use launch::{Io, Launch, Pending, Running, create, execute};
 pub use plan::Plan;
 pub use process::{ProcessPlan, Seccomp};

@@ -157,6 +157,18 @@ pub(crate) fn default_signals() {
     }
 }
 
+/// Children that end are forgotten at once, also those that were left by their parents.
+pub(crate) fn ignore_ends_of_children() {
+    // SAFETY: SIG_IGN runs no code of ours.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+}
+
+/// Closes every descriptor. For a process that uses none any more, and never drops the values that own them.
+pub(crate) fn close_all() {
+    // SAFETY: the caller goes on in a loop that touches no descriptor and never returns, so no owner closes or uses one again.
+    unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) };
+}
+
 /// Gives the caller a cgroup, mount, … namespace of its own.
 pub(crate) fn unshare(flags: libc::c_int) -> io::Result<()> {
     // SAFETY: only namespace flags are passed, which touch no memory and no descriptor table; the caller has one thread.

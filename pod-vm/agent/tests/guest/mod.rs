@@ -1,6 +1,6 @@
 //! An agent, a root file system for its containers, and a client that blocks.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -32,6 +32,7 @@ pub(crate) fn code<T: std::fmt::Debug>(outcome: Result<T, Error>) -> ErrorCode {
 pub(crate) struct Client {
     socket: UnixStream,
     count: u64,
+    answers: BTreeMap<u64, Outcome>,
     events: VecDeque<Event>,
 }
 
@@ -69,6 +70,20 @@ pub(crate) fn shell(script: &str) -> Value {
 
 impl Guest {
     pub(crate) fn new() -> Self {
+        Self::started_by(&[])
+    }
+
+    /// Its agent has a network namespace of its own.
+    pub(crate) fn with_network() -> Self {
+        Self::started_by(&["unshare", "--net"])
+    }
+
+    /// Of the agent.
+    pub(crate) fn pid(&self) -> u32 {
+        self.agent.id()
+    }
+
+    fn started_by(words: &[&str]) -> Self {
         assert!(
             std::env::var_os(podvisor_critest::sandbox::MARK).is_some(),
             "run this in a sandbox: tests/scripts/cargo-test"
@@ -89,7 +104,9 @@ impl Guest {
         for name in String::from_utf8(listed.stdout).unwrap().lines().filter(|name| *name != "busybox") {
             std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(name)).expect("link");
         }
-        let agent = Command::new(env!("CARGO_BIN_EXE_podvisor-agent"))
+        let words = [words, &[env!("CARGO_BIN_EXE_podvisor-agent")]].concat();
+        let agent = Command::new(words[0])
+            .args(&words[1..])
             .arg("--listen")
             .arg(directory.path())
             .arg("--cgroups")
@@ -123,6 +140,15 @@ impl Guest {
         self.client.ask(verb)
     }
 
+    /// Asks and does not wait; the answer is [`Self::answer`]'s.
+    pub(crate) fn send(&mut self, verb: Verb) -> u64 {
+        self.client.send(verb)
+    }
+
+    pub(crate) fn answer(&mut self, request: u64) -> Outcome {
+        self.client.answer(request)
+    }
+
     pub(crate) fn done(&mut self, verb: Verb) {
         let shown = format!("{verb:?}");
         match self.ask(verb) {
@@ -131,9 +157,21 @@ impl Guest {
         }
     }
 
-    pub(crate) fn create(&mut self, id: &str, spec: &Value, stdin: bool) {
+    /// The spec with its root.
+    pub(crate) fn spec(&self, spec: &Value) -> Value {
         let mut spec = spec.clone();
         spec["root"]["path"] = json!(self.rootfs());
+        spec
+    }
+
+    /// Kills one of its processes from outside.
+    pub(crate) fn kill(pid: i32) {
+        let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("it is there");
+    }
+
+    pub(crate) fn create(&mut self, id: &str, spec: &Value, stdin: bool) {
+        let spec = self.spec(spec);
         let create = CreateContainer {
             container_id: id.into(),
             spec: spec.to_string().into_bytes(),
@@ -285,7 +323,7 @@ fn receive<M: Message + Default>(socket: &mut UnixStream) -> M {
 
 impl Client {
     fn new(path: &std::path::Path) -> Self {
-        Self { socket: connect(path), count: 0, events: VecDeque::new() }
+        Self { socket: connect(path), count: 0, answers: BTreeMap::new(), events: VecDeque::new() }
     }
 
     fn hello(path: &std::path::Path) -> Self {
@@ -299,15 +337,27 @@ impl Client {
     }
 
     pub(crate) fn ask(&mut self, verb: Verb) -> Outcome {
+        let request = self.send(verb);
+        self.answer(request)
+    }
+
+    fn send(&mut self, verb: Verb) -> u64 {
         self.count += 1;
         send(&mut self.socket, &Request { id: self.count, verb: Some(verb) });
+        self.count
+    }
+
+    fn answer(&mut self, request: u64) -> Outcome {
         loop {
+            if let Some(answer) = self.answers.remove(&request) {
+                return answer;
+            }
             let reply: Reply = receive(&mut self.socket);
             match reply.result.expect("a result") {
                 reply::Result::Event(event) => self.events.push_back(event),
-                reply::Result::Error(error) if reply.id == self.count => return Err(error),
-                result if reply.id == self.count => return Ok(result),
-                other => panic!("an answer to nothing: {other:?}"),
+                other if reply.id == 0 => panic!("an answer to nothing: {other:?}"),
+                reply::Result::Error(error) => drop(self.answers.insert(reply.id, Err(error))),
+                result => drop(self.answers.insert(reply.id, Ok(result))),
             }
         }
     }

@@ -1,0 +1,151 @@
+//! Requests about devices that have not appeared yet. The hypervisor may have plugged one in a moment ago; the request is tried again when
+//! something appears, and every now and then, until its time is over.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use podvisor_proto::agent::{AddRoot, AddShare, Done, reply};
+
+use crate::agent::Agent;
+use crate::failure::Failure;
+use crate::interface::{self, Interface};
+use crate::verbs::Answered;
+
+/// How long a device may take to appear: the hypervisor says that it is plugged in before the guest's kernel has seen it.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Between two looks when nothing is heard.
+const INTERVAL: Duration = Duration::from_millis(100);
+
+/// What is wanted of a device.
+#[derive(Debug)]
+pub(crate) enum Wanted {
+    Interface(Interface),
+    Share(AddShare),
+    Root(AddRoot),
+}
+
+impl Wanted {
+    fn device(&self) -> String {
+        match self {
+            Self::Interface(interface) => {
+                let bytes = interface.hardware_address.map(|byte| format!("{byte:02x}"));
+                format!("no interface with hardware address {}", bytes.join(":"))
+            }
+            Self::Share(share) => format!("no share with tag {:?}", share.tag),
+            Self::Root(root) => {
+                format!("a disk of the root file system of {:?} is missing and has not", root.container_id)
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Waiting {
+    request: u64,
+    deadline: Instant,
+    wanted: Wanted,
+}
+
+/// The requests that wait.
+#[derive(Debug, Default)]
+pub(crate) struct Awaited {
+    waiting: Vec<Waiting>,
+    tried: Option<Instant>,
+}
+
+impl Awaited {
+    /// How long to sleep at most.
+    pub(crate) fn interval(&self) -> Option<Duration> {
+        (!self.waiting.is_empty()).then_some(INTERVAL)
+    }
+
+    /// Whether to try again: there is news of devices, or some time has passed.
+    pub(crate) fn are_due(&self, news: bool) -> bool {
+        !self.waiting.is_empty() && (news || self.tried.is_none_or(|tried| tried.elapsed() >= INTERVAL))
+    }
+}
+
+impl Agent {
+    /// Does it now, or as soon as the device is there.
+    pub(crate) fn attempt(&mut self, request: u64, wanted: Wanted) -> Answered {
+        if self.try_once(&wanted)? {
+            return Ok(Some(reply::Result::Done(Done {})));
+        }
+        if self.duties.is_some() {
+            look_for_devices();
+        }
+        self.awaited.waiting.push(Waiting { request, deadline: Instant::now() + PATIENCE, wanted });
+        Ok(None)
+    }
+
+    /// `false` when the device is not there.
+    fn try_once(&mut self, wanted: &Wanted) -> Result<bool, Failure> {
+        match wanted {
+            Wanted::Interface(wanted) => {
+                let interfaces = &mut self.pod.interfaces;
+                let same = |other: &&Interface| other.hardware_address == wanted.hardware_address;
+                if interfaces.iter().find(same).is_some() {
+                    return Err(Failure::exists(format!(
+                        "interface {:?} is configured already",
+                        wanted.name
+                    )));
+                }
+                let taken: Vec<String> = interfaces.iter().map(|other| other.name.clone()).collect();
+                let done = interface::add(wanted, &taken)?;
+                if done {
+                    interfaces.push(wanted.clone());
+                }
+                Ok(done)
+            }
+            Wanted::Share(share) => self.pod.storage.add_share(share),
+            Wanted::Root(root) => self.pod.storage.add_root(root),
+        }
+    }
+
+    /// Tries everything that waits again.
+    pub(crate) fn retry(&mut self) {
+        self.awaited.tried = Some(Instant::now());
+        for Waiting { request, deadline, wanted } in std::mem::take(&mut self.awaited.waiting) {
+            match self.try_once(&wanted) {
+                Ok(true) => self.answer(request, Ok(reply::Result::Done(Done {}))),
+                Ok(false) if Instant::now() < deadline => {
+                    self.awaited.waiting.push(Waiting { request, deadline, wanted });
+                }
+                Ok(false) => {
+                    let what = format!("{} appeared within {} s", wanted.device(), PATIENCE.as_secs());
+                    self.answer(request, Err(Failure::timeout(what)));
+                }
+                Err(failure) => self.answer(request, Err(failure)),
+            }
+        }
+    }
+
+    pub(crate) fn remove_interface(&mut self, text: &str) -> Result<(), Failure> {
+        let address = interface::hardware_address(text)?;
+        let is_it = |interface: &Interface| interface.hardware_address == address;
+        let waits =
+            |waiting: &mut Waiting| matches!(&waiting.wanted, Wanted::Interface(wanted) if is_it(wanted));
+        let given_up: Vec<Waiting> = self.awaited.waiting.extract_if(.., waits).collect();
+        for Waiting { request, .. } in given_up {
+            self.answer(request, Err(Failure::state("the interface was removed before it appeared")));
+        }
+        if let Some(at) = self.pod.interfaces.iter().position(is_it) {
+            interface::remove(&self.pod.interfaces[at])?;
+            self.pod.interfaces.remove(at);
+        }
+        Ok(())
+    }
+}
+
+/// For hypervisors that do not announce what they plug in: PCI buses are looked through again, and the places where virtio-mmio devices can
+/// be are tried (one without a device refuses).
+fn look_for_devices() {
+    // Nothing of this need be there.
+    let _ = fs::write("/sys/bus/pci/rescan", "1");
+    for place in fs::read_dir("/sys/bus/platform/devices").into_iter().flatten().flatten() {
+        let name = place.file_name();
+        if name.as_encoded_bytes().starts_with(b"LNRO0005:") && !place.path().join("driver").exists() {
+            let _ = fs::write("/sys/bus/platform/drivers/virtio-mmio/bind", name.as_encoded_bytes());
+        }
+    }
+}
