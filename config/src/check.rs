@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::document::Origins;
 use crate::error::{Problem, ProblemKind};
-use crate::{CgroupDriver, Config, NetworkMode, Trust};
+use crate::{CgroupDriver, Config, Handler, NetworkMode, Trust};
 
 /// What in `config` contradicts itself. A problem is reported where the first of its keys that a file sets is
 /// set, or at `main` when none is.
@@ -69,7 +69,7 @@ fn handlers(config: &Config, report: &mut Report<'_>) {
 
     let trusted = &runtime.trusted_handler;
     let untrusted = runtime.untrusted_handler.as_ref();
-    if !config.handlers.get(trusted).is_some_and(|handler| !handler.is_vm()) {
+    if config.handlers.get(trusted).is_none_or(Handler::is_vm) {
         let table = format!("runtime.handlers.{trusted}");
         report(
             &["runtime.trusted_handler", &table],

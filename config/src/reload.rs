@@ -125,12 +125,11 @@ fn reload_handlers(
         }
     }
     for (name, mut handler) in new {
-        if let Some(old) = present.get(&name) {
-            if let HandlerKind::Oci { root: old_root, .. } = &old.kind
-                && let HandlerKind::Oci { root, .. } = &mut handler.kind
-            {
-                *root = kept.keep(&format!("runtime.handlers.{name}.root"), old_root, std::mem::take(root));
-            }
+        if let Some(old) = present.get(&name)
+            && let HandlerKind::Oci { root: old_root, .. } = &old.kind
+            && let HandlerKind::Oci { root, .. } = &mut handler.kind
+        {
+            *root = kept.keep(&format!("runtime.handlers.{name}.root"), old_root, std::mem::take(root));
         }
         handlers.insert(name, handler);
     }

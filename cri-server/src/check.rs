@@ -8,6 +8,7 @@ use podvisor_config::{Config, HandlerKind, NetworkMode, Vm};
 use crate::apparmor::AppArmor;
 use crate::hypervisor::{self, Kvm};
 use crate::node::{cgroup_driver, find_program, guest_of, kernel_version};
+use crate::selinux::SeLinux;
 
 /// One finding.
 enum Finding {
@@ -25,6 +26,7 @@ pub(crate) fn check(config: &Config) -> bool {
     findings.extend(handlers(config));
     findings.push(monitor(config));
     findings.push(apparmor());
+    findings.push(selinux());
     findings.extend(network(config));
     findings.push(kvm());
     findings.push(Finding::Note(
@@ -147,6 +149,18 @@ fn apparmor() -> Finding {
              those that ask for the runtime's default are refused; install apparmor"
                 .into(),
         ),
+    }
+}
+
+fn selinux() -> Finding {
+    match SeLinux::find() {
+        SeLinux::Off => {
+            Finding::Note("SELinux is not in this kernel, switched off, or without a policy".into())
+        }
+        SeLinux::WithoutContexts(why) => Finding::Note(format!(
+            "SELinux is on, but containers run without labels, and those that ask for one are refused: {why}"
+        )),
+        SeLinux::On(policy) => Finding::Good(format!("SELinux: {policy}")),
     }
 }
 

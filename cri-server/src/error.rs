@@ -12,6 +12,7 @@ use crate::pod::acquired::ReleaseError;
 use crate::pod::image_volumes::ImageVolumeError;
 use crate::pod::record::RecordError;
 use crate::pod::state::Denied;
+use crate::selinux::LabelError;
 
 /// Shared by everybody who waits for the same piece of work.
 pub(crate) type Failure = Arc<PodError>;
@@ -71,6 +72,8 @@ pub(crate) enum PodError {
     Refused(#[from] podvisor_nri::Refused),
     #[error("cannot do what NRI plugins ask for")]
     Adjust(#[from] podvisor_nri::AdjustError),
+    #[error(transparent)]
+    Label(#[from] LabelError),
     #[error("cannot update container {id} as an NRI plugin asks for")]
     ByPlugin { id: String, source: Failure },
     #[error("container {id} was not changed within {seconds} s")]
@@ -131,6 +134,7 @@ impl PodError {
             | PodError::Release(_)
             | PodError::Cgroup(_)
             | PodError::Systemd(_)
+            | PodError::Label(_)
             | PodError::TaskGone => Code::Internal,
             PodError::File { source, .. } => match source.kind() {
                 ErrorKind::StorageFull => Code::ResourceExhausted,

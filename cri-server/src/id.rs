@@ -73,13 +73,23 @@ identifier!(
 /// `bytes` random bytes in hex.
 pub(crate) fn random_hex(bytes: usize) -> String {
     let mut buffer = vec![0_u8; bytes];
+    fill(&mut buffer);
+    hex::encode(buffer)
+}
+
+pub(crate) fn random_number() -> u32 {
+    let mut buffer = [0; 4];
+    fill(&mut buffer);
+    u32::from_ne_bytes(buffer)
+}
+
+fn fill(buffer: &mut [u8]) {
     let mut filled = 0;
-    while filled < bytes {
+    while filled < buffer.len() {
         // getrandom(2) fails only where the kernel has no random source at all (ENOSYS before 3.17).
         filled += rustix::rand::getrandom(&mut buffer[filled..], rustix::rand::GetRandomFlags::empty())
             .expect("the kernel has getrandom");
     }
-    hex::encode(buffer)
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ mod pause_program;
 mod pod;
 mod rates;
 mod readings;
+mod selinux;
 mod serve;
 mod service;
 mod sessions;

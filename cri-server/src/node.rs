@@ -25,6 +25,7 @@ use crate::hypervisor::{self, Choice, Kvm};
 use crate::id::{ContainerId, PodId};
 use crate::monitor::pool::Pool;
 use crate::pod::record::{Engine, PinnedRuntime, PinnedVm, Records};
+use crate::selinux::SeLinux;
 use crate::telemetry::Telemetry;
 
 /// Everything that pods share. One per daemon.
@@ -49,6 +50,7 @@ pub(crate) struct Node {
     /// What a guest offers its containers.
     pub(crate) guest: HostFacts,
     pub(crate) apparmor: AppArmor,
+    pub(crate) selinux: SeLinux,
     /// Identity of this boot of the machine.
     pub(crate) boot_id: String,
     /// Volatile directory.
@@ -115,6 +117,7 @@ impl Node {
             host,
             guest: guest_facts(),
             apparmor: AppArmor::open(&run),
+            selinux: SeLinux::open(),
             boot_id: boot_id()?,
             run,
             config: RwLock::new(Arc::new(parts.config)),

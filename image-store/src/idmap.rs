@@ -33,13 +33,14 @@ pub(crate) struct Places {
 pub(crate) fn mount(
     rootfs: &Rootfs,
     target: &Path,
+    label: Option<&str>,
     places: &Places,
     user: BorrowedFd<'_>,
 ) -> Result<(), ImageError> {
     let failed = |source| ImageError::Mount { path: target.to_owned(), source };
     let made = in_view(&places.layers, user, || {
         own_upper(rootfs, &places.layers)?;
-        detached(rootfs, target, places)
+        detached(rootfs, target, label, places)
     })?;
     made.and_then(|overlay| attach(&overlay, target)).map_err(failed)
 }
@@ -48,7 +49,7 @@ pub(crate) fn mount(
 pub(crate) fn try_out(places: &Places, user: BorrowedFd<'_>) -> Result<(), ImageError> {
     let lower = vec![places.layers.clone()];
     let rootfs = Rootfs { key: String::new(), lower, upper: None, work: None };
-    in_view(&places.layers, user, || detached(&rootfs, &places.empty, places).map(drop))?
+    in_view(&places.layers, user, || detached(&rootfs, &places.empty, None, places).map(drop))?
         .map_err(|source| ImageError::IdMap { path: places.layers.clone(), source })
 }
 
@@ -60,8 +61,8 @@ fn own_upper(rootfs: &Rootfs, layers: &Path) -> io::Result<()> {
     std::os::unix::fs::chown(upper, Some(owner.uid()), Some(owner.gid()))
 }
 
-fn detached(rootfs: &Rootfs, target: &Path, places: &Places) -> io::Result<OwnedFd> {
-    match overlay(rootfs, target, &places.links, &places.empty)? {
+fn detached(rootfs: &Rootfs, target: &Path, label: Option<&str>, places: &Places) -> io::Result<OwnedFd> {
+    match overlay(rootfs, target, label, &places.links, &places.empty)? {
         Some(overlay) => Ok(overlay),
         // It is mounted where nobody sees it.
         None => {

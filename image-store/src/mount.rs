@@ -20,6 +20,8 @@ use crate::error::ImageError;
 /// `index=on` would refuse an upper directory that another mount still has while it is being detached, `metacopy=on`
 /// makes files whose content lies elsewhere: neither may depend on how the kernel was configured.
 const OPTIONS: [(&str, &str); 2] = [("index", "off"), ("metacopy", "off")];
+/// All files have this SELinux label, whatever theirs are in the layers.
+const LABEL: &str = "context";
 /// fsconfig(2) takes strings of up to 255 bytes.
 const STRING_MAX: usize = 255;
 /// mount(2) takes a page of options, with a zero byte at its end.
@@ -29,8 +31,14 @@ const SHORT_MIN: usize = 8;
 
 /// Mounts `rootfs` at `target`. `links` is a directory for short names, for kernels that need them; `empty` holds two empty
 /// directories.
-pub(crate) fn mount(rootfs: &Rootfs, target: &Path, links: &Path, empty: &Path) -> Result<(), ImageError> {
-    overlay(rootfs, target, links, empty)
+pub(crate) fn mount(
+    rootfs: &Rootfs,
+    target: &Path,
+    label: Option<&str>,
+    links: &Path,
+    empty: &Path,
+) -> Result<(), ImageError> {
+    overlay(rootfs, target, label, links, empty)
         .and_then(|made| made.map_or(Ok(()), |overlay| attach(&overlay, target)))
         .map_err(|source| ImageError::Mount { path: target.to_owned(), source })
 }
@@ -39,15 +47,18 @@ pub(crate) fn mount(rootfs: &Rootfs, target: &Path, links: &Path, empty: &Path) 
 pub(crate) fn overlay(
     rootfs: &Rootfs,
     target: &Path,
+    label: Option<&str>,
     links: &Path,
     empty: &Path,
 ) -> io::Result<Option<OwnedFd>> {
     let lower = lower(rootfs, empty);
-    match modern(rootfs, &lower) {
+    match modern(rootfs, &lower, label) {
         Ok(overlay) => Ok(Some(overlay)),
         // Kernels before 6.5 do not know `lowerdir+`.
         Err((Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP, said)) => {
-            classic(rootfs, &lower, target, links).map(|()| None).map_err(|error| explained(error, &said))
+            classic(rootfs, &lower, target, label, links)
+                .map(|()| None)
+                .map_err(|error| explained(error, &said))
         }
         Err((errno, said)) => Err(explained(errno.into(), &said)),
     }
@@ -75,9 +86,9 @@ fn lower(rootfs: &Rootfs, empty: &Path) -> Vec<PathBuf> {
 }
 
 /// The mount API of 5.2 with overlayfs' parameters of 6.5: a layer per call, no limit on their number but the kernel's 500.
-fn modern(rootfs: &Rootfs, lower: &[PathBuf]) -> Result<OwnedFd, (Errno, String)> {
+fn modern(rootfs: &Rootfs, lower: &[PathBuf], label: Option<&str>) -> Result<OwnedFd, (Errno, String)> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| (errno, String::new()))?;
-    configure(&context, rootfs, lower)
+    configure(&context, rootfs, lower, label)
         .and_then(|()| fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes(rootfs)))
         .map_err(|errno| (errno, said(&context)))
 }
@@ -90,7 +101,12 @@ fn attributes(rootfs: &Rootfs) -> MountAttrFlags {
     MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV
 }
 
-fn configure(context: &OwnedFd, rootfs: &Rootfs, lower: &[PathBuf]) -> Result<(), Errno> {
+fn configure(
+    context: &OwnedFd,
+    rootfs: &Rootfs,
+    lower: &[PathBuf],
+    label: Option<&str>,
+) -> Result<(), Errno> {
     let set = |key: &str, value: &Path| {
         // Longer ones answer EINVAL too, and which of them take backslashes as they are differs between kernels; the
         // string of mount(2) has room for them, if they are few.
@@ -111,6 +127,9 @@ fn configure(context: &OwnedFd, rootfs: &Rootfs, lower: &[PathBuf]) -> Result<()
     for (key, value) in OPTIONS {
         fsconfig_set_string(context, key, value)?;
     }
+    if let Some(label) = label {
+        set(LABEL, Path::new(label))?;
+    }
     fsconfig_create(context)
 }
 
@@ -126,7 +145,13 @@ fn said(context: &OwnedFd) -> String {
 }
 
 /// One option string, at most a page long: long names are replaced by short links.
-fn classic(rootfs: &Rootfs, lower: &[PathBuf], target: &Path, links: &Path) -> io::Result<()> {
+fn classic(
+    rootfs: &Rootfs,
+    lower: &[PathBuf],
+    target: &Path,
+    label: Option<&str>,
+    links: &Path,
+) -> io::Result<()> {
     std::fs::create_dir_all(links)?;
     let mut options = Vec::new();
     let mut names = Vec::new();
@@ -138,6 +163,8 @@ fn classic(rootfs: &Rootfs, lower: &[PathBuf], target: &Path, links: &Path) -> i
         options.extend([("upperdir", escaped(upper)?), ("workdir", escaped(work)?)]);
     }
     options.extend(OPTIONS.map(|(key, value)| (key, value.to_owned())));
+    // Quoted, because there are commas in it.
+    options.extend(label.map(|label| (LABEL, format!("\"{label}\""))));
     let options = options.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",");
     if options.len() >= PAGE {
         return Err(io::Error::new(io::ErrorKind::ArgumentListTooLong, "too many layers for this kernel"));

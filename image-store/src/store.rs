@@ -152,10 +152,11 @@ impl ImageStore {
         .await
     }
 
-    /// Mounts a snapshot at `target`, an existing directory. Some system calls; no disk is waited for.
-    pub fn mount(&self, rootfs: &Rootfs, target: &Path) -> Result<(), ImageError> {
+    /// Mounts a snapshot at `target`, an existing directory. Some system calls; no disk is waited for. With a `label` that is every file's
+    /// SELinux label; the kernel refuses it where SELinux is off.
+    pub fn mount(&self, rootfs: &Rootfs, target: &Path, label: Option<&str>) -> Result<(), ImageError> {
         let options = &self.shared.options;
-        mount::mount(rootfs, target, &options.run.join("l"), &options.root.join("empty"))
+        mount::mount(rootfs, target, label, &options.run.join("l"), &options.root.join("empty"))
     }
 
     /// Likewise, for a container with the user namespace `user`: the image's ids are those inside. The layers are shared with all
@@ -164,9 +165,10 @@ impl ImageStore {
         &self,
         rootfs: &Rootfs,
         target: &Path,
+        label: Option<&str>,
         user: BorrowedFd<'_>,
     ) -> Result<(), ImageError> {
-        idmap::mount(rootfs, target, &self.places(), user)
+        idmap::mount(rootfs, target, label, &self.places(), user)
     }
 
     /// Whether [`ImageStore::mount_with_ids`] can work here, found out by doing it.

@@ -57,6 +57,7 @@ pub fn container(input: &Input<'_>) -> Result<Spec> {
         .set_devices(Some(nodes))
         .set_seccomp(input.seccomp.filter(|_| !privileged).cloned())
         .set_rootfs_propagation(root_propagation)
+        .set_mount_label(input.selinux.files.as_ref().map(ToString::to_string))
         // Exactly what was asked for: kubelet sends the default list, and none for `procMount: Unmasked`.
         .set_masked_paths(Some(hidden_paths("masked_paths", &security.masked_paths, privileged)?))
         .set_readonly_paths(Some(hidden_paths("readonly_paths", &security.readonly_paths, privileged)?));

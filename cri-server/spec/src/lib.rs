@@ -14,6 +14,7 @@
 //! | `resources.rs` | limits: creation, update, status |
 //! | `profile.rs` | which seccomp and AppArmor profiles are asked for |
 //! | `seccomp.rs` | profile files; `seccomp/default.json` is the built-in one |
+//! | `selinux.rs` | labels of pods and containers |
 //! | `cdi/` | devices that vendors describe in files |
 //! | `annotations.rs` | what other runtimes read about the pod |
 //!
@@ -25,7 +26,6 @@
 //! - A new sysfs also on the host's network, not a bind of /sys, which would bring writable debugfs and tracefs along.
 //! - An environment value that is not UTF-8 is an error. Go's JSON replaces such bytes silently, which breaks the container instead.
 //! - OCI version 1.0.2 in the spec, because crun before 1.9 refuses anything else.
-//! - SELinux labels are not set yet: options in the request have no effect.
 
 // Tests are tables of whole requests.
 #![cfg_attr(test, allow(clippy::large_stack_arrays, clippy::type_complexity, clippy::unnecessary_wraps))]
@@ -42,6 +42,7 @@ mod process;
 mod profile;
 mod resources;
 mod seccomp;
+pub mod selinux;
 mod user;
 mod user_namespace;
 
@@ -100,6 +101,8 @@ pub struct Input<'a> {
     pub seccomp: Option<&'a oci_spec::runtime::LinuxSeccomp>,
     /// Name of the AppArmor profile to run under, which is loaded; `None`: unconfined.
     pub apparmor: Option<String>,
+    /// SELinux labels of its process and its files.
+    pub selinux: selinux::Confinement,
     /// Annotations that the handler passes on.
     pub annotations: BTreeMap<String, String>,
     /// `pids.max` when the configuration has none; `None`: unlimited.

@@ -32,6 +32,7 @@ pub(crate) fn first(input: &Input<'_>, user: &User) -> Result<Process> {
         .set_capabilities(Some(capabilities::granted(security, input.host)?.sets()))
         .set_no_new_privileges(Some(security.is_some_and(|security| security.no_new_privs)))
         .set_apparmor_profile(input.apparmor.clone())
+        .set_selinux_label(input.selinux.process.as_ref().map(ToString::to_string))
         // Always set: without it the container would have the protected score of its monitor.
         .set_oom_score_adj(Some(resources::oom_score_adj("config.linux.resources", requested, input.host)?));
     Ok(process)

@@ -18,6 +18,7 @@ pub(crate) struct Case {
     pub(crate) devices: Vec<ResolvedDevice>,
     pub(crate) seccomp: Option<LinuxSeccomp>,
     pub(crate) apparmor: Option<String>,
+    pub(crate) selinux: selinux::Confinement,
     pub(crate) annotations: BTreeMap<String, String>,
     pub(crate) default_pids: Option<i64>,
 }
@@ -97,6 +98,7 @@ impl Default for Case {
             devices: Vec::new(),
             seccomp: None,
             apparmor: None,
+            selinux: selinux::Confinement::default(),
             annotations: BTreeMap::new(),
             default_pids: None,
         }
@@ -155,6 +157,7 @@ impl Case {
             cgroups_path: "/kubepods/pod/id".to_owned(),
             seccomp: self.seccomp.as_ref(),
             apparmor: self.apparmor.clone(),
+            selinux: self.selinux.clone(),
             annotations: self.annotations.clone(),
             default_pids: self.default_pids,
         })

@@ -151,6 +151,7 @@ fn spec(bundle: &Bundle, command: &[&str]) -> Spec {
         cgroups_path: format!("{}/container", bundle.cgroup),
         seccomp: Some(&podvisor_spec::default_seccomp(&capabilities)),
         apparmor: None,
+        selinux: podvisor_spec::selinux::Confinement::default(),
         annotations: BTreeMap::new(),
         default_pids: Some(100),
     })

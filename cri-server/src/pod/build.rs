@@ -13,6 +13,7 @@ use podvisor_proto::monitor::reply::Result as Answer;
 use podvisor_proto::monitor::request::Verb;
 use podvisor_proto::monitor::{CreateContainer, Place, Runtime};
 use podvisor_proto::nri::Event;
+use podvisor_spec::selinux::Confinement;
 use tokio::sync::{mpsc, oneshot};
 
 use super::acquired::Acquisition;
@@ -40,6 +41,8 @@ pub(crate) struct Plan {
     image: Image,
     /// Whose pid namespace it joins, for mode TARGET.
     pub(crate) target: Result<Option<PathBuf>, String>,
+    /// Nothing in a guest, where there is no policy.
+    selinux: Confinement,
 }
 
 /// What the making of a container found out.
@@ -78,6 +81,11 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
     if pod.runtime.vm().is_some() {
         super::vm::validate_container(&config)?;
     }
+    let selinux = if pod.runtime.vm().is_some() {
+        Confinement::default()
+    } else {
+        node.selinux.of_container(pod.selinux.as_ref(), &pod.config.0, &config)?
+    };
     let log_path = log_path(&pod.config.0.log_directory, &config.log_path)?;
     let name = config.image.as_ref().map(|image| image.image.as_str()).unwrap_or_default();
     if name.is_empty() {
@@ -129,7 +137,7 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
         resources: serde_json::Value::Null,
         acquired,
     };
-    Ok(Plan { record, image, target: Ok(None) })
+    Ok(Plan { record, image, target: Ok(None), selinux })
 }
 
 fn log_path(directory: &str, path: &str) -> Result<String, PodError> {
@@ -192,7 +200,7 @@ pub(crate) async fn build(
     subject: Option<Subject>,
     mailbox: &mpsc::UnboundedSender<Command>,
 ) -> Result<Built, PodError> {
-    let Plan { record, image, target } = plan;
+    let Plan { record, image, target, selinux } = plan;
     let config = &record.config.0;
     let target = target
         .map_err(|why| PodError::invalid("config.linux.security_context.namespace_options.target_id", why))?;
@@ -209,13 +217,14 @@ pub(crate) async fn build(
             (node.clone(), pod.clone(), record.clone(), image.clone(), bundle.clone(), rootfs.clone());
         tokio::task::spawn_blocking(move || {
             make_bundle(&bundle, &rootfs)?;
-            mount(&node, &pod, &snapshot, &rootfs).map_err(PodError::Image)?;
-            image_volumes::mount(&node, &pod, &record, &prepared)?;
+            let label = selinux.files.as_ref().map(ToString::to_string);
+            mount(&node, &pod, &snapshot, &rootfs, label.as_deref()).map_err(PodError::Image)?;
+            image_volumes::mount(&node, &pod, &record, &prepared, label.as_deref())?;
             if pod.runtime.vm().is_some() {
                 share::add_container(&node, &pod.id, &record.id, &rootfs)?;
             }
             podvisor_fault::point("create.mounted");
-            let (spec, user) = specify(&node, &pod, &record, &image, rootfs, target)?;
+            let (spec, user) = specify(&node, &pod, &record, &image, rootfs, target, selinux)?;
             write_spec(&bundle, &spec)?;
             Ok::<_, PodError>((spec, user))
         })
@@ -287,20 +296,21 @@ fn write_private(path: &Path, text: &[u8]) -> std::io::Result<()> {
     options.write(true).create(true).truncate(true).mode(0o600).open(path)?.write_all(text)
 }
 
-/// Mounts a snapshot, with the ids of the pod's user namespace where it has one.
+/// Mounts a snapshot, with the ids of the pod's user namespace where it has one and an SELinux label.
 pub(super) fn mount(
     node: &Node,
     pod: &PodRecord,
     snapshot: &Rootfs,
     target: &Path,
+    label: Option<&str>,
 ) -> Result<(), ImageError> {
-    let Some(path) = pod.namespaces().user else { return node.images.mount(snapshot, target) };
+    let Some(path) = pod.namespaces().user else { return node.images.mount(snapshot, target, label) };
     let user = std::fs::File::open(&path).map_err(|source| ImageError::Io {
         operation: "open user namespace",
         path,
         source,
     })?;
-    node.images.mount_with_ids(snapshot, target, user.as_fd())
+    node.images.mount_with_ids(snapshot, target, label, user.as_fd())
 }
 
 fn write_spec(bundle: &Path, spec: &impl serde::Serialize) -> Result<(), PodError> {

@@ -10,6 +10,7 @@ use super::acquired::Acquisition;
 use super::record::PodRecord;
 use super::request::hostname;
 use crate::error::PodError;
+use crate::selinux::label_file;
 
 /// Size of a pod's /dev/shm: what every runtime gives since Docker, 64 MiB.
 const SHM_SIZE: &str = "size=67108864";
@@ -23,12 +24,14 @@ pub(super) fn files(
 ) -> Result<(), PodError> {
     let config = &record.config.0;
     let owner = user.map(|user| (user.uids.outside, user.gids.outside));
+    let label = record.selinux.as_ref().map(|labels| labels.file.to_string());
     let write = |name: &str, text: String| {
         let path = directory.join(name);
         let own = |(uid, gid)| std::os::unix::fs::chown(&path, Some(uid), Some(gid));
         std::fs::write(&path, text)
             .and_then(|()| owner.map_or(Ok(()), own))
-            .map_err(|source| PodError::File { operation: "write", path: path.clone(), source })
+            .map_err(|source| PodError::File { operation: "write", path: path.clone(), source })?;
+        label.as_ref().map_or(Ok(()), |label| label_file(&path, label)).map_err(PodError::from)
     };
     let hostname = hostname(config);
     write("hostname", format!("{hostname}\n"))?;
@@ -51,7 +54,10 @@ pub(super) fn files(
             source,
         })?;
         let owner = owner.map(|(uid, gid)| format!(",uid={uid},gid={gid}")).unwrap_or_default();
-        let data = std::ffi::CString::new(format!("mode=1777,{SHM_SIZE}{owner}")).expect("no NUL in it");
+        // Quoted, because there are commas in it.
+        let context = label.map(|label| format!(",context=\"{label}\"")).unwrap_or_default();
+        let data =
+            std::ffi::CString::new(format!("mode=1777,{SHM_SIZE}{owner}{context}")).expect("no NUL in it");
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
         rustix::mount::mount("shm", &shm, "tmpfs", flags, data.as_c_str()).map_err(|error| {
             PodError::File { operation: "mount shared memory at", path: shm.clone(), source: error.into() }

@@ -130,6 +130,7 @@ pub(super) fn mount(
     pod: &PodRecord,
     container: &ContainerRecord,
     prepared: &[Rootfs],
+    label: Option<&str>,
 ) -> Result<(), PodError> {
     let bundle = node.bundle(&container.id);
     for (volume, snapshot) in container.image_volumes.iter().zip(prepared) {
@@ -139,7 +140,7 @@ pub(super) fn mount(
             path: target.clone(),
             source,
         })?;
-        build::mount(node, pod, snapshot, &target).map_err(|source| ImageVolumeError::Mount {
+        build::mount(node, pod, snapshot, &target, label).map_err(|source| ImageVolumeError::Mount {
             mount: volume.mount,
             image: volume.image_id.clone(),
             source,

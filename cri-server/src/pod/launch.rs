@@ -90,6 +90,8 @@ pub(crate) fn plan(
     if runtime.vm().is_some() {
         vm::validate(&handler, &config)?;
     }
+    // A guest's kernel has no policy, and no process of the host is a container's.
+    let selinux = if runtime.vm().is_some() { None } else { node.selinux.of_pod(&config)? };
     let id = PodId::random();
     let options = namespace_options(&config);
     let host_network = options.network == NamespaceMode::Node as i32;
@@ -147,6 +149,7 @@ pub(crate) fn plan(
         init: None,
         machine: None,
         sizes: Sizes::default(),
+        selinux,
         acquired,
     })
 }

@@ -68,8 +68,9 @@ use podvisor_proto::cri;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::{Failure, PodError};
-use crate::id::{ContainerId, PodId};
+use crate::id::{self, ContainerId, PodId};
 use crate::node::Node;
+use crate::selinux;
 use task::{Command, Reply};
 use view::{ContainerView, PodView, Status};
 
@@ -130,7 +131,7 @@ impl Pods {
     ) -> Result<(Pod, bool), Failure> {
         let handler = launch::select_handler(&self.node, &config, &requested_handler)?;
         // Before the lock that lists need: it looks at files.
-        let record = launch::plan(&self.node, config.clone(), requested_handler.clone(), handler)?;
+        let mut record = launch::plan(&self.node, config.clone(), requested_handler.clone(), handler)?;
         let mut index = self.index.write().expect("no panic under this lock");
         let same = index.values().find(|pod| {
             let view = pod.view.borrow();
@@ -144,6 +145,10 @@ impl Pods {
                 return Ok((pod.clone(), false));
             }
             return Err(Arc::new(taken(pod)));
+        }
+        if let Some(labels) = &mut record.selinux {
+            let taken = |level: &str| index.values().any(|pod| pod.view.borrow().has_level(level));
+            labels.separate(selinux::pod_options(&config), id::random_number(), taken);
         }
         let pod =
             task::spawn(self.node.clone(), self.index.clone(), task::Beginning::Launch(Box::new(record)));

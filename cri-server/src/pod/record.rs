@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use base64::Engine as _;
 use podvisor_network::namespace::Namespaces;
 use podvisor_proto::cri;
+use podvisor_spec::selinux::Labels;
 use prost::Message;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -171,6 +172,9 @@ pub(crate) struct PodRecord {
     /// What kubelet has resized it to.
     #[serde(default)]
     pub(crate) sizes: Sizes,
+    /// SELinux labels; their level is its own until it is removed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) selinux: Option<Labels>,
     /// In the order in which they were acquired (and recorded before they were).
     pub(crate) acquired: Vec<Acquisition>,
 }

@@ -280,6 +280,7 @@ fn unreadable(node: &Node, id: &PodId, why: String) -> PodRecord {
         init: None,
         machine: None,
         sizes: Sizes::default(),
+        selinux: None,
         acquired,
     }
 }

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::Spec;
 use podvisor_image_store::Image;
 use podvisor_proto::cri::{self, NamespaceMode};
-use podvisor_spec::{Input, NamespacePaths, PodFiles};
+use podvisor_spec::selinux::Confinement;
+use podvisor_spec::{Input, NamespacePaths, PodFiles, ResolvedMount};
 
 use super::acquired::Acquisition;
 use super::build::container_namespaces;
@@ -19,6 +20,7 @@ use super::{sandbox_container, share, vm};
 use crate::cdi;
 use crate::error::PodError;
 use crate::node::Node;
+use crate::selinux::{LabelError, relabel};
 
 /// The OCI spec, with everything on the host that it refers to looked up or made. Blocking.
 pub(super) fn specify(
@@ -28,6 +30,7 @@ pub(super) fn specify(
     image: &Image,
     rootfs: PathBuf,
     target: Option<PathBuf>,
+    selinux: Confinement,
 ) -> Result<(Spec, podvisor_spec::User), PodError> {
     let config = &record.config.0;
     let sandbox = &pod.config.0;
@@ -38,6 +41,7 @@ pub(super) fn specify(
     let mut config = config.clone();
     anonymous_volumes(node, pod, record, image, &rootfs, &mut config)?;
     let mut mounts = resolve_mounts(&config.mounts, &record.image_volumes, &node.bundle(&record.id))?;
+    relabel_volumes(&config.mounts, &mounts, &selinux)?;
     recursive_read_only(node, pod, &config.mounts)?;
     let devices = devices::resolve(&config.devices)?;
 
@@ -84,6 +88,7 @@ pub(super) fn specify(
         cgroups_path: node.driver.container_path(&parent, record.id.as_str())?,
         seccomp: seccomp.as_ref(),
         apparmor,
+        selinux,
         annotations: handler_annotations,
         default_pids: (limit > 0).then_some(limit),
     };
@@ -103,6 +108,26 @@ pub(super) fn specify(
         supplemental_groups: Vec::new(),
     });
     Ok((spec, user))
+}
+
+/// Gives volumes that ask for it the label of the container's files. Images are mounted with it.
+fn relabel_volumes(
+    mounts: &[cri::Mount],
+    resolved: &[ResolvedMount],
+    selinux: &Confinement,
+) -> Result<(), PodError> {
+    let (Some(label), true) = (&selinux.files, selinux.relabels()) else { return Ok(()) };
+    for (index, (mount, resolved)) in mounts.iter().zip(resolved).enumerate() {
+        if mount.selinux_relabel && mount.image.is_none() {
+            relabel(&resolved.source, &label.to_string()).map_err(|error| match error {
+                LabelError::OfTheMachine(_) => {
+                    PodError::invalid(format!("config.mounts[{index}].selinux_relabel"), error.to_string())
+                }
+                error @ LabelError::Set { .. } => error.into(),
+            })?;
+        }
+    }
+    Ok(())
 }
 
 /// Refused where kernel or OCI runtime cannot make it (KEP-3857): what is mounted below would be writable.

@@ -70,6 +70,16 @@ impl PodView {
         self.config().metadata.clone().unwrap_or_default()
     }
 
+    /// Whether the pod's files or those of one of its containers have the SELinux level `level`.
+    pub(crate) fn has_level(&self, level: &str) -> bool {
+        let asked = |container: &Arc<ContainerView>| {
+            let security = container.record.config.0.linux.as_ref()?.security_context.as_ref()?;
+            Some(security.selinux_options.as_ref()?.level == level)
+        };
+        self.record.selinux.as_ref().is_some_and(|labels| labels.level() == Some(level))
+            || self.containers.values().any(|container| asked(container).unwrap_or_default())
+    }
+
     /// Why the pod is as it is, if there is something to tell.
     pub(crate) fn why(&self) -> &str {
         match &self.record.phase {

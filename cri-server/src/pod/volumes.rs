@@ -75,6 +75,7 @@ pub(super) fn anonymous_volumes(
         config.mounts.push(cri::Mount {
             container_path: path.clone(),
             host_path: directory.display().to_string(),
+            selinux_relabel: true,
             ..Default::default()
         });
     }

@@ -79,6 +79,9 @@ fn info(node: &Node) -> HashMap<String, String> {
     if let Some(why) = node.apparmor.complaint() {
         shown["appArmor"] = why.into();
     }
+    if let Some(why) = node.selinux.complaint() {
+        shown["seLinux"] = why.into();
+    }
     if !config.image.pause_image.is_empty() {
         shown["sandboxImage"] = config.image.pause_image.clone().into();
     }

@@ -64,11 +64,15 @@ pub(super) fn prepare(subtree: &Subtree) -> Result<()> {
     mount_fs("proc", "proc", "/proc", "")?;
     let security =
         Path::new("/sys/kernel/security").read_dir().is_ok_and(|mut entries| entries.next().is_some());
+    let selinux = Path::new("/sys/fs/selinux/enforce").exists();
     // With everything below it: runtimes find cgroup mounts in the mount table, also those that are covered.
     take_off("/sys")?;
     mount_fs("sysfs", "sysfs", "/sys", "")?;
     if security {
         mount_fs("securityfs", "securityfs", "/sys/kernel/security", "")?;
+    }
+    if selinux {
+        mount_fs("selinuxfs", "selinuxfs", "/sys/fs/selinux", "")?;
     }
     mount_cgroups(subtree)?;
     // As on a node: what is mounted in a shared volume shows up in the containers that share it.

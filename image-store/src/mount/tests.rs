@@ -59,10 +59,10 @@ impl Place {
     fn each_way(&self, check: impl Fn(&Self)) {
         let lower = lower(&self.rootfs, &self.path("empty"));
         let target = self.path("target");
-        attach(&modern(&self.rootfs, &lower).expect("mount by descriptors"), &target).unwrap();
+        attach(&modern(&self.rootfs, &lower, None).expect("mount by descriptors"), &target).unwrap();
         check(self);
         unmount(&target, UnmountFlags::empty()).unwrap();
-        classic(&self.rootfs, &lower, &target, &self.path("l")).expect("mount by options");
+        classic(&self.rootfs, &lower, &target, None, &self.path("l")).expect("mount by options");
         check(self);
         unmount(&target, UnmountFlags::empty()).unwrap();
     }
@@ -82,7 +82,7 @@ fn layers_lie_on_each_other() {
             assert!(place.path("fs/new").exists());
             fs::remove_file(place.target("new")).unwrap();
         });
-        mount(&place.rootfs, &place.path("target"), &place.path("l"), &place.path("empty")).unwrap();
+        mount(&place.rootfs, &place.path("target"), None, &place.path("l"), &place.path("empty")).unwrap();
         assert_eq!(fs::read_to_string(place.target("both")).unwrap(), "high");
         unmount(place.path("target"), UnmountFlags::empty()).unwrap();
     });
@@ -120,9 +120,9 @@ fn many_layers() {
     privately(|| {
         let mut place = Place::new(490, true);
         let lower = lower(&place.rootfs, &place.path("empty"));
-        attach(&modern(&place.rootfs, &lower).unwrap(), &place.path("target")).unwrap();
+        attach(&modern(&place.rootfs, &lower, None).unwrap(), &place.path("target")).unwrap();
         unmount(place.path("target"), UnmountFlags::empty()).unwrap();
-        let refused = classic(&place.rootfs, &lower, &place.path("target"), &place.path("l"));
+        let refused = classic(&place.rootfs, &lower, &place.path("target"), None, &place.path("l"));
         assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::ArgumentListTooLong);
         // What docker takes at most. All names begin alike here, so the links are as long as names are.
         place.rootfs.lower.truncate(20);
@@ -156,25 +156,44 @@ fn odd_paths() {
         place.rootfs.upper = Some(odd.join("fs"));
         place.rootfs.work = Some(odd.join("work"));
         let lower = lower(&place.rootfs, &place.path("empty"));
-        classic(&place.rootfs, &lower, &place.path("target"), &place.path("l")).unwrap();
+        classic(&place.rootfs, &lower, &place.path("target"), None, &place.path("l")).unwrap();
         fs::write(place.target("new"), "new").unwrap();
         assert!(odd.join("fs/new").exists());
         unmount(place.path("target"), UnmountFlags::empty()).unwrap();
         let missing = Rootfs { upper: Some(place.path("missing")), ..place.rootfs.clone() };
-        let refused = mount(&missing, &place.path("target"), &place.path("l"), &place.path("empty"));
+        let refused = mount(&missing, &place.path("target"), None, &place.path("l"), &place.path("empty"));
         assert!(
             matches!(refused, Err(ImageError::Mount { source, .. }) if source.kind() == io::ErrorKind::NotFound)
         );
-        mount(&place.rootfs, &place.path("target"), &place.path("l"), &place.path("empty")).unwrap();
+        mount(&place.rootfs, &place.path("target"), None, &place.path("l"), &place.path("empty")).unwrap();
         assert!(place.target("new").exists());
         unmount(place.path("target"), UnmountFlags::empty()).unwrap();
         fs::write(place.path("file"), "").unwrap();
         let no_directory = Rootfs { upper: Some(place.path("file")), ..place.rootfs.clone() };
-        let refused = mount(&no_directory, &place.path("target"), &place.path("l"), &place.path("empty"));
+        let refused =
+            mount(&no_directory, &place.path("target"), None, &place.path("l"), &place.path("empty"));
         let Err(ImageError::Mount { source, .. }) = refused else { panic!("{refused:?}") };
         assert!(
             source.to_string().contains("is not a directory)"),
             "the kernel's own words are missing: {source}"
         );
+    });
+}
+
+#[test]
+fn a_label_is_never_left_out() {
+    privately(|| {
+        let place = Place::new(1, true);
+        let label = "system_u:object_r:container_file_t:s0:c1,c2";
+        let (target, links, empty) = (place.path("target"), place.path("l"), place.path("empty"));
+        match mount(&place.rootfs, &target, Some(label), &links, &empty) {
+            Ok(()) => {
+                let mut value = [0; 256];
+                let length = rustix::fs::getxattr(&target, "security.selinux", &mut value).unwrap();
+                assert_eq!(String::from_utf8_lossy(&value[..length]).trim_end_matches('\0'), label);
+            }
+            // Without SELinux there is no such option.
+            Err(error) => assert!(!Path::new("/sys/fs/selinux/enforce").exists(), "{error:?}"),
+        }
     });
 }

@@ -61,7 +61,7 @@ fn check(store: &ImageStore, world: &World, rootfs: &Rootfs, user: &File, files:
     let target = world.path("target");
     fs::create_dir_all(&target).unwrap();
     let before = mounts();
-    store.mount_with_ids(rootfs, &target, user.as_fd()).map_err(|error| chain(&error)).unwrap();
+    store.mount_with_ids(rootfs, &target, None, user.as_fd()).map_err(|error| chain(&error)).unwrap();
     assert_eq!(mounts().lines().count(), before.lines().count() + 1, "only the root file system is seen");
     assert_eq!(fs::read_dir(&target).unwrap().count(), files);
     let _mounted = Mounted(&target);
@@ -123,7 +123,7 @@ fn an_image_has_the_ids_of_the_namespace() {
         let id = store.get(&server.name("one")).unwrap().id;
         let rootfs = store.prepare("plain", &id, false).await.unwrap();
         let target = world.path("target");
-        store.mount(&rootfs, &target).unwrap();
+        store.mount(&rootfs, &target, None).unwrap();
         {
             let _mounted = Mounted(&target);
             assert_eq!((owner(&target), owner(target.join("etc/f0"))), ((0, 0), (0, 0)));

@@ -17,7 +17,7 @@ impl Mounted {
     fn new(store: &ImageStore, world: &World, rootfs: &Rootfs) -> Self {
         let target = world.path(&format!("mount-{}", rootfs.key));
         fs::create_dir_all(&target).unwrap();
-        store.mount(rootfs, &target).map_err(|error| chain(&error)).unwrap();
+        store.mount(rootfs, &target, None).map_err(|error| chain(&error)).unwrap();
         Self(target)
     }
 
