@@ -18,7 +18,7 @@ deps: packages
 
 # The agent runs where there are no libraries, so it is linked statically; of what it uses nothing is compiled for that.
 build: packages
-	cargo build --release -p podvisor -p podvisor-monitor -p podvisor-fs -p podvisor-critest
+	cargo build --release -p podvisor -p podvisor-monitor -p podvisor-fs -p podvisor-qemu -p podvisor-critest
 	cargo rustc --release -p podvisor-agent --bin podvisor-agent -- -C target-feature=+crt-static
 
 # The images that the conformance suite pulls, and the suite itself, which names one of them by its digest.

@@ -64,8 +64,9 @@ const MAY_USE: &[(&str, &[&str])] = &[
     // Containers in a guest, by the kernel alone.
     ("podvisor-container", &["podvisor-cgroup"]),
     ("podvisor-agent", &["podvisor-cgroup", "podvisor-container", "podvisor-proto"]),
-    // Devices of virtual machines.
+    // Devices of virtual machines, and what drives the machines: one process each.
     ("podvisor-virtio", &[]),
+    ("podvisor-qemu", &["podvisor-proto", "podvisor-virtio"]),
     // One per pod, small: the protocol and cgroups, nothing else.
     ("podvisor-monitor", &["podvisor-proto", "podvisor-cgroup"]),
     // The daemon joins the parts; it never links a virtual machine monitor.

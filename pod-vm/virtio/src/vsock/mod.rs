@@ -44,7 +44,7 @@ mod tests;
 pub use connection::BUFFER;
 pub use muxer::{CONNECTIONS, Muxer, MuxerError};
 pub use packet::{HEADER_LENGTH, Header, Operation};
-pub use queues::{QueueError, Scratch, drain, fill};
+pub use queues::{Filled, QueueError, Scratch, drain, fill};
 
 /// The guest's address, the same in every guest: it is only known between a guest and its own device.
 pub const GUEST_CID: u64 = 3;

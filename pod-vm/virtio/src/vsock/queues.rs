@@ -55,17 +55,27 @@ pub fn drain<Q: QueueOwnedT + QueueT, M: GuestMemory>(
     Ok(taken)
 }
 
-/// Puts packets into the guest's receive queue as long as there are packets and buffers, but at most as many as it has places. Tells how
-/// many buffers are given back.
+/// What became of the guest's receive queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Filled {
+    /// Buffers that are given back.
+    pub buffers: usize,
+    /// There are more packets and no buffer for them.
+    pub starved: bool,
+}
+
+/// Puts packets into the guest's receive queue as long as there are packets and buffers, but at most as many as it has places.
 pub fn fill<Q: QueueOwnedT + QueueT, M: GuestMemory>(
     queue: &mut Q,
     memory: &M,
     muxer: &mut Muxer,
     scratch: &mut Scratch,
-) -> Result<usize, QueueError> {
-    let mut filled = 0;
-    while filled < usize::from(queue.size()) && muxer.has_packet() {
-        let Some(chain) = queue.iter(memory)?.next() else { break };
+) -> Result<Filled, QueueError> {
+    let mut buffers = 0;
+    while buffers < usize::from(queue.size()) && muxer.has_packet() {
+        let Some(chain) = queue.iter(memory)?.next() else {
+            return Ok(Filled { buffers, starved: true });
+        };
         let head = chain.head_index();
         let mut used = 0;
         match chain.writer(memory) {
@@ -90,7 +100,7 @@ pub fn fill<Q: QueueOwnedT + QueueT, M: GuestMemory>(
             _ => muxer.drop_packet(),
         }
         queue.add_used(memory, head, u32::try_from(used).unwrap_or(0))?;
-        filled += 1;
+        buffers += 1;
     }
-    Ok(filled)
+    Ok(Filled { buffers, starved: false })
 }

@@ -7,7 +7,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::vsock::{HEADER_LENGTH, Scratch, drain, fill};
+use crate::vsock::{Filled, HEADER_LENGTH, Scratch, drain, fill};
 
 const DATA: u64 = 0x10_0000;
 
@@ -111,10 +111,15 @@ fn buffers_get_a_header_and_what_fits_behind_it() {
     let memory = memory();
     let mut queue =
         queue(&memory, &[descriptor(DATA, 40, Some(1), true), descriptor(DATA + 40, 7, None, true)]);
-    assert_eq!(fill(&mut queue, &memory, &mut lab.muxer, &mut Scratch::default()).unwrap(), 1);
+    assert_eq!(
+        fill(&mut queue, &memory, &mut lab.muxer, &mut Scratch::default()).unwrap(),
+        Filled { buffers: 1, starved: false }
+    );
     let mut bytes = [0; HEADER_LENGTH];
     memory.read_slice(&mut bytes, GuestAddress(DATA)).unwrap();
     assert_eq!(Header::decode(&bytes).length, 3);
+    let rest = fill(&mut queue, &memory, &mut lab.muxer, &mut Scratch::default()).unwrap();
+    assert_eq!(rest, Filled { buffers: 0, starved: true });
     let mut payload = [0; 4];
     memory.read_slice(&mut payload, GuestAddress(DATA + 44)).unwrap();
     assert_eq!(&payload, b"hel\0");
@@ -129,7 +134,10 @@ fn buffers_that_are_none_are_given_back_and_a_packet_waits_for_a_good_one() {
         lab.advance();
         let memory = memory();
         let mut queue = queue(&memory, &[descriptor(DATA, length, None, true)]);
-        assert_eq!(fill(&mut queue, &memory, &mut lab.muxer, &mut Scratch::default()).unwrap(), 1);
+        assert_eq!(
+            fill(&mut queue, &memory, &mut lab.muxer, &mut Scratch::default()).unwrap(),
+            Filled { buffers: 1, starved: false }
+        );
         assert_eq!(lab.operations(), [Operation::Request]);
     }
 }
@@ -143,11 +151,17 @@ fn a_buffer_is_kept_while_there_is_nothing_for_it() {
     let memory = memory();
     // With room for a header only.
     let mut queue = queue(&memory, &[descriptor(DATA, 44, None, true)]);
-    assert_eq!(fill(&mut queue, &memory, &mut lab.muxer, &mut Scratch::default()).unwrap(), 0);
+    assert_eq!(
+        fill(&mut queue, &memory, &mut lab.muxer, &mut Scratch::default()).unwrap(),
+        Filled { buffers: 0, starved: false }
+    );
     assert_eq!(queue.next_avail(), 0);
     client.shutdown(std::net::Shutdown::Both).unwrap();
     lab.packets();
-    assert_eq!(fill(&mut queue, &memory, &mut lab.muxer, &mut Scratch::default()).unwrap(), 0);
+    assert_eq!(
+        fill(&mut queue, &memory, &mut lab.muxer, &mut Scratch::default()).unwrap(),
+        Filled { buffers: 0, starved: false }
+    );
 }
 
 #[test]

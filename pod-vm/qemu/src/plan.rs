@@ -1,0 +1,260 @@
+//! From a request to what is to be made: checked, with the kind of machine decided. Nothing is touched here.
+
+use podvisor_proto::hypervisor::{Disk, Network, Share, Start};
+
+use crate::failure::Failure;
+
+/// What memory is counted in.
+pub(crate) const MEMORY_STEP: u64 = 2 << 20;
+/// Virtio devices that microvm has places for.
+const MICROVM_SLOTS: usize = 24;
+/// Devices that every machine has: entropy and vsock.
+const OWN_DEVICES: usize = 2;
+
+/// Which machine of QEMU's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// No PCI, nothing can be plugged; starts fastest.
+    Microvm,
+    /// PCI Express with ports that devices can be plugged into, and memory and processors can be added.
+    Q35,
+}
+
+/// How the kind of machine is decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Choice {
+    /// Microvm where that can do what is asked for.
+    ByNeed,
+    Always(Kind),
+}
+
+impl Choice {
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "auto" => Self::ByNeed,
+            "microvm" => Self::Always(Kind::Microvm),
+            "q35" => Self::Always(Kind::Q35),
+            _ => return None,
+        })
+    }
+}
+
+/// What is to be made.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Plan {
+    pub(crate) kind: Kind,
+    /// The request, with the zeros that stand for other fields replaced by those.
+    pub(crate) start: Start,
+}
+
+impl Plan {
+    pub(crate) fn new(mut start: Start, choice: Choice) -> Result<Self, Failure> {
+        if start.memory_limit == 0 {
+            start.memory_limit = start.memory;
+        }
+        if start.cpus_limit == 0 {
+            start.cpus_limit = start.cpus;
+        }
+        if start.console_limit == 0 {
+            start.console_limit = 64 << 10;
+        }
+        check(&start)?;
+        let devices = OWN_DEVICES + start.shares.len() + start.disks.len() + start.networks.len();
+        let grows = start.memory_limit > start.memory || start.cpus_limit > start.cpus;
+        let kind = match choice {
+            Choice::ByNeed if grows || devices > MICROVM_SLOTS => Kind::Q35,
+            Choice::ByNeed => Kind::Microvm,
+            Choice::Always(kind) => kind,
+        };
+        if kind == Kind::Microvm && devices > MICROVM_SLOTS {
+            return Err(Failure::unsupported(format!(
+                "a microvm has places for {} devices of a pod, this one has {}",
+                MICROVM_SLOTS - OWN_DEVICES,
+                devices - OWN_DEVICES
+            )));
+        }
+        if kind == Kind::Microvm {
+            // It is started all the same, and says in its answer that it cannot grow.
+            start.memory_limit = start.memory;
+            start.cpus_limit = start.cpus;
+        }
+        Ok(Self { kind, start })
+    }
+}
+
+fn check(start: &Start) -> Result<(), Failure> {
+    for (field, path) in [
+        ("kernel", &start.kernel),
+        ("initramfs", &start.initramfs),
+        ("vsock_path", &start.vsock_path),
+        ("run_dir", &start.run_dir),
+    ] {
+        check_path(field, path)?;
+    }
+    if !start.console_path.is_empty() {
+        check_path("console_path", &start.console_path)?;
+    }
+    if !start.program.is_empty() {
+        check_path("program", &start.program)?;
+    }
+    for path in &start.cgroup_procs {
+        check_path("cgroup_procs", path)?;
+    }
+    for (field, bytes) in [("memory", start.memory), ("memory_limit", start.memory_limit)] {
+        if bytes == 0 || bytes % MEMORY_STEP != 0 {
+            return Err(Failure::invalid(format!("{field} must be a multiple of 2 MiB, and more than none")));
+        }
+    }
+    if start.memory_limit < start.memory || start.cpus_limit < start.cpus {
+        return Err(Failure::invalid("a limit must not be below what the machine begins with"));
+    }
+    if start.cpus == 0 || start.cpus_limit > 255 {
+        return Err(Failure::invalid("there must be 1 to 255 cpus"));
+    }
+    if start.command_line.contains(['\0', '\n']) {
+        return Err(Failure::invalid("command_line must be one line"));
+    }
+    start.shares.iter().try_for_each(check_share)?;
+    start.disks.iter().try_for_each(check_disk)?;
+    start.networks.iter().try_for_each(check_network)?;
+    check_distinct("shares with the tag", start.shares.iter().map(|share| &share.tag))?;
+    check_distinct("disks with the serial", start.disks.iter().map(|disk| &disk.serial))?;
+    check_distinct(
+        "networks with the address",
+        start.networks.iter().map(|network| &network.hardware_address),
+    )
+}
+
+pub(crate) fn check_share(share: &Share) -> Result<(), Failure> {
+    check_name("tag", &share.tag, 36)?;
+    check_path("socket_path", &share.socket_path)
+}
+
+pub(crate) fn check_disk(disk: &Disk) -> Result<(), Failure> {
+    check_name("serial", &disk.serial, 20)?;
+    check_path("path", &disk.path)
+}
+
+pub(crate) fn check_network(network: &Network) -> Result<(), Failure> {
+    let parts: Vec<&str> = network.hardware_address.split(':').collect();
+    let is_byte = |part: &&str| part.len() == 2 && part.bytes().all(|digit| digit.is_ascii_hexdigit());
+    if parts.len() != 6 || !parts.iter().all(is_byte) {
+        return Err(Failure::invalid("hardware_address must be like aa:bb:cc:dd:ee:ff"));
+    }
+    // The interface is used by a process in another namespace, by this name (IFNAMSIZ).
+    check_name("tap", &network.tap, 15)?;
+    check_path("namespace", &network.namespace)?;
+    if network.mtu != 0 && !(68..=65_535).contains(&network.mtu) {
+        return Err(Failure::invalid("mtu must be 68 to 65535, or 0 for the default"));
+    }
+    Ok(())
+}
+
+/// Names become parts of options, where a comma would begin another one.
+fn check_name(field: &str, name: &str, longest: usize) -> Result<(), Failure> {
+    let harmless = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.@:".contains(&byte);
+    if name.is_empty() || name.len() > longest || !name.bytes().all(harmless) {
+        return Err(Failure::invalid(format!("{field} must be 1 to {longest} of A-Z a-z 0-9 - _ . @ :")));
+    }
+    Ok(())
+}
+
+fn check_path(field: &str, path: &str) -> Result<(), Failure> {
+    if !path.starts_with('/') || path.contains('\0') {
+        return Err(Failure::invalid(format!("{field} must be an absolute path")));
+    }
+    Ok(())
+}
+
+fn check_distinct<'a>(what: &str, names: impl Iterator<Item = &'a String>) -> Result<(), Failure> {
+    let mut seen: Vec<&String> = Vec::new();
+    for name in names {
+        if seen.contains(&name) {
+            return Err(Failure::invalid(format!("there are two {what} {name}")));
+        }
+        seen.push(name);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn start() -> Start {
+        Start {
+            kernel: "/guest/kernel".into(),
+            initramfs: "/guest/initramfs".into(),
+            memory: 256 << 20,
+            cpus: 1,
+            vsock_path: "/run/pod/vsock".into(),
+            run_dir: "/run/pod/machine".into(),
+            emulate: true,
+            ..Start::default()
+        }
+    }
+
+    fn kind(start: Start) -> Kind {
+        Plan::new(start, Choice::ByNeed).unwrap().kind
+    }
+
+    #[test]
+    fn the_machine_is_the_smallest_that_will_do() {
+        assert_eq!(kind(start()), Kind::Microvm);
+        assert_eq!(kind(Start { memory_limit: 256 << 20, cpus_limit: 1, ..start() }), Kind::Microvm);
+        assert_eq!(kind(Start { memory_limit: 258 << 20, ..start() }), Kind::Q35);
+        assert_eq!(kind(Start { cpus_limit: 2, ..start() }), Kind::Q35);
+        let disk = |number| Disk { serial: format!("disk{number}"), path: "/disk".into(), read_only: false };
+        assert_eq!(kind(Start { disks: (0..22).map(disk).collect(), ..start() }), Kind::Microvm);
+        let many = Start { disks: (0..23).map(disk).collect(), ..start() };
+        assert_eq!(kind(many.clone()), Kind::Q35);
+        assert!(Plan::new(many, Choice::Always(Kind::Microvm)).is_err());
+        let plan = Plan::new(Start { cpus_limit: 2, ..start() }, Choice::Always(Kind::Microvm)).unwrap();
+        assert_eq!((plan.start.cpus_limit, plan.start.memory_limit), (1, 256 << 20));
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_refused() {
+        let share = |tag: &str| Share { tag: tag.into(), socket_path: "/fs".into() };
+        let disk = |serial: &str| Disk { serial: serial.into(), path: "/disk".into(), read_only: false };
+        let network = |address: &str| Network {
+            namespace: "/run/netns/pod".into(),
+            tap: "tap0".into(),
+            hardware_address: address.into(),
+            mtu: 1500,
+        };
+        assert!(
+            Plan::new(Start { networks: vec![network("02:00:00:00:00:aF")], ..start() }, Choice::ByNeed)
+                .is_ok()
+        );
+        let wrong = [
+            Start { kernel: "kernel".into(), ..start() },
+            Start { initramfs: String::new(), ..start() },
+            Start { memory: 0, ..start() },
+            Start { memory: (256 << 20) + 4096, ..start() },
+            Start { memory_limit: 128 << 20, ..start() },
+            Start { cpus: 0, ..start() },
+            Start { cpus: 4, cpus_limit: 2, ..start() },
+            Start { cpus_limit: 256, ..start() },
+            Start { command_line: "a\nb".into(), ..start() },
+            Start { console_path: "console".into(), ..start() },
+            Start { shares: vec![share("")], ..start() },
+            Start { shares: vec![share("a,b")], ..start() },
+            Start { shares: vec![share(&"a".repeat(37))], ..start() },
+            Start { shares: vec![share("a"), share("a")], ..start() },
+            Start { disks: vec![disk(&"a".repeat(21))], ..start() },
+            Start { disks: vec![disk("a"), disk("a")], ..start() },
+            Start { networks: vec![network("02:00:00:00:00")], ..start() },
+            Start { networks: vec![network("02:00:00:00:00:0g")], ..start() },
+            Start { networks: vec![Network { mtu: 20, ..network("02:00:00:00:00:01") }], ..start() },
+            Start {
+                networks: vec![Network { tap: "a-very-long-name".into(), ..network("02:00:00:00:00:01") }],
+                ..start()
+            },
+        ];
+        for start in wrong {
+            let failure = Plan::new(start.clone(), Choice::ByNeed).unwrap_err();
+            assert_eq!(failure.code, podvisor_proto::hypervisor::ErrorCode::Invalid, "{start:?}");
+        }
+    }
+}

@@ -1,0 +1,208 @@
+/* The first process of the guests that the tests boot. It loads the modules that every start loads, listens on vsock port 1024 and does what
+ * the first line of a connection says, each connection in a process of its own:
+ *
+ *   echo            gives back what comes, until its end
+ *   source BYTES    sends so many bytes (each 64 KiB counts one further), then ends
+ *   sink            takes all until its end, answers how many bytes and their sum
+ *   hold            answers "held" and then does nothing
+ *   read PATH       a file's content
+ *   write PATH TEXT writes into a file, answers "ok" or the error
+ *   list PATH       a directory's entries, one a line
+ *   load MODULE     loads one and what it needs, answers like write
+ *   mount TYPE SOURCE PATH  mounts, makes the directory before, answers like write
+ *   sync -          writes everything to the disks
+ *   dial PORT       connects to a port of the host, answers like write
+ *   disk SERIAL     the name of the disk's device
+ *   address MAC     the name of the network interface
+ *   panic | poweroff | reboot
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <linux/vm_sockets.h>
+
+/* Which protocol it speaks: that of podvisor-agent, though only the tests speak with it. */
+__asm__(".pushsection .note.podvisor,\"a\",@note\n"
+        ".balign 4\n .long 9, 4, 1\n .asciz \"podvisor\"\n .balign 4\n .long 1\n"
+        ".popsection\n");
+
+static int load(const char *name) {
+    char path[128];
+    snprintf(path, sizeof path, "/lib/modules/%s.ko", name);
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0) return errno;
+    int failed = syscall(SYS_finit_module, file, "", 0) ? errno : 0;
+    close(file);
+    return failed == EEXIST ? 0 : failed;
+}
+
+/* Loads every module of the initramfs's list that stands for the start of a guest. */
+static void load_start(void) {
+    char line[4096];
+    FILE *list = fopen("/modules", "r");
+    while (list && fgets(line, sizeof line, list)) {
+        char *word = strtok(line, " \n"), *name = strtok(NULL, " \n");
+        if (word && name && strcmp(word, "start") == 0) load(name);
+    }
+    if (list) fclose(list);
+}
+
+/* Loads one and what it needs. */
+static int load_with_needs(const char *wanted) {
+    char line[4096];
+    FILE *list = fopen("/modules", "r");
+    int failed = ENOENT;
+    while (list && fgets(line, sizeof line, list)) {
+        char *word = strtok(line, " \n"), *name = strtok(NULL, " \n"), *need;
+        if (!word || !name || strcmp(word, "alias") == 0 || strcmp(name, wanted) != 0) continue;
+        while ((need = strtok(NULL, " \n"))) load(need);
+        failed = load(wanted);
+    }
+    if (list) fclose(list);
+    return failed;
+}
+
+static void answer(int peer, int failed) {
+    dprintf(peer, "%s\n", failed ? strerror(failed) : "ok");
+}
+
+static void copy(int from, int to) {
+    char bytes[65536];
+    ssize_t count;
+    while ((count = read(from, bytes, sizeof bytes)) > 0)
+        for (ssize_t done = 0; done < count;) {
+            ssize_t wrote = write(to, bytes + done, count - done);
+            if (wrote < 0) return;
+            done += wrote;
+        }
+}
+
+static void show_file(int peer, const char *path) {
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0) { answer(peer, errno); return; }
+    copy(file, peer);
+}
+
+static void list(int peer, const char *path) {
+    DIR *directory = opendir(path);
+    struct dirent *entry;
+    if (!directory) { answer(peer, errno); return; }
+    while ((entry = readdir(directory)))
+        if (entry->d_name[0] != '.') dprintf(peer, "%s\n", entry->d_name);
+}
+
+static int put(const char *path, const char *text) {
+    int file = open(path, O_WRONLY | O_CLOEXEC);
+    if (file < 0) return errno;
+    return write(file, text, strlen(text)) < 0 ? errno : 0;
+}
+
+/* The entry of a class of devices whose attribute has this value. */
+static void find(int peer, const char *class, const char *attribute, const char *value) {
+    DIR *directory = opendir(class);
+    struct dirent *entry;
+    while (directory && (entry = readdir(directory))) {
+        char path[512], found[128] = "";
+        snprintf(path, sizeof path, "%s/%s/%s", class, entry->d_name, attribute);
+        FILE *file = fopen(path, "r");
+        if (!file) continue;
+        if (fgets(found, sizeof found, file)) found[strcspn(found, "\n")] = 0;
+        fclose(file);
+        if (strcmp(found, value) == 0) { dprintf(peer, "%s\n", entry->d_name); return; }
+    }
+    dprintf(peer, "none\n");
+}
+
+static int connect_to_host(unsigned port) {
+    struct sockaddr_vm address = { .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = port };
+    int made = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    return connect(made, (struct sockaddr *)&address, sizeof address) ? errno : 0;
+}
+
+static void source(int peer, long bytes) {
+    char block[65536];
+    for (unsigned char round = 0; bytes > 0; round++) {
+        memset(block, round, sizeof block);
+        ssize_t wanted = bytes < (long)sizeof block ? bytes : (long)sizeof block;
+        for (ssize_t done = 0; done < wanted;) {
+            ssize_t wrote = write(peer, block + done, wanted - done);
+            if (wrote < 0) return;
+            done += wrote;
+        }
+        bytes -= wanted;
+    }
+}
+
+static void sink(int peer) {
+    unsigned char bytes[65536];
+    unsigned long total = 0, sum = 0;
+    ssize_t count;
+    while ((count = read(peer, bytes, sizeof bytes)) > 0) {
+        for (ssize_t at = 0; at < count; at++) sum += bytes[at];
+        total += count;
+    }
+    dprintf(peer, "%lu %lu\n", total, sum);
+}
+
+static void serve(int peer) {
+    char line[512];
+    size_t length = 0;
+    while (length < sizeof line - 1 && read(peer, line + length, 1) == 1 && line[length] != '\n') length++;
+    line[length] = 0;
+    char *verb = strtok(line, " "), *first = strtok(NULL, " "), *second = strtok(NULL, " "), *third = strtok(NULL, " ");
+    if (!verb) return;
+    if (!strcmp(verb, "echo")) copy(peer, peer);
+    else if (!strcmp(verb, "sink")) sink(peer);
+    else if (!strcmp(verb, "hold")) { dprintf(peer, "held\n"); pause(); }
+    else if (!strcmp(verb, "panic")) put("/proc/sysrq-trigger", "c");
+    else if (!strcmp(verb, "poweroff")) reboot(RB_POWER_OFF);
+    else if (!strcmp(verb, "reboot")) reboot(RB_AUTOBOOT);
+    else if (!first) dprintf(peer, "what?\n");
+    else if (!strcmp(verb, "source")) source(peer, atol(first));
+    else if (!strcmp(verb, "read")) show_file(peer, first);
+    else if (!strcmp(verb, "list")) list(peer, first);
+    else if (!strcmp(verb, "load")) answer(peer, load_with_needs(first));
+    else if (!strcmp(verb, "dial")) answer(peer, connect_to_host(atoi(first)));
+    else if (!strcmp(verb, "sync")) { sync(); answer(peer, 0); }
+    else if (!strcmp(verb, "disk")) find(peer, "/sys/block", "serial", first);
+    else if (!strcmp(verb, "address")) find(peer, "/sys/class/net", "address", first);
+    else if (!strcmp(verb, "write") && second) answer(peer, put(first, second));
+    else if (!strcmp(verb, "mount") && third) {
+        mkdir(third, 0755);
+        answer(peer, mount(second, third, first, 0, NULL) ? errno : 0);
+    } else dprintf(peer, "what?\n");
+}
+
+int main(void) {
+    struct sockaddr_vm address = { .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = 1024 };
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    mount("proc", "/proc", "proc", 0, NULL);
+    mount("sys", "/sys", "sysfs", 0, NULL);
+    mount("dev", "/dev", "devtmpfs", 0, NULL);
+    load_start();
+    signal(SIGCHLD, SIG_IGN);
+    signal(SIGPIPE, SIG_IGN);
+    int listener = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (bind(listener, (struct sockaddr *)&address, sizeof address) || listen(listener, 128)) {
+        printf("test: listen: %s\n", strerror(errno));
+        reboot(RB_POWER_OFF);
+    }
+    printf("test: ready\n");
+    for (;;) {
+        int peer = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+        if (peer < 0) continue;
+        if (fork() == 0) { close(listener); serve(peer); close(peer); _exit(0); }
+        close(peer);
+    }
+}
