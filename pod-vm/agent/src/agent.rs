@@ -249,7 +249,7 @@ impl Agent {
             Stream::Standard(wanted) => {
                 streams::standard(self.standard(&wanted.id), &wanted.id, wanted.which)
             }
-            Stream::Connect(connect) => crate::pod::connect(connect.port).map(Pump::connection),
+            Stream::Connect(connect) => self.pod.connect(connect.port).map(Pump::connection),
             Stream::Console(_) => crate::console::open(),
         }
     }

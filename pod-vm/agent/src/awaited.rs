@@ -82,7 +82,7 @@ impl Agent {
     fn try_once(&mut self, wanted: &Wanted) -> Result<bool, Failure> {
         match wanted {
             Wanted::Interface(wanted) => {
-                let interfaces = &mut self.pod.interfaces;
+                let interfaces = &self.pod.interfaces;
                 let same = |other: &&Interface| other.hardware_address == wanted.hardware_address;
                 if interfaces.iter().find(same).is_some() {
                     return Err(Failure::exists(format!(
@@ -91,9 +91,12 @@ impl Agent {
                     )));
                 }
                 let taken: Vec<String> = interfaces.iter().map(|other| other.name.clone()).collect();
-                let done = interface::add(wanted, &taken)?;
+                if let Some(namespaces) = &self.pod.namespaces {
+                    interface::hand_over(wanted, namespaces.net())?;
+                }
+                let done = self.pod.inside(|| interface::add(wanted, &taken))??;
                 if done {
-                    interfaces.push(wanted.clone());
+                    self.pod.interfaces.push(wanted.clone());
                 }
                 Ok(done)
             }
@@ -130,7 +133,7 @@ impl Agent {
             self.answer(request, Err(Failure::state("the interface was removed before it appeared")));
         }
         if let Some(at) = self.pod.interfaces.iter().position(is_it) {
-            interface::remove(&self.pod.interfaces[at])?;
+            self.pod.inside(|| interface::remove(&self.pod.interfaces[at]))??;
             self.pod.interfaces.remove(at);
         }
         Ok(())

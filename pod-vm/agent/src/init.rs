@@ -1,6 +1,6 @@
 //! The pod's init: PID 1 of a pid namespace that the pod's containers share.
 
-use podvisor_container::{Cgroup, Running, start_init};
+use podvisor_container::{Cgroup, PodNamespaces, Running, start_init};
 use podvisor_proto::agent::{self as wire, Exit, ProcessState, Started, reply};
 use rustix::process::Pid;
 
@@ -44,7 +44,8 @@ impl Agent {
         }
         let place = self.cgroups.cgroup(&format!("{PARENT}/{NAME}"));
         let cgroup = Cgroup::create(place, &oci_spec::runtime::LinuxResources::default())?;
-        let running = start_init(&cgroup).inspect_err(|_| {
+        let user = self.pod.namespaces.as_ref().map(PodNamespaces::user);
+        let running = start_init(&cgroup, user.as_deref()).inspect_err(|_| {
             let _ = cgroup.place().remove();
         })?;
         let pid = running.pid.as_raw_pid();

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use podvisor_proto::agent::AddInterface;
 
@@ -12,6 +13,7 @@ use crate::netlink::{Attributes, Message, Netlink, append, flag, request, u32_at
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
+const IFLA_NET_NS_FD: u16 = 28;
 const IFF_UP: u32 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
@@ -214,6 +216,20 @@ pub(crate) fn bring_loopback_up() -> Result<(), Failure> {
 
 fn open() -> Result<Netlink, Failure> {
     Netlink::open().map_err(|error| Failure::system("open a netlink socket", error))
+}
+
+/// Moves the interface, if it is here, into another network namespace.
+pub(crate) fn hand_over(wanted: &Interface, net: BorrowedFd<'_>) -> Result<(), Failure> {
+    let netlink = open()?;
+    let links = links(&netlink)?;
+    let Some(link) = links.iter().find(|link| link.hardware_address == wanted.hardware_address) else {
+        return Ok(());
+    };
+    let message = link_message(link.index, None)
+        .with_number(IFLA_NET_NS_FD, net.as_raw_fd().cast_unsigned())
+        // One of its name may be there.
+        .with(IFLA_IFNAME, format!("free{}\0", link.index).as_bytes());
+    run(&netlink, || format!("give interface {} to the pod", link.name), &message)
 }
 
 /// Makes the interface what it is to be. `false`: there is no interface of that hardware address yet. `taken` are names that must not be

@@ -2,11 +2,13 @@
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
+use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use podvisor_container::{IdRange, PodNamespaces};
 use podvisor_proto::agent::{Exit, Personalise};
 use rustix::process::Pid;
 use rustix::time::{ClockId, Timespec, clock_settime};
@@ -20,6 +22,9 @@ use crate::stats::kilobytes;
 use crate::storage::Storage;
 use crate::sys;
 
+/// Where a pod's namespaces are pinned when it has a user namespace (agent.proto, `Personalise`).
+const NAMESPACES: &str = "/run/podvisor/namespaces";
+
 /// How long a program of the pod may take to accept a connection: it is on the same machine.
 const CONNECT: Duration = Duration::from_secs(5);
 
@@ -29,6 +34,8 @@ pub(crate) struct Pod {
     began: Instant,
     personalised: bool,
     pub(crate) storage: Storage,
+    /// With a user namespace of the pod's.
+    pub(crate) namespaces: Option<PodNamespaces>,
     /// PID 1 of the namespace that containers share.
     pub(crate) init: Option<Init>,
     /// Those that are configured.
@@ -43,6 +50,7 @@ impl Default for Pod {
             began: Instant::now(),
             personalised: false,
             storage: Storage::default(),
+            namespaces: None,
             init: None,
             interfaces: Vec::new(),
             strays: VecDeque::new(),
@@ -66,6 +74,35 @@ impl Pod {
     }
 }
 
+impl Pod {
+    /// Calls `f` where the pod's network, IPC and host name are.
+    pub(crate) fn inside<T>(&self, f: impl FnOnce() -> T) -> Result<T, Failure> {
+        match &self.namespaces {
+            Some(namespaces) => {
+                namespaces.inside(f).map_err(|error| Failure::system("enter the pod's namespaces", error))
+            }
+            None => Ok(f()),
+        }
+    }
+
+    fn set_sysctl(&self, name: &str, value: &str) -> Result<(), Failure> {
+        let path = sysctl_file(name)?;
+        let failed = |error| Failure::system(&format!("set sysctl {name} to {value:?}"), error);
+        match (self.inside(|| fs::write(&path, value))?, &self.namespaces) {
+            // Since Linux 6.9 IPC's are for the root of the namespace.
+            (Err(error), Some(namespaces)) if error.kind() == io::ErrorKind::PermissionDenied => {
+                Ok(namespaces.as_root(|| fs::write(&path, value))?)
+            }
+            (outcome, _) => outcome.map_err(failed),
+        }
+    }
+
+    /// A connection to a port of the pod, 127.0.0.1 first.
+    pub(crate) fn connect(&self, port: u32) -> Result<OwnedFd, Failure> {
+        self.inside(|| connect(port))?
+    }
+}
+
 impl Agent {
     pub(crate) fn personalise(&mut self, wanted: &Personalise) -> Result<(), Failure> {
         if self.pod.personalised {
@@ -77,6 +114,14 @@ impl Agent {
                 wanted.seed.len()
             )));
         }
+        if let Some(wanted) = wanted.user_namespace {
+            let range = |outside, length| match length {
+                0 => Err(Failure::invalid("a user namespace needs ids")),
+                _ => Ok(IdRange { outside, length }),
+            };
+            let (uids, gids) = (range(wanted.uid, wanted.uids)?, range(wanted.gid, wanted.gids)?);
+            self.pod.namespaces = Some(PodNamespaces::make(uids, gids, Path::new(NAMESPACES))?);
+        }
         let in_guest = std::process::id() == 1;
         if in_guest {
             set_time(wanted.time_ns)?;
@@ -84,12 +129,17 @@ impl Agent {
             random
                 .and_then(|random| sys::credit_randomness(random.as_fd(), &wanted.seed))
                 .map_err(|error| Failure::system("credit randomness", error))?;
-            rustix::system::sethostname(wanted.hostname.as_bytes())
-                .map_err(|error| Failure::system("set the host name", error))?;
+        }
+        // Without a guest around it these would be the machine's.
+        if in_guest || self.pod.namespaces.is_some() {
+            self.pod.inside(|| -> Result<(), Failure> {
+                rustix::system::sethostname(wanted.hostname.as_bytes())
+                    .map_err(|error| Failure::system("set the host name", error))?;
+                interface::bring_loopback_up()
+            })??;
             for (name, value) in &wanted.sysctls {
-                set_sysctl(name, value)?;
+                self.pod.set_sysctl(name, value)?;
             }
-            interface::bring_loopback_up()?;
         }
         let parent = self.cgroups.cgroup(PARENT);
         parent.create().map_err(|error| Failure::system("make the pod's cgroup", error))?;
@@ -118,17 +168,17 @@ pub(crate) fn set_time(ns: i64) -> Result<(), Failure> {
     clock_settime(ClockId::Realtime, time).map_err(|error| Failure::system("set the clock", error))
 }
 
-fn set_sysctl(name: &str, value: &str) -> Result<(), Failure> {
+/// The file of a sysctl, whose name has dots or slashes.
+fn sysctl_file(name: &str) -> Result<PathBuf, Failure> {
     let path: String = name.chars().map(|c| if c == '.' { '/' } else { c }).collect();
     if path.split('/').any(|part| part.is_empty() || part == "..") {
         return Err(Failure::invalid(format!("{name:?} is no name of a sysctl")));
     }
-    fs::write(Path::new("/proc/sys").join(path), value)
-        .map_err(|error| Failure::system(&format!("set sysctl {name} to {value:?}"), error))
+    Ok(Path::new("/proc/sys").join(path))
 }
 
 /// A connection to a port of the pod, 127.0.0.1 first.
-pub(crate) fn connect(port: u32) -> Result<OwnedFd, Failure> {
+fn connect(port: u32) -> Result<OwnedFd, Failure> {
     let port = u16::try_from(port).ok().filter(|port| *port != 0);
     let port = port.ok_or_else(|| Failure::invalid("a port is 1 to 65535"))?;
     let mut refused = None;

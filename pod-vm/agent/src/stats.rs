@@ -34,7 +34,7 @@ impl Agent {
         StatsReply {
             containers: containers.collect(),
             pod: self.cgroups.cgroup(PARENT).stats().ok().as_ref().map(usage),
-            interfaces: interfaces(&fs::read_to_string("/proc/net/dev").unwrap_or_default()),
+            interfaces: interfaces(&self.pod.inside(devices).unwrap_or_default()),
             guest: Some(guest()),
         }
     }
@@ -71,6 +71,10 @@ fn pressure(read: &podvisor_cgroup::Pressure) -> Pressure {
         total_us: line.total_us,
     };
     Pressure { some: Some(line(&read.some)), full: Some(line(&read.full)) }
+}
+
+fn devices() -> String {
+    fs::read_to_string("/proc/net/dev").unwrap_or_default()
 }
 
 /// proc_pid_net(5), `dev`: the loopback is nobody's traffic.

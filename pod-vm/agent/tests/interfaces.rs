@@ -8,7 +8,10 @@ use std::time::{Duration, Instant};
 
 use guest::{Guest, code};
 use podvisor_proto::agent::request::Verb;
-use podvisor_proto::agent::{AddInterface, ErrorCode, List, Neighbour, RemoveInterface, Route, Stats, reply};
+use podvisor_proto::agent::{
+    AddInterface, Connect, CreateContainer, ErrorCode, List, Neighbour, Open, RemoveInterface, Route,
+    StandardStream, StartInit, Stats, open::Stream, reply,
+};
 use serde_json::Value;
 
 const FIRST: &str = "02:00:00:00:00:01";
@@ -206,4 +209,59 @@ fn a_failure_leaves_nothing() {
     let link = &net.ip("address show eth0")[0];
     assert!(!is_up(link) && link["addr_info"].as_array().unwrap().is_empty(), "{link}");
     guest.done(Verb::AddInterface(eth0(FIRST)));
+}
+
+#[test]
+fn a_pod_with_a_user_namespace_has_a_network_in_it() {
+    let mut guest = Guest::with_user_namespace();
+    let outside = Net::of(&guest);
+    outside.plug("user0", "eth0", FIRST);
+    guest.done(Verb::AddInterface(eth0(FIRST)));
+    assert_eq!(outside.ip("link show type veth").len(), 0, "it is the pod's now");
+    let Ok(reply::Result::Started(init)) = guest.ask(Verb::StartInit(StartInit {})) else { panic!() };
+    guest.give_root_to(300_000);
+    let mut spec = guest.spec(&guest::shell(
+        "cat /proc/self/uid_map /proc/1/comm; hostname; cat /proc/sys/net/ipv4/ip_default_ttl /proc/sys/kernel/shmmni; \
+         ip -4 address show dev eth0; nc -l -p 7777 -e echo hello; sleep 1000",
+    ));
+    let pin = |kind: &str, name: &str| serde_json::json!({"type": kind, "path": format!("/run/podvisor/namespaces/{name}")});
+    let plain = |kind: &str| serde_json::json!({"type": kind});
+    spec["linux"]["namespaces"] = serde_json::json!([
+        plain("mount"),
+        plain("cgroup"),
+        pin("user", "user"),
+        pin("network", "net"),
+        pin("ipc", "ipc"),
+        pin("uts", "uts"),
+    ]);
+    let create = CreateContainer {
+        container_id: "c1".into(),
+        spec: spec.to_string().into_bytes(),
+        share_pid: true,
+        ..Default::default()
+    };
+    guest.ask(Verb::CreateContainer(create)).unwrap();
+    let stdout = guest.stream("c1", StandardStream::Stdout);
+    guest.start("c1");
+    for wanted in ["         0     300000      65536", "podvisor-init", "the-pod", "77", "33"] {
+        assert_eq!(stdout.read_line().trim_end(), wanted);
+    }
+    assert!(stdout.read_line().contains("eth0"));
+    assert!(stdout.read_line().contains("10.7.0.9/24"));
+    // Its ports are those of its network.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let connection = loop {
+        match guest.open(&Open { stream: Some(Stream::Connect(Connect { port: 7777 })) }) {
+            Ok(connection) => break connection,
+            Err(error) => assert!(Instant::now() < deadline, "{error:?}"),
+        }
+    };
+    assert_eq!(connection.read_all(), "hello\n");
+    let reply::Result::Stats(stats) = guest.ask(Verb::Stats(Stats::default())).unwrap() else { panic!() };
+    assert_eq!(
+        stats.interfaces.iter().map(|interface| interface.name.as_str()).collect::<Vec<_>>(),
+        ["eth0"]
+    );
+    Guest::kill(init.pid);
+    assert_eq!(guest.exit_of("c1").code, 137);
 }

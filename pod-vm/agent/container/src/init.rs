@@ -4,10 +4,9 @@
 //! would otherwise be the caller's), and it cannot be traced. It is the caller's own program, not executed again: its memory is the caller's
 //! until one of them writes.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::thread::{self, CapabilitySet, CapabilitySets};
@@ -16,45 +15,26 @@ use crate::cgroup::Cgroup;
 use crate::credentials::drop_bounding;
 use crate::error::{ContainerError, During, Step};
 use crate::filesystem::{attach, new_filesystem, pivot, set_propagation};
-use crate::launch::Running;
+use crate::launch::{self, Running};
+use crate::namespaces;
 use crate::options::{Propagation, attribute};
+use crate::plan::Namespaces;
 use crate::report::{self, Report};
-use crate::sys::{self, Cloned};
+use crate::sys;
 
-/// Starts the init in `cgroup`, and waits until it is one: a few system calls. The caller reaps it.
-pub fn start_init(cgroup: &Cgroup) -> Result<Running, ContainerError> {
-    let (ours, theirs) = report::channel().map_err(ContainerError::system("make a socket"))?;
-    let place = cgroup.open()?;
-    let namespaces = u64::from((libc::CLONE_NEWPID | libc::CLONE_NEWNS).cast_unsigned());
-    let cloned = sys::clone(namespaces, place.as_fd());
-    match cloned.map_err(ContainerError::system("start the pod's init"))? {
-        Cloned::Child => first(theirs.as_fd()),
-        Cloned::Parent { pid, pidfd } => {
-            drop(theirs);
-            ready(&ours)?;
-            Ok(Running { pid, pidfd, terminal: None })
-        }
-    }
-}
-
-/// Waits for the child's word.
-fn ready(report: &OwnedFd) -> Result<(), ContainerError> {
-    loop {
-        let said = report::receive(report).map_err(ContainerError::system("hear from the pod's init"))?;
-        match said {
-            Some(Report::Ready) => return Ok(()),
-            Some(Report::Failed(text)) => return Err(ContainerError::Child(text)),
-            Some(Report::Closed) => return Err(ContainerError::Vanished),
-            Some(Report::Terminal(_)) | None => {
-                // Interrupted or not: it is asked again.
-                let _ = poll(&mut [PollFd::new(report, PollFlags::IN)], None);
-            }
-        }
-    }
+/// Starts the init in `cgroup`, in the user namespace at `user` if there is one, and waits until it is ready: a few system calls. The caller
+/// reaps it.
+pub fn start_init(cgroup: &Cgroup, user: Option<&Path>) -> Result<Running, ContainerError> {
+    let new = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
+    let joined = user.map(|path| (libc::CLONE_NEWUSER, path.to_owned())).into_iter().collect();
+    let opened = namespaces::open(&Namespaces { new, joined })?;
+    let mut pending = launch::start(cgroup, &opened, first)?;
+    pending.wait_until_ready()?;
+    Ok(pending.into_running())
 }
 
 /// The child; never returns.
-fn first(report: BorrowedFd<'_>) -> ! {
+fn first(report: BorrowedFd<'_>) {
     let prepared = prepare();
     let said = match prepared {
         Ok(()) => report::send(report, &Report::Ready),

@@ -2,12 +2,12 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::process::Pid;
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use crate::cgroup::Cgroup;
 use crate::child::{self, Connections};
 use crate::error::ContainerError;
-use crate::namespaces;
+use crate::namespaces::{self, Opened};
 use crate::plan::Plan;
 use crate::process::ProcessPlan;
 use crate::report::{self, Report};
@@ -57,26 +57,81 @@ pub enum Launch {
 /// Starts the first process of a container, in `cgroup`.
 pub fn create(plan: &Plan, cgroup: &Cgroup, io: &Io) -> Result<Pending, ContainerError> {
     let opened = namespaces::open(&plan.namespaces)?;
+    let pending = start(cgroup, &opened, |report| child::first(plan, &opened, &Connections { report, io }))?;
+    protect(pending.pid(), &plan.process)?;
+    if plan.namespaces.makes(libc::CLONE_NEWUSER) {
+        namespaces::map(pending.pid(), &plan.uid_map, &plan.gid_map)?;
+        pending.nudge("let the container's process go on")?;
+    }
+    Ok(pending)
+}
+
+/// Clones a child that goes on with `child`, which gets its end of the socket.
+///
+/// What is made in a clone belongs to the user namespace of who clones. So where one is joined, a process between does that and clones from
+/// there: it must be the caller's pid and mount namespaces' owner for the container to mount a /proc of its own.
+///
+/// ```text
+/// caller ── clone ──▶ between: joins user and pid namespace ── clone (CLONE_PARENT) ──▶ child
+///        ◀─────────── pid and pidfd of the child; ends
+/// ```
+pub(crate) fn start(
+    cgroup: &Cgroup,
+    opened: &Opened,
+    child: impl FnOnce(BorrowedFd<'_>),
+) -> Result<Pending, ContainerError> {
     let (ours, theirs) = report::channel().map_err(ContainerError::system("make a socket"))?;
     let place = cgroup.open()?;
-    let cloned =
-        namespaces::clone_into(opened.pid.as_ref(), || sys::clone(opened.clone_flags, place.as_fd()))
-            .map_err(ContainerError::system("start the container's process"))?;
-    match cloned {
+    let cloned = if opened.user.is_some() {
+        sys::clone(0, Some(place.as_fd()))
+    } else {
+        namespaces::clone_into(opened.pid.as_ref(), || sys::clone(opened.clone_flags, Some(place.as_fd())))
+    };
+    match cloned.map_err(ContainerError::system("start the container's process"))? {
         Cloned::Child => {
             drop(ours);
-            child::first(plan, &opened, &Connections { report: theirs.as_fd(), io })
+            if opened.user.is_some() {
+                go_between(opened, theirs.as_fd());
+            }
+            child(theirs.as_fd());
+            sys::exit_now(125)
         }
         Cloned::Parent { pid, pidfd } => {
-            let pending =
-                Pending { running: Running { pid, pidfd, terminal: None }, report: ours, immediate: false };
-            protect(pid, &plan.process)?;
-            if plan.namespaces.makes(libc::CLONE_NEWUSER) {
-                namespaces::map(pid, plan)?;
-                pending.nudge("let the container's process go on")?;
-            }
-            Ok(pending)
+            drop(theirs);
+            let running = match &opened.user {
+                Some(_) => successor(&ours, pid)?,
+                None => Running { pid, pidfd, terminal: None },
+            };
+            Ok(Pending { running, report: ours, immediate: false })
         }
+    }
+}
+
+/// The process between: returns in the child alone.
+fn go_between(opened: &Opened, report: BorrowedFd<'_>) {
+    let said = match namespaces::clone_below(opened) {
+        Ok(Cloned::Child) => return,
+        Ok(Cloned::Parent { pid, pidfd }) => report::send(report, &Report::Process(pid.as_raw_pid(), pidfd)),
+        Err(failed) => report::send(report, &Report::Failed(failed.0)),
+    };
+    sys::exit_now(i32::from(said.is_err()))
+}
+
+/// The child of the process between, which ends.
+fn successor(report: &OwnedFd, between: Pid) -> Result<Running, ContainerError> {
+    let said = report::wait(report).map_err(ContainerError::system("hear from the child"));
+    // It ends at once, whatever it said; killed, if it said something else.
+    if !matches!(said, Ok(Report::Process(..) | Report::Failed(_))) {
+        let _ = kill_process(between, Signal::KILL);
+    }
+    let _ = waitpid(Some(between), WaitOptions::empty());
+    match said? {
+        Report::Process(pid, pidfd) => {
+            let pid = Pid::from_raw(pid).ok_or(ContainerError::Vanished)?;
+            Ok(Running { pid, pidfd, terminal: None })
+        }
+        Report::Failed(text) => Err(ContainerError::Child(text)),
+        Report::Terminal(_) | Report::Ready | Report::Closed => Err(ContainerError::Vanished),
     }
 }
 
@@ -94,7 +149,7 @@ pub fn execute(
     let user = different_user_namespace(&namespace("user"))?;
     let (ours, theirs) = report::channel().map_err(ContainerError::system("make a socket"))?;
     let place = cgroup.open()?;
-    let cloned = namespaces::clone_into(Some(&pid), || sys::clone(0, place.as_fd()))
+    let cloned = namespaces::clone_into(Some(&pid), || sys::clone(0, Some(place.as_fd())))
         .map_err(ContainerError::system("start a process in the container"))?;
     match cloned {
         Cloned::Child => {
@@ -154,8 +209,17 @@ impl Pending {
                 Some(Report::Ready) => return Ok(Launch::Ready),
                 Some(Report::Failed(text)) => return Err(ContainerError::Child(text)),
                 Some(Report::Closed) if self.immediate => return Ok(Launch::Executed),
-                Some(Report::Closed) => return Err(ContainerError::Vanished),
+                Some(Report::Closed | Report::Process(..)) => return Err(ContainerError::Vanished),
             }
+        }
+    }
+
+    /// Hears what the child says until it is ready.
+    pub(crate) fn wait_until_ready(&mut self) -> Result<(), ContainerError> {
+        match report::wait(&self.report).map_err(ContainerError::system("hear from the child"))? {
+            Report::Ready => Ok(()),
+            Report::Failed(text) => Err(ContainerError::Child(text)),
+            Report::Terminal(_) | Report::Process(..) | Report::Closed => Err(ContainerError::Vanished),
         }
     }
 

@@ -21,6 +21,7 @@
 //! | `child.rs` | the child's steps in their order |
 //! | `init.rs` | the first process of a pid namespace that containers share |
 //! | `namespaces.rs` | joining and making |
+//! | `pod.rs` | namespaces that a pod's containers share, with a user namespace that owns them |
 //! | `filesystem.rs` | mounts, by descriptors |
 //! | `root.rs` | devices, pivot, hidden paths |
 //! | `credentials.rs` | user, groups, capabilities, filters |
@@ -51,6 +52,7 @@ mod limits;
 mod namespaces;
 mod options;
 mod plan;
+mod pod;
 mod process;
 mod report;
 mod root;
@@ -62,4 +64,5 @@ pub use error::{ContainerError, Refused};
 pub use init::start_init;
 pub use launch::{Io, Launch, Pending, Running, create, execute};
 pub use plan::Plan;
+pub use pod::{IdRange, PodNamespaces};
 pub use process::{ProcessPlan, Seccomp};

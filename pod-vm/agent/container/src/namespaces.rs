@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::process::Pid;
 
 use crate::error::{ContainerError, During, Step};
-use crate::plan::{Mapping, Namespaces, Plan};
+use crate::plan::{Mapping, Namespaces};
 use crate::sys::{self, Cloned};
 
 /// Kinds that clone3 makes at once. A cgroup namespace has its root where the process is when it is made, and only after the clone is that
@@ -20,11 +20,13 @@ const BY_CLONE: i32 = libc::CLONE_NEWUSER
     | libc::CLONE_NEWNET;
 
 /// What has to be opened before the clone, and the flags for it.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Opened {
     pub(crate) clone_flags: u64,
+    /// Joined before the clone, so that what is made belongs to it: see `launch.rs`.
+    pub(crate) user: Option<File>,
     pub(crate) pid: Option<File>,
-    /// Joined by the child, the user namespace first.
+    /// Joined by the child.
     pub(crate) joined: Vec<(i32, File)>,
     /// Made by the child after it has joined those.
     pub(crate) late: i32,
@@ -32,21 +34,36 @@ pub(crate) struct Opened {
 
 /// Opens the namespaces that a container joins.
 pub(crate) fn open(namespaces: &Namespaces) -> Result<Opened, ContainerError> {
-    let mut pid = None;
-    let mut joined = Vec::new();
+    let now = namespaces.new & BY_CLONE;
+    let late = namespaces.new & !BY_CLONE;
+    let mut opened = Opened { clone_flags: u64::from(now.cast_unsigned()), late, ..Opened::default() };
     for (kind, path) in &namespaces.joined {
         let file =
             File::open(path).map_err(ContainerError::system(format!("open namespace {}", path.display())))?;
-        if *kind == libc::CLONE_NEWPID {
-            pid = Some(file);
-        } else {
-            joined.push((*kind, file));
+        match *kind {
+            libc::CLONE_NEWPID => opened.pid = Some(file),
+            libc::CLONE_NEWUSER => opened.user = Some(file),
+            kind => opened.joined.push((kind, file)),
         }
     }
-    // With a user namespace to join, the new ones have to be made inside it.
-    let joins_user = namespaces.joins(libc::CLONE_NEWUSER).is_some();
-    let now = if joins_user { namespaces.new & libc::CLONE_NEWPID } else { namespaces.new & BY_CLONE };
-    Ok(Opened { clone_flags: u64::from(now.cast_unsigned()), pid, joined, late: namespaces.new & !now })
+    Ok(opened)
+}
+
+/// In a process between: joins the user namespace and clones from there. The new process is a child of the caller's parent.
+pub(crate) fn clone_below(opened: &Opened) -> Step<Cloned> {
+    join_user(opened.user.as_ref())?;
+    if let Some(pid) = &opened.pid {
+        sys::setns(pid.as_fd(), libc::CLONE_NEWPID).during(|| "join the pid namespace".into())?;
+    }
+    let flags = opened.clone_flags | u64::from(libc::CLONE_PARENT.cast_unsigned());
+    sys::clone(flags, None).during(|| "start the container's process".into())
+}
+
+/// Joins a user namespace and becomes its root.
+pub(crate) fn join_user(user: Option<&File>) -> Step {
+    let Some(user) = user else { return Ok(()) };
+    sys::setns(user.as_fd(), libc::CLONE_NEWUSER).during(|| "join the user namespace".into())?;
+    become_root()
 }
 
 /// Clones with `pid` as the namespace of the caller's children, and takes that back.
@@ -66,7 +83,7 @@ pub(crate) fn clone_into(
 }
 
 /// Writes the maps of a child's new user namespace. It waits for that.
-pub(crate) fn map(pid: Pid, plan: &Plan) -> Result<(), ContainerError> {
+pub(crate) fn map(pid: Pid, uids: &[Mapping], gids: &[Mapping]) -> Result<(), ContainerError> {
     let write = |file: &str, mappings: &[Mapping]| {
         let path = format!("/proc/{}/{file}", pid.as_raw_pid());
         let lines: Vec<String> = mappings
@@ -76,17 +93,14 @@ pub(crate) fn map(pid: Pid, plan: &Plan) -> Result<(), ContainerError> {
         let lines = lines.join("\n");
         fs::write(&path, lines).map_err(ContainerError::system(format!("write {path}")))
     };
-    write("uid_map", &plan.uid_map)?;
-    write("gid_map", &plan.gid_map)
+    write("uid_map", uids)?;
+    write("gid_map", gids)
 }
 
 /// The child's part: joins, and makes what was left to it.
 pub(crate) fn enter(opened: &Opened) -> Step {
     for (kind, file) in &opened.joined {
         sys::setns(file.as_fd(), *kind).during(|| format!("join the {} namespace", name(*kind)))?;
-        if *kind == libc::CLONE_NEWUSER {
-            become_root()?;
-        }
     }
     if opened.late != 0 {
         sys::unshare(opened.late).during(|| format!("make the {} namespace", name(opened.late)))?;
@@ -118,7 +132,6 @@ pub(crate) fn join_all(init: &OwnedFd, user: bool) -> Step {
 
 fn name(kind: i32) -> &'static str {
     match kind {
-        libc::CLONE_NEWUSER => "user",
         libc::CLONE_NEWNET => "network",
         libc::CLONE_NEWIPC => "ipc",
         libc::CLONE_NEWUTS => "uts",

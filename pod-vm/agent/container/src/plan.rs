@@ -188,8 +188,6 @@ fn namespaces(spec: &Spec) -> Result<Namespaces, Refused> {
     if !namespaces.makes(libc::CLONE_NEWNS) {
         return Err(Refused::new("linux.namespaces", "a container needs a mount namespace of its own"));
     }
-    // The user namespace comes first: the others belong to the one that was current when they were made.
-    namespaces.joined.sort_by_key(|(kind, _)| *kind != libc::CLONE_NEWUSER);
     Ok(namespaces)
 }
 
@@ -334,20 +332,6 @@ mod tests {
             "hooks"
         );
         assert!(spec(|_| ()).is_ok());
-    }
-
-    #[test]
-    fn user_namespaces_are_joined_first() {
-        let plan = spec(|spec| {
-            spec["linux"]["namespaces"] = serde_json::json!([
-                {"type": "mount"},
-                {"type": "network", "path": "/n"},
-                {"type": "user", "path": "/u"},
-            ]);
-        });
-        let joined = plan.unwrap().namespaces.joined;
-        assert_eq!(joined[0], (libc::CLONE_NEWUSER, "/u".into()));
-        assert_eq!(joined[1], (libc::CLONE_NEWNET, "/n".into()));
     }
 
     #[test]

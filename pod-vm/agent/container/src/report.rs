@@ -5,6 +5,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
@@ -20,6 +21,8 @@ pub(crate) enum Report {
     Terminal(OwnedFd),
     /// Everything is prepared; it waits to be started.
     Ready,
+    /// Not the child, which ends: its pid as the caller sees it, and its pidfd.
+    Process(i32, OwnedFd),
     /// A step failed; the child ends.
     Failed(String),
     /// The program has been executed, or the child is gone.
@@ -36,6 +39,7 @@ pub(crate) fn send(socket: impl AsFd, report: &Report) -> io::Result<()> {
     let (text, descriptor) = match report {
         Report::Terminal(terminal) => (b"t".to_vec(), Some(terminal)),
         Report::Ready => (b"r".to_vec(), None),
+        Report::Process(pid, pidfd) => ([b"p", &pid.to_ne_bytes()[..]].concat(), Some(pidfd)),
         Report::Failed(text) => {
             (std::iter::once(b'f').chain(text.bytes().take(LIMIT - 1)).collect::<Vec<u8>>(), None)
         }
@@ -49,6 +53,17 @@ pub(crate) fn send(socket: impl AsFd, report: &Report) -> io::Result<()> {
     }
     sendmsg(socket, &[IoSlice::new(&text)], &mut ancillary, SendFlags::NOSIGNAL)?;
     Ok(())
+}
+
+/// The caller's side: waits for the next message.
+pub(crate) fn wait(socket: &OwnedFd) -> io::Result<Report> {
+    loop {
+        if let Some(report) = receive(socket)? {
+            return Ok(report);
+        }
+        // Interrupted or not: it is asked again.
+        let _ = poll(&mut [PollFd::new(socket, PollFlags::IN)], None);
+    }
 }
 
 /// The caller's side: the next message, or `None` when there is none yet.
@@ -74,6 +89,10 @@ pub(crate) fn receive(socket: impl AsFd) -> io::Result<Option<Report>> {
         (None, _) => Report::Closed,
         (Some((b't', _)), Some(terminal)) => Report::Terminal(terminal),
         (Some((b'r', _)), _) => Report::Ready,
+        (Some((b'p', pid)), Some(pidfd)) => {
+            let pid = pid.try_into().map_err(|_| io::ErrorKind::InvalidData)?;
+            Report::Process(i32::from_ne_bytes(pid), pidfd)
+        }
         (Some((b'f', text)), _) => Report::Failed(String::from_utf8_lossy(text).into_owned()),
         _ => return Err(io::ErrorKind::InvalidData.into()),
     }))

@@ -16,10 +16,11 @@ pub(crate) enum Cloned {
     Child,
 }
 
-/// clone3(2) without shared memory: a fork into a cgroup and new namespaces, with a pidfd.
+/// clone3(2) without shared memory: a fork into new namespaces and perhaps a cgroup, with a pidfd. With CLONE_PARENT it is a child of the
+/// caller's parent, which it signals when it ends as the caller would.
 ///
 /// For processes with one thread: the child goes on in ordinary code, so no lock may be held by a thread that it does not have.
-pub(crate) fn clone(namespaces: u64, cgroup: BorrowedFd<'_>) -> io::Result<Cloned> {
+pub(crate) fn clone(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Cloned> {
     #[repr(C)]
     #[derive(Default)]
     struct CloneArgs {
@@ -37,11 +38,13 @@ pub(crate) fn clone(namespaces: u64, cgroup: BorrowedFd<'_>) -> io::Result<Clone
     }
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let mut pidfd: libc::c_int = -1;
+    let is_sibling = flags & u64::from(libc::CLONE_PARENT.cast_unsigned()) != 0;
+    let into = if cgroup.is_some() { CLONE_INTO_CGROUP } else { 0 };
     let arguments = CloneArgs {
-        flags: namespaces | CLONE_INTO_CGROUP | u64::from(libc::CLONE_PIDFD.cast_unsigned()),
+        flags: flags | into | u64::from(libc::CLONE_PIDFD.cast_unsigned()),
         pidfd: (&raw mut pidfd) as u64,
-        exit_signal: u64::from(libc::SIGCHLD.cast_unsigned()),
-        cgroup: u64::from(cgroup.as_raw_fd().cast_unsigned()),
+        exit_signal: if is_sibling { 0 } else { u64::from(libc::SIGCHLD.cast_unsigned()) },
+        cgroup: cgroup.map_or(0, |cgroup| u64::from(cgroup.as_raw_fd().cast_unsigned())),
         ..CloneArgs::default()
     };
     // SAFETY: the struct has the layout of clone_args (linux/sched.h, 88 bytes) and lives over the call; without CLONE_VM the child has

@@ -16,7 +16,7 @@ type Test = fn(&Lab) -> Result<()>;
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
-    let tests: [(&str, Test); 16] = [
+    let tests: [(&str, Test); 17] = [
         ("runs_a_program_in_namespaces_of_its_own", namespaces),
         ("identity_is_what_was_asked_for", identity),
         ("file_systems_are_mounted_as_asked", mounts),
@@ -32,6 +32,7 @@ fn main() -> ExitCode {
         ("a_failed_mount_is_named", failed_mount),
         ("executes_one_more_process", execute),
         ("a_user_namespace_owns_the_others", user_namespace),
+        ("a_pod_s_user_namespace_owns_what_its_containers_make", pod_namespaces),
         ("is_killed_and_removed_with_its_cgroup", kill),
     ];
     let trials = tests.map(|(name, test)| {
@@ -298,6 +299,67 @@ fn user_namespace(lab: &Lab) -> Result<()> {
         spec["process"]["capabilities"] = json!({"bounding": set, "permitted": set, "effective": set});
     })?;
     expect(&outcome, &["         0     100000      65536\n", "\n0\n", "may\n", "\n1\n"])
+}
+
+/// Two containers in the namespaces of one pod, with a shared pid namespace and without.
+fn pod_namespaces(lab: &Lab) -> Result<()> {
+    use podvisor_container::{IdRange, PodNamespaces, start_init};
+    lab.give_to(200_000)?;
+    let range = IdRange { outside: 200_000, length: 65_536 };
+    let directory = lab.directory("namespaces")?;
+    let pod = PodNamespaces::make(range, range, &directory)?;
+    pod.inside(|| rustix::system::sethostname(b"the-pod"))??;
+    pod.inside(|| std::fs::write("/proc/sys/net/ipv4/ip_default_ttl", "77"))??;
+    ensure!(
+        pod.inside(|| std::fs::read_to_string("/proc/net/dev"))??.lines().count() == 3,
+        "not its network"
+    );
+    pod.as_root(|| {
+        std::fs::write("/proc/sys/kernel/shmmni", "33").or_else(|error| match error.kind() {
+            // Before Linux 6.9 that was for the node's root.
+            std::io::ErrorKind::PermissionDenied => Ok(()),
+            _ => Err(error),
+        })
+    })?;
+    let failed =
+        pod.as_root(|| std::fs::write("/proc/sys/kernel/panic", "0")).expect_err("it is not the pod's");
+    ensure!(format!("{failed:#}").contains("denied"), "{failed:#}");
+    ensure!(rustix::system::uname().nodename() != c"the-pod", "it is inside still");
+
+    let init_cgroup = lab.cgroup("init")?;
+    let init = start_init(&init_cgroup, Some(&pod.user()))?;
+    let shared = format!("/proc/{}/ns/pid", init.pid.as_raw_pid());
+    let script = "cat /proc/self/uid_map /proc/1/comm /proc/sys/net/ipv4/ip_default_ttl; hostname; id -u; \
+                  echo 1 >/proc/sys/net/ipv4/ip_forward && echo may; cat /proc/self/cgroup; ls /sys/class/net";
+    for (pid, first) in
+        [(json!({"type": "pid"}), "sh\n"), (json!({"type": "pid", "path": shared}), "podvisor-init\n")]
+    {
+        let outcome = lab.shell(script, |spec| {
+            let pin = |kind: &str, name: &str| json!({"type": kind, "path": directory.join(name)});
+            spec["linux"]["namespaces"] = json!([
+                {"type": "mount"}, {"type": "cgroup"}, pid, pin("user", "user"), pin("network", "net"),
+                pin("ipc", "ipc"), pin("uts", "uts"),
+            ]);
+            let mounts = spec["mounts"].as_array_mut().expect("mounts");
+            mounts
+                .push(json!({"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"]}));
+            mounts.retain(|mount| mount["destination"] != "/sys/fs/cgroup");
+            let set = json!(["CAP_NET_ADMIN"]);
+            spec["process"]["capabilities"] = json!({"bounding": set, "permitted": set, "effective": set});
+        })?;
+        expect(
+            &outcome,
+            &["         0     200000      65536\n", first, "\n77\nthe-pod\n0\nmay\n", "0::/\n", "\nlo\n"],
+        )?;
+    }
+    init_cgroup.place().kill()?;
+    rustix::process::waitpid(Some(init.pid), rustix::process::WaitOptions::empty())?;
+    init_cgroup.place().remove()?;
+    drop(pod);
+    for name in ["user", "net", "ipc", "uts"] {
+        rustix::mount::unmount(directory.join(name), rustix::mount::UnmountFlags::empty())?;
+    }
+    Ok(())
 }
 
 fn kill(lab: &Lab) -> Result<()> {

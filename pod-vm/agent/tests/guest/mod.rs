@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use podvisor_proto::agent::request::Verb;
 use podvisor_proto::agent::{
     CreateContainer, Error, ErrorCode, Event, Exec, Exit, Hello, KillContainer, Open, Opened, Personalise,
-    Reply, Request, Standard, StandardStream, StartContainer, event, open, reply,
+    Reply, Request, Standard, StandardStream, StartContainer, UserNamespace, event, open, reply,
 };
 use prost::Message;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -70,12 +70,28 @@ pub(crate) fn shell(script: &str) -> Value {
 
 impl Guest {
     pub(crate) fn new() -> Self {
-        Self::started_by(&[])
+        Self::started_by(&[], None)
+    }
+
+    /// Its agent has a network namespace of its own, and a /run; the pod has a user namespace.
+    pub(crate) fn with_user_namespace() -> Self {
+        let own_run = "mount -t tmpfs run /run && exec \"$@\"";
+        Self::started_by(
+            &["unshare", "--net", "--mount", "--propagation", "slave", "sh", "-c", own_run, "agent"],
+            Some(UserNamespace { uid: 300_000, uids: 65_536, gid: 300_000, gids: 65_536 }),
+        )
+    }
+
+    /// Makes a user of the host the owner of the root file system.
+    pub(crate) fn give_root_to(&self, uid: u32) {
+        let uid = uid.to_string();
+        let status = Command::new("chown").args(["-hR", &uid]).arg(self.directory.path()).status();
+        assert!(status.expect("chown runs").success());
     }
 
     /// Its agent has a network namespace of its own.
     pub(crate) fn with_network() -> Self {
-        Self::started_by(&["unshare", "--net"])
+        Self::started_by(&["unshare", "--net"], None)
     }
 
     /// Of the agent.
@@ -83,7 +99,7 @@ impl Guest {
         self.agent.id()
     }
 
-    fn started_by(words: &[&str]) -> Self {
+    fn started_by(words: &[&str], user_namespace: Option<UserNamespace>) -> Self {
         assert!(
             std::env::var_os(podvisor_critest::sandbox::MARK).is_some(),
             "run this in a sandbox: tests/scripts/cargo-test"
@@ -116,7 +132,15 @@ impl Guest {
             .expect("the agent starts");
         let client = Client::hello(&directory.path().join("control.sock"));
         let mut guest = Self { directory, agent, client };
-        guest.done(Verb::Personalise(Personalise { seed: vec![7; 32], ..Default::default() }));
+        // The sysctls are a pod's alone, and set only where it has namespaces.
+        let sysctls = [("net.ipv4.ip_default_ttl", "77"), ("kernel.shmmni", "33")];
+        guest.done(Verb::Personalise(Personalise {
+            seed: vec![7; 32],
+            hostname: "the-pod".into(),
+            sysctls: sysctls.map(|(name, value)| (name.into(), value.into())).into(),
+            user_namespace,
+            ..Default::default()
+        }));
         guest
     }
 

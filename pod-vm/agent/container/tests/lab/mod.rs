@@ -108,6 +108,12 @@ impl Lab {
         spec
     }
 
+    /// One for a process that is no container's.
+    pub(crate) fn cgroup(&self, name: &str) -> Result<Cgroup> {
+        let name = format!("/{name}-{}", std::process::id());
+        Ok(Cgroup::create(self.cgroups.cgroup(&name), &Default::default())?)
+    }
+
     pub(crate) fn create(&self, spec: &Value) -> Result<Container> {
         let spec: Spec = serde_json::from_value(spec.clone())?;
         let profile = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
