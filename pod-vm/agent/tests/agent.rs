@@ -1,6 +1,5 @@
 //! The agent as a process, driven over its two sockets as a pod's monitor would.
 
-#[allow(dead_code, reason = "not every test program uses all of it")]
 mod guest;
 
 use guest::{Guest, Outcome, code, process, shell};
@@ -153,7 +152,7 @@ fn ports_of_the_pod() {
 #[test]
 fn what_cannot_be_is_refused_with_a_reason() {
     let mut guest = Guest::new();
-    let root = guest.rootfs();
+    let root = guest.rootfs.clone();
     let create = |id: &str, spec: &serde_json::Value| {
         let mut spec = spec.clone();
         if spec.is_object() {
@@ -229,8 +228,10 @@ fn an_exec_needs_a_running_container() {
 #[test]
 fn containers_share_a_pid_namespace_whose_init_reaps() {
     let mut guest = Guest::new();
-    let shared = |guest: &Guest, id: &str, script: &str| {
-        let mut spec = guest.spec(&shell(script));
+    let spec = guest.spec(&shell(""));
+    let shared = |id: &str, script: &str| {
+        let mut spec = spec.clone();
+        spec["process"]["args"][2] = script.into();
         let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
         namespaces.retain(|namespace| namespace["type"] != "pid");
         let all = serde_json::json!(["CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_DAC_READ_SEARCH"]);
@@ -240,19 +241,19 @@ fn containers_share_a_pid_namespace_whose_init_reaps() {
         let create = CreateContainer { container_id: id.into(), spec, share_pid: true, ..Default::default() };
         Verb::CreateContainer(create)
     };
-    assert_eq!(code(guest.ask(shared(&guest, "c1", "true"))), ErrorCode::WrongState);
+    assert_eq!(code(guest.ask(shared("c1", "true"))), ErrorCode::WrongState);
     let Outcome::Ok(reply::Result::Started(init)) = guest.ask(Verb::StartInit(StartInit {})) else {
         panic!()
     };
     assert_eq!(code(guest.ask(Verb::StartInit(StartInit {}))), ErrorCode::AlreadyExists);
 
     // An orphan ends, and nobody keeps it.
-    guest.ask(shared(&guest, "c1", "sh -c 'sleep 0 & :'; exec sleep 1000")).unwrap();
+    guest.ask(shared("c1", "sh -c 'sleep 0 & :'; exec sleep 1000")).unwrap();
     guest.start("c1");
     let script = "cat /proc/1/comm; ls -A /proc/1/root/ /proc/1/fd/; \
         until pidof sleep > /dev/null; do :; done; \
         while grep -qs '^State:.*zombie' /proc/[0-9]*/status; do :; done; echo end";
-    guest.ask(shared(&guest, "c2", script)).unwrap();
+    guest.ask(shared("c2", script)).unwrap();
     let stdout = guest.stream("c2", StandardStream::Stdout);
     guest.start("c2");
     assert_eq!(stdout.read_all(), "podvisor-init\n/proc/1/fd/:\n\n/proc/1/root/:\nend\n");
@@ -277,5 +278,5 @@ fn containers_share_a_pid_namespace_whose_init_reaps() {
         other => panic!("{other:?}"),
     });
     assert!(ends.contains(&("init".into(), 137)) && ends.contains(&("c1".into(), 137)), "{ends:?}");
-    assert_eq!(code(guest.ask(shared(&guest, "c4", "true"))), ErrorCode::WrongState);
+    assert_eq!(code(guest.ask(shared("c4", "true"))), ErrorCode::WrongState);
 }

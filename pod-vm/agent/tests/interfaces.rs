@@ -1,6 +1,5 @@
 //! Network interfaces as the agent configures them, in a network namespace in place of a guest.
 
-#[allow(dead_code, reason = "not every test program uses all of it")]
 mod guest;
 
 use std::process::Command;
