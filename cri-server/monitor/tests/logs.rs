@@ -156,6 +156,8 @@ fn a_full_disk_loses_lines_and_never_stops_the_container(lab: &mut lab::Lab) {
     // The container came to its `cat`, however much of its output was lost: it takes input.
     client.stdin(b"hello\n");
     client.stdout_until("hello\n");
+    // Answered when everything before it is written, or lost.
+    pod.daemon.done(reopen("c1"));
     let full = fs::read_to_string(pod.log("c1")).unwrap();
     assert!(full.ends_with('\n'), "no torn line: {:?}", &full[full.len() - 50..]);
     let kept = full.lines().count();

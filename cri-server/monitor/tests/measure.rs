@@ -60,6 +60,30 @@ fn memory() {
     });
 }
 
+/// The hypervisor of the machine below.
+#[test]
+fn plays_a_program() {
+    lab::fake::play();
+}
+
+#[test]
+#[ignore = "measures"]
+fn memory_with_a_machine() {
+    run(|lab| {
+        let mut pod = lab.machine();
+        println!("private, machine: {} KiB", private_memory(pod.child.id()) / 1024);
+        pod.run("c1", &Spec::waiting());
+        until("the container is ready", || !pod.log_lines("c1").is_empty());
+        println!("private, one container: {} KiB", private_memory(pod.child.id()) / 1024);
+        for n in 0..50 {
+            pod.daemon.exec_sync(sync("c1", &format!("e{n}"), "seq 100000")).unwrap();
+        }
+        println!("private, after 50 execs: {} KiB", private_memory(pod.child.id()) / 1024);
+        pod.run_to_end("c2", &Spec::shell("seq 1000000"));
+        println!("private, after a log of 7 MB: {} KiB", private_memory(pod.child.id()) / 1024);
+    });
+}
+
 #[test]
 #[ignore = "measures"]
 fn latency() {

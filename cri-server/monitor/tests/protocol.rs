@@ -3,19 +3,17 @@
 
 mod lab;
 
-use std::io::{IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
-use std::net::{TcpListener, TcpStream};
+use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::process::Command;
 
-use lab::client::sync;
+use lab::client::{connected, sync};
 use lab::{Client, Lab, Pod, Spec, private_memory, run, until};
 use podvisor_proto::monitor::{
-    Adopt, Attach, Connect, ErrorCode, Hello, ListProcesses, MAX_FRAME, PROTOCOL_VERSION, Reply, Request,
-    Subscribe, reply, request::Verb,
+    Adopt, Attach, Connect, ErrorCode, Hello, ListProcesses, MAX_FRAME, PROTOCOL_VERSION, Request, Subscribe,
+    reply, request::Verb,
 };
 use prost::Message;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 #[test]
 fn hello_and_adopt() {
@@ -178,26 +176,6 @@ fn listen_inside(address: &'static str) -> TcpListener {
         TcpListener::bind(address).unwrap()
     };
     std::thread::spawn(listen).join().unwrap()
-}
-
-/// Asks for a connection and takes it.
-fn connected(client: &mut Client, port: u32) -> TcpStream {
-    client.send(Verb::Connect(Connect { port }));
-    let mut bytes = [0; 256];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let slices = &mut [IoSliceMut::new(&mut bytes)];
-    let received = recvmsg(&client.socket, slices, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
-    let reply = Reply::decode(&bytes[4..received.bytes]).unwrap();
-    assert!(matches!(reply.result, Some(reply::Result::Connected(_))), "{reply:?}");
-    let descriptor = control.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
-        _ => None,
-    });
-    assert!(client.read_frame().is_none(), "the connection ends");
-    let stream = TcpStream::from(descriptor.expect("a descriptor"));
-    stream.set_nonblocking(false).unwrap();
-    stream
 }
 
 #[test]

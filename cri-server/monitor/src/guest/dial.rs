@@ -43,7 +43,7 @@ pub(super) struct Dial {
 /// What it is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Goal {
-    /// The agent's control port. Tried again until the time is over.
+    /// The agent's control port.
     Control,
     /// A standard stream of a container or exec; `None`: its input.
     Standard { owner: u64, which: Option<Stream>, open: Open },
@@ -123,14 +123,12 @@ impl Monitor {
                 dial.timer = self.timers.set(limit, Timer::Dial(key));
                 dial.stage = Stage::Named(socket, watch, Vec::new());
             }
-            // Its queue is full.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.pause(key, DialError::Late),
-            Err(error) if dial.goal == Goal::Control => self.pause(key, DialError::Hypervisor(error)),
-            Err(error) => self.dialled(key, Err(DialError::Hypervisor(error))),
+            Err(error) => self.pause(key, DialError::Hypervisor(error)),
         }
     }
 
-    /// Waits before the next attempt, or gives up.
+    /// Waits before the next attempt, or gives up. Nobody may listen yet, or have no room for one more; or the machine is ending, which
+    /// is known in a moment.
     fn pause(&mut self, key: u64, error: DialError) {
         let Some(dial) = self.machine.as_mut().and_then(|machine| machine.dials.get_mut(&key)) else {
             return;
@@ -163,7 +161,6 @@ impl Monitor {
         let Some(dial) = self.machine.as_mut().and_then(|machine| machine.dials.get_mut(&key)) else {
             return;
         };
-        let patient = dial.goal == Goal::Control;
         let outcome = match &mut dial.stage {
             Stage::Pausing => return,
             Stage::Named(socket, _, line) => read_line(socket, line).map(|there| there.then_some(())),
@@ -177,7 +174,7 @@ impl Monitor {
         match outcome {
             Ok(None) => {}
             Ok(Some(())) => self.dial_advances(key),
-            Err(DialError::Nobody) if patient => {
+            Err(DialError::Nobody) => {
                 self.timers.cancel(dial.timer);
                 self.pause(key, DialError::Nobody);
             }
@@ -196,7 +193,8 @@ impl Monitor {
                 let sent = send(&socket, &open, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
                 dial.stage = Stage::Opening(socket, watch, Vec::new());
                 if !matches!(sent, Ok(length) if length == open.len()) {
-                    self.dialled(key, Err(DialError::Nobody));
+                    self.timers.cancel(dial.timer);
+                    self.pause(key, DialError::Nobody);
                 }
             }
             (Stage::Named(socket, mut watch, _) | Stage::Opening(socket, mut watch, _), _) => {

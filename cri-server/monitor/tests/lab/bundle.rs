@@ -13,7 +13,7 @@ pub fn make_rootfs(rootfs: &Path) {
     fs::copy(busybox, rootfs.join("bin/busybox")).expect("`make images` has fetched busybox");
     for name in [
         "sh", "cat", "sleep", "true", "false", "seq", "echo", "printf", "kill", "dd", "yes", "stty", "head",
-        "ps", "nc",
+        "ps", "nc", "test", "touch",
     ] {
         std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(name)).expect("link");
     }

@@ -1,14 +1,17 @@
 //! The daemon's side of the monitor protocol, blocking.
 
 use std::collections::VecDeque;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 
 use podvisor_proto::monitor::{
-    Error, ErrorCode, Event, Exec, ExecProcess, ExecSync, ExecSyncReply, Exit, ProcessExit, Reply, Request,
-    Started, StreamFrame, TerminalSize, event, reply, request::Verb, stream_frame::Frame,
+    Connect, Error, ErrorCode, Event, Exec, ExecProcess, ExecSync, ExecSyncReply, Exit, ProcessExit, Reply,
+    Request, Started, StreamFrame, TerminalSize, event, reply, request::Verb, stream_frame::Frame,
 };
 use prost::Message;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 use super::PATIENCE;
 use super::bundle::process;
@@ -103,6 +106,13 @@ impl Client {
             Some(reply::Result::Event(event)) => event.kind.expect("a kind"),
             other => panic!("expected an event, got {other:?}"),
         }
+    }
+
+    /// The next event, which stays the next.
+    pub fn peek(&mut self) -> event::Kind {
+        let kind = self.event();
+        self.events.push_front(Event { kind: Some(kind.clone()) });
+        kind
     }
 
     pub fn exited(&mut self) -> (String, Exit) {
@@ -222,4 +232,24 @@ pub fn terminal(container: &str, exec_id: &str, script: &str) -> Exec {
         stderr: false,
         terminal: true,
     }
+}
+
+/// Asks for a connection and takes it.
+pub fn connected(client: &mut Client, port: u32) -> TcpStream {
+    client.send(Verb::Connect(Connect { port }));
+    let mut bytes = [0; 256];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let slices = &mut [IoSliceMut::new(&mut bytes)];
+    let received = recvmsg(&client.socket, slices, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
+    let reply = Reply::decode(&bytes[4..received.bytes]).unwrap();
+    assert!(matches!(reply.result, Some(reply::Result::Connected(_))), "{reply:?}");
+    let descriptor = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    assert!(client.read_frame().is_none(), "the connection ends");
+    let stream = TcpStream::from(descriptor.expect("a descriptor"));
+    stream.set_nonblocking(false).unwrap();
+    stream
 }

@@ -13,7 +13,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -191,7 +191,8 @@ impl Hypervisor {
                 format!("{}={}", super::machine::TAG, super::machine::SHARE).as_ref(),
             ]),
         };
-        command.stdin(Stdio::null()).spawn().expect("unshare (util-linux) runs")
+        // And a group, because it may be ended before it has tied them together.
+        command.process_group(0).stdin(Stdio::null()).spawn().expect("unshare (util-linux) runs")
     }
 
     /// Tells when the guest ends: by SIGUSR1 as if it had panicked, by SIGUSR2 as if it had switched itself off.
@@ -226,7 +227,7 @@ fn note(_words: &BTreeMap<String, String>, line: &str) -> reply::Result {
 
 fn kill(pid: u32) {
     let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).expect("a pid");
-    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
 }
 
 fn read_request(socket: &mut UnixStream) -> Option<Request> {

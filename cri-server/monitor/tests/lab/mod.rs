@@ -4,6 +4,7 @@
 //! whatever it leaves behind ends with it. Mounts, /run and /tmp are private, so nothing stays in the host's.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
+pub mod agent;
 pub mod bundle;
 pub mod client;
 pub mod fake;
