@@ -7,6 +7,7 @@
 //! With a user namespace that one comes first and owns the others, so that the pod's root may mount a /proc, sysfs and mqueue of its
 //! own and change its network. A process makes them all ([`user`]) and ends as soon as they are pinned.
 
+mod dumpable;
 mod sysctl;
 mod user;
 
@@ -178,9 +179,10 @@ fn populate(request: &Request, namespaces: &Namespaces) -> Result<(), NamespaceE
             None
         }
         Some(mappings) => {
-            let holder = Holder::start(request.net, request.ipc, uts)
+            let mut holder = Holder::start(request.net, request.ipc, uts)
                 .map_err(|source| NamespaceError::User { source })?;
             holder.map(mappings).map_err(|source| NamespaceError::Map { source })?;
+            holder.own().map_err(|source| NamespaceError::Unshare { source })?;
             for (kind, _) in namespaces.pins().filter(|(kind, _)| *kind != "user") {
                 join(&holder.namespace(kind)).map_err(|source| NamespaceError::Unshare { source })?;
             }

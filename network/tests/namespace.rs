@@ -7,7 +7,7 @@ use std::error::Error as _;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-use lab::{isolated, names, run};
+use lab::{eventually, isolated, names, run};
 use podvisor_network::namespace::{self, IdRange, NamespaceError, Namespaces, Request, UserMappings};
 
 fn request(name: &str) -> Request {
@@ -82,6 +82,8 @@ fn made_entered_released() {
 #[test]
 fn the_directory_becomes_one_shared_mount_point() {
     isolated(|| {
+        // What the machine has there lies below, out of sight.
+        let before = mounts_under_run();
         std::thread::scope(|scope| {
             for number in 0..8 {
                 scope.spawn(move || namespace::create(&request(&format!("p{number}"))).unwrap());
@@ -89,9 +91,9 @@ fn the_directory_becomes_one_shared_mount_point() {
         });
         assert_eq!(names(namespace::NET_DIRECTORY).len(), 8, "a second mount would hide pins");
         // Three directories, three pins of each pod.
-        assert_eq!(mounts_under_run(), 3 + 3 * 8);
+        assert_eq!(mounts_under_run(), before + 3 + 3 * 8);
         let mountinfo = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
-        let line = mountinfo.lines().find(|line| line.contains(" /run/netns ")).unwrap();
+        let line = mountinfo.lines().rfind(|line| line.contains(" /run/netns ")).unwrap();
         assert!(line.contains(" shared:"), "{line}");
         // `ip netns` works beside us.
         run("ip", &["netns", "add", "theirs"]);
@@ -100,7 +102,7 @@ fn the_directory_becomes_one_shared_mount_point() {
             namespace::release(&Namespaces::planned(&request(&format!("p{number}")))).unwrap();
         }
         assert_no_pins();
-        assert_eq!(mounts_under_run(), 3);
+        assert_eq!(mounts_under_run(), before + 3);
     });
 }
 
@@ -230,16 +232,17 @@ fn a_user_namespace_owns_the_others() {
         );
         inside("ip link add v0 type veth peer name v1; ip -o link show up | grep -q ' lo:'");
         inside("echo 7 > /proc/sys/net/ipv4/ip_unprivileged_port_start");
+        // What is there from the beginning is its, too.
+        inside("unshare --mount sh -ec 'mount -t mqueue none /mnt; test $(stat -c %u:%g /mnt) = 0:0'");
         // And nothing of the node.
         inside("if (echo 1 > /proc/sys/kernel/panic) 2> /dev/null; then exit 9; fi");
 
         namespace::release(&made).unwrap();
         assert_no_pins();
-        assert_eq!(
-            rustix::process::dumpable_behavior().unwrap(),
-            rustix::process::DumpableBehavior::Dumpable,
-            "writing the sysctls of another root must not change this process"
-        );
+        // The other tests are threads of this process, which changes it for moments.
+        eventually("this process can be dumped as before", || {
+            rustix::process::dumpable_behavior().unwrap() == rustix::process::DumpableBehavior::Dumpable
+        });
     });
 }
 

@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
-use std::sync::{Mutex, PoisonError};
 
 use rustix::process::{Gid, Uid};
 
-use super::{NamespaceError, Request, UserMappings};
+use super::{NamespaceError, Request, UserMappings, dumpable};
 
 /// The namespace that a sysctl is part of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,22 +94,17 @@ fn write_one(name: &str, value: &str) -> io::Result<()> {
 
 /// Runs `work` in a thread that has the ids of a user namespace's root, and is in the same namespaces as this one.
 fn as_root_of(user: &UserMappings, work: impl FnOnce() -> io::Result<()> + Send) -> io::Result<()> {
-    /// Held while the process is not dumpable, which nobody else may take for what it was before.
-    static ALONE: Mutex<()> = Mutex::new(());
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let (uid, gid) = (Uid::from_raw(user.uids.outside), Gid::from_raw(user.gids.outside));
-    let dumpable = rustix::process::dumpable_behavior()?;
-    let outcome = std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("sysctls".into()).spawn_scoped(scope, || {
-            rustix::thread::set_thread_res_gid(gid, gid, gid)?;
-            rustix::thread::set_thread_res_uid(uid, uid, uid)?;
-            work()
-        })?;
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    });
-    // A change of ids takes it away from the whole process.
-    rustix::process::set_dumpable_behavior(dumpable)?;
-    outcome
+    dumpable::kept(|| {
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("sysctls".into()).spawn_scoped(scope, || {
+                rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+                rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+                work()
+            })?;
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    })
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 mod apparmor;
 mod limits;
 mod reboot;
+mod selinux;
 mod systemd;
 
 use std::future::Future;
