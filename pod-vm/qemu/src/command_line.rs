@@ -2,8 +2,7 @@
 //!
 //! QEMU opens nothing by name but its own parts: all else is handed over (`/proc/self/fd/N`, `fd=N`, `-add-fd`).
 
-use podvisor_proto::hypervisor::{Disk, Network, Share};
-
+use crate::device::{self, DiskFile, Place, descriptor_set, port_id};
 use crate::plan::{Kind, Plan};
 
 /// Ports of a q35 that are left for what is added later.
@@ -13,12 +12,10 @@ pub(crate) const SPARE_PORTS: usize = 8;
 const KERNEL_WORDS: &str =
     "console=ttyS0 quiet reboot=t panic=-1 random.trust_cpu=on no5lvl cryptomgr.notests=1";
 
-/// A disk's file as it was opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct DiskFile {
-    pub(crate) number: i32,
-    pub(crate) block_device: bool,
-}
+/// What a guest does with memory that is added: uses it at once, so that it can be given back as far as possible, and keeps the
+/// administration of it in it.
+const MEMORY_WORDS: &str =
+    "memhp_default_state=online memory_hotplug.online_policy=auto-movable memory_hotplug.memmap_on_memory=1";
 
 /// The numbers of the descriptors that QEMU inherits.
 #[derive(Debug, Default)]
@@ -31,45 +28,6 @@ pub(crate) struct Numbers {
     pub(crate) shares: Vec<i32>,
     pub(crate) disks: Vec<DiskFile>,
     pub(crate) networks: Vec<i32>,
-}
-
-/// Where a device is attached.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Place {
-    /// One of microvm's places.
-    Mmio,
-    /// The root bus, for what is never removed.
-    Root,
-    /// A port of that number.
-    Port(usize),
-}
-
-impl Place {
-    /// A virtio device's driver, as option text with where it goes.
-    fn device(&self, name: &str) -> String {
-        match self {
-            Self::Mmio => format!("{name}-device"),
-            Self::Root => format!("{name}-pci,bus=pcie.0,disable-legacy=on"),
-            Self::Port(number) => format!("{name}-pci,bus={}", port_id(*number)),
-        }
-    }
-}
-
-pub(crate) fn port_id(number: usize) -> String {
-    format!("port{number}")
-}
-
-/// What identifies the devices among themselves, in the order of the request and from then on.
-pub(crate) fn share_id(number: usize) -> String {
-    format!("share{number}")
-}
-
-pub(crate) fn disk_id(number: usize) -> String {
-    format!("disk{number}")
-}
-
-pub(crate) fn network_id(number: usize) -> String {
-    format!("network{number}")
 }
 
 /// Ports that devices of the request take.
@@ -106,12 +64,19 @@ pub(crate) fn arguments(plan: &Plan, numbers: &Numbers, kilohertz: Option<u64>) 
         line.option("-cpu", "host");
     }
     memory(&mut line, plan);
-    line.option("-smp", &processors(start.cpus, start.cpus_limit));
+    line.option("-smp", &format!("cpus={}", start.cpus_limit));
     line.option("-kernel", &format!("/proc/self/fd/{}", numbers.kernel));
     line.option("-initrd", &format!("/proc/self/fd/{}", numbers.initramfs));
     let mut words = KERNEL_WORDS.to_owned();
     if let Some(kilohertz) = kilohertz {
         words = format!("{words} tsc_early_khz={kilohertz}");
+    }
+    if start.cpus_limit > start.cpus {
+        // The others are there and not used until the agent says so.
+        words = format!("{words} maxcpus={}", start.cpus);
+    }
+    if start.memory_limit > start.memory {
+        words = format!("{words} {MEMORY_WORDS}");
     }
     if !start.command_line.is_empty() {
         words = format!("{words} {}", start.command_line);
@@ -125,9 +90,11 @@ pub(crate) fn arguments(plan: &Plan, numbers: &Numbers, kilohertz: Option<u64>) 
     line.option("-device", "pvpanic");
 
     let own = if plan.kind == Kind::Microvm { Place::Mmio } else { Place::Root };
-    line.option("-device", &own.device("virtio-rng"));
+    line.device(&own.device("virtio-rng"));
     line.option("-chardev", &format!("socket,id=vsock,fd={}", numbers.vsock));
-    line.option("-device", &format!("{},chardev=vsock", own.device("vhost-user-vsock")));
+    let mut vsock = own.device("vhost-user-vsock");
+    vsock["chardev"] = "vsock".into();
+    line.device(&vsock);
     if plan.kind == Kind::Q35 {
         for number in 0..ports_taken(plan) + SPARE_PORTS {
             let slot = number + 1;
@@ -149,17 +116,11 @@ fn memory(line: &mut Line, plan: &Plan) {
         line.option("-m", &format!("size={}B", start.memory));
         return;
     }
-    let more = start.memory_limit - start.memory;
-    line.option("-m", &format!("size={}B,maxmem={}B", start.memory, start.memory_limit));
+    // Linux adds memory in blocks of 128 MiB, and leaves what is less than one. More than the limit is never asked for.
+    let more = (start.memory_limit - start.memory).next_multiple_of(128 << 20);
+    line.option("-m", &format!("size={}B,maxmem={}B", start.memory, start.memory + more));
     line.option("-object", &format!("memory-backend-memfd,id=more,size={more},share=on,reserve=off"));
     line.option("-device", "virtio-mem-pci,id=grow,memdev=more,requested-size=0,bus=pcie.0");
-}
-
-fn processors(count: u32, limit: u32) -> String {
-    if limit == count {
-        return format!("cpus={count}");
-    }
-    format!("cpus={count},maxcpus={limit},sockets={limit},cores=1,threads=1")
 }
 
 fn pod_devices(line: &mut Line, plan: &Plan, numbers: &Numbers) {
@@ -170,76 +131,20 @@ fn pod_devices(line: &mut Line, plan: &Plan, numbers: &Numbers) {
         _ => Place::Mmio,
     };
     for (number, (share, descriptor)) in start.shares.iter().zip(&numbers.shares).enumerate() {
-        line.option("-chardev", &format!("socket,id={},fd={descriptor}", chardev_id(&share_id(number))));
-        line.option("-device", &share_device(number, share, &place()));
+        let backend = device::Kind::Share.backend(number);
+        line.option("-chardev", &format!("socket,id={backend},fd={descriptor}"));
+        line.device(&device::share(number, share, place()));
     }
     for (number, (disk, file)) in start.disks.iter().zip(&numbers.disks).enumerate() {
-        let set = number + 1;
-        line.option("-add-fd", &format!("fd={},set={set}", file.number));
-        line.option("-blockdev", &block_node(number, disk, set, file.block_device).to_string());
-        line.option("-device", &disk_device(number, disk, &place()));
+        line.option("-add-fd", &format!("fd={},set={}", file.number, descriptor_set(number)));
+        line.option("-blockdev", &device::block_node(number, disk, file.block_device).to_string());
+        line.device(&device::disk(number, disk, place()));
     }
     for (number, (network, descriptor)) in start.networks.iter().zip(&numbers.networks).enumerate() {
-        let backend = backend_id(&network_id(number));
+        let backend = device::Kind::Network.backend(number);
         line.option("-netdev", &format!("tap,id={backend},fd={descriptor},vhost=off"));
-        line.option("-device", &network_device(number, network, &place()));
+        line.device(&device::network(number, network, place()));
     }
-}
-
-/// What a device works with: a character device, block node or network back end.
-pub(crate) fn chardev_id(device: &str) -> String {
-    format!("{device}-socket")
-}
-
-pub(crate) fn backend_id(device: &str) -> String {
-    format!("{device}-backend")
-}
-
-/// A share's device as option text.
-pub(crate) fn share_device(number: usize, share: &Share, place: &Place) -> String {
-    let id = share_id(number);
-    format!("{},id={id},chardev={},tag={}", place.device("vhost-user-fs"), chardev_id(&id), share.tag)
-}
-
-/// The block node of a disk whose file is in a set of descriptors.
-pub(crate) fn block_node(number: usize, disk: &Disk, set: usize, block_device: bool) -> serde_json::Value {
-    serde_json::json!({
-        "driver": "raw",
-        "node-name": backend_id(&disk_id(number)),
-        "read-only": disk.read_only,
-        "discard": "unmap",
-        "file": {
-            "driver": if block_device { "host_device" } else { "file" },
-            "filename": format!("/dev/fdset/{set}"),
-            "read-only": disk.read_only,
-            "discard": "unmap",
-        },
-    })
-}
-
-/// A disk's device as option text.
-pub(crate) fn disk_device(number: usize, disk: &Disk, place: &Place) -> String {
-    let id = disk_id(number);
-    format!("{},id={id},drive={},serial={}", place.device("virtio-blk"), backend_id(&id), disk.serial)
-}
-
-/// A network's device as option text.
-pub(crate) fn network_device(number: usize, network: &Network, place: &Place) -> String {
-    let id = network_id(number);
-    let mut text = format!(
-        "{},id={id},netdev={},mac={}",
-        place.device("virtio-net"),
-        backend_id(&id),
-        network.hardware_address
-    );
-    if network.mtu != 0 {
-        text = format!("{text},host_mtu={}", network.mtu);
-    }
-    if !matches!(place, Place::Mmio) {
-        // No program to boot from the network with.
-        text = format!("{text},romfile=");
-    }
-    text
 }
 
 /// Arguments, in order.
@@ -255,11 +160,15 @@ impl Line {
         self.0.push(name.to_owned());
         self.0.push(value.to_owned());
     }
+
+    fn device(&mut self, device: &serde_json::Value) {
+        self.option("-device", &device.to_string());
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use podvisor_proto::hypervisor::Start;
+    use podvisor_proto::hypervisor::{Disk, Network, Share, Start};
 
     use super::*;
     use crate::plan::Choice;
@@ -306,15 +215,16 @@ mod tests {
             "-accel tcg,thread=multi,tb-size=128 -cpu max,-cx16",
             "-kernel /proc/self/fd/10 -initrd /proc/self/fd/11",
             "tsc_early_khz=2000000 podvisor.debug=1",
-            "-device vhost-user-fs-device,id=share0,chardev=share0-socket,tag=pod",
+            "-chardev socket,id=share0-backend,fd=20",
+            r#"{"chardev":"share0-backend","driver":"vhost-user-fs-device","id":"share0","tag":"pod"}"#,
             "-add-fd fd=30,set=1",
-            "-device virtio-blk-device,id=disk1,drive=disk1-backend,serial=two",
+            r#"{"drive":"disk1-backend","driver":"virtio-blk-device","id":"disk1","serial":"two"}"#,
             "-netdev tap,id=network0-backend,fd=40,vhost=off",
-            "mac=02:00:00:00:00:01,host_mtu=1400",
+            r#""host_mtu":1400,"id":"network0","mac":"02:00:00:00:00:01""#,
         ] {
             assert!(line.contains(part), "{part} is not in {line}");
         }
-        assert!(!line.contains("pci,") && !line.contains("/one"), "{line}");
+        assert!(!line.contains("-pci") && !line.contains("/one"), "{line}");
     }
 
     #[test]
@@ -324,13 +234,14 @@ mod tests {
         for part in [
             "-machine q35,",
             "-accel kvm -cpu host",
-            "-smp cpus=1,maxcpus=4,",
+            "-smp cpus=4 ",
+            " maxcpus=1 ",
             "-m size=268435456B,maxmem=536870912B",
             "virtio-mem-pci,id=grow",
             "pcie-root-port,id=port11,chassis=12,slot=12",
-            "vhost-user-fs-pci,bus=port0,",
-            "virtio-blk-pci,bus=port2,",
-            "virtio-net-pci,bus=port3,",
+            r#""bus":"port0","chardev":"share0-backend","driver":"vhost-user-fs-pci""#,
+            r#""bus":"port2","drive":"disk1-backend","driver":"virtio-blk-pci""#,
+            r#""bus":"port3","driver":"virtio-net-pci""#,
         ] {
             assert!(line.contains(part), "{part} is not in {line}");
         }

@@ -22,6 +22,10 @@ impl Failure {
         Self::new(ErrorCode::Invalid, detail)
     }
 
+    pub(crate) fn not_found(detail: impl Into<String>) -> Self {
+        Self::new(ErrorCode::NotFound, detail)
+    }
+
     pub(crate) fn wrong_state(detail: impl Into<String>) -> Self {
         Self::new(ErrorCode::WrongState, detail)
     }

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 
 use podvisor_proto::hypervisor::{Disk, Share};
 
-use crate::command_line::DiskFile;
+use crate::device::DiskFile;
 use crate::failure::Failure;
 
 /// What QEMU gets.

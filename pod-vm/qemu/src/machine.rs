@@ -1,31 +1,25 @@
 //! The machine's states, and the loop that everything happens in.
 //!
 //! ```text
-//!   Idle ──Start──▶ Starting ──QEMU answers──▶ Running ──▶ Ended
-//!     └──Stop──▶ Ended ◀──failed──┘
+//!   Idle ──Start──▶ Up ──Stop, or QEMU has ended──▶ Ended
+//!     └─────────Stop─────────────────────────────────▲
 //! ```
 //!
 //! In Ended the program is about to end; it does when the last answer is sent. When the monitor is gone it does at once, and QEMU with it.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use podvisor_proto::hypervisor::{Done, Ended, Request, Started, event, reply, request::Verb};
+use podvisor_proto::hypervisor::{Done, Request, event, reply, request::Verb};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use serde_json::Value;
 
-use crate::console::Tail;
 use crate::control::Control;
-use crate::failure::{Failure, one_line};
+use crate::failure::Failure;
 use crate::plan::{Choice, Plan};
-use crate::qmp::Message;
-use crate::start::{Begun, begin};
 use crate::tsc::Clock;
-use crate::verdict::{Evidence, verdict};
+use crate::up::Up;
 
-/// How long QEMU may take to end after it has said that the guest has.
-const LAST_STEPS: Duration = Duration::from_millis(500);
 /// How long the monitor may take to take the last answer.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -34,23 +28,6 @@ enum State {
     Idle,
     Up(Box<Up>),
     Ended,
-}
-
-/// A machine whose QEMU runs.
-#[derive(Debug)]
-struct Up {
-    begun: Begun,
-    plan: Plan,
-    /// The request for it, until it is answered.
-    starting: Option<u64>,
-    /// The first command, whose answer says that QEMU has made the machine.
-    first: Option<u64>,
-    version: String,
-    /// What QEMU has written to stderr.
-    words: Tail,
-    evidence: Evidence,
-    /// When its patience with QEMU's end is over.
-    deadline: Option<Instant>,
 }
 
 /// All there is.
@@ -96,7 +73,7 @@ impl Machine {
         if let State::Up(up) = &self.state {
             watched
                 .extend(up.descriptors().into_iter().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-            timeout = up.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            timeout = up.deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()));
         }
         let timeout = timeout.map(|left| Timespec {
             tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
@@ -109,7 +86,7 @@ impl Machine {
     }
 
     fn request(&mut self, request: Request) {
-        let outcome = match (request.verb, &self.state) {
+        let outcome = match (request.verb, &mut self.state) {
             (_, State::Ended) => Err(Failure::wrong_state("the machine has ended")),
             (Some(Verb::Start(start)), State::Idle) => {
                 let plan = Plan::new(start, self.choice);
@@ -130,8 +107,9 @@ impl Machine {
             }
             (None, _) => Err(Failure::unsupported("this hypervisor does not know that request")),
             (Some(_), State::Idle) => Err(Failure::wrong_state("the machine was not started yet")),
-            (Some(_), State::Up(_)) => {
-                Err(Failure::unsupported("this machine cannot be changed while it runs"))
+            (Some(verb), State::Up(up)) => {
+                up.change(request.id, verb);
+                return;
             }
         };
         self.control.reply(request.id, outcome);
@@ -139,159 +117,33 @@ impl Machine {
 
     fn stop(&mut self) {
         let State::Up(up) = std::mem::replace(&mut self.state, State::Ended) else { return };
-        let starting = up.starting;
+        let unanswered = up.unanswered();
         // QEMU is killed and waited for.
         drop(up);
-        if let Some(request) = starting {
-            self.control
-                .reply(request, Err(Failure::wrong_state("the machine was stopped while it started")));
+        for request in unanswered {
+            self.control.reply(request, Err(Failure::wrong_state("the machine was stopped")));
         }
     }
 
     /// Takes note of what QEMU says, and of its end.
     fn look_after_qemu(&mut self) {
         let State::Up(up) = &mut self.state else { return };
-        let started = up.listen();
-        if let Some((request, started)) = started {
-            self.control.reply(request, Ok(reply::Result::Started(started)));
+        for (request, outcome) in up.listen() {
+            self.control.reply(request, outcome);
         }
         if !up.has_ended() {
             return;
         }
         let State::Up(up) = std::mem::replace(&mut self.state, State::Ended) else { return };
-        let starting = up.starting;
+        let unanswered = up.unanswered();
+        let has_started = up.has_started();
         let ended = up.end();
-        match starting {
-            Some(request) => {
-                self.control.reply(request, Err(Failure::failed("start QEMU", ended.detail)));
-            }
-            None => self.control.tell(event::Kind::Ended(ended)),
+        let attempt = if has_started { "change the machine, which has ended" } else { "start QEMU" };
+        for request in unanswered {
+            self.control.reply(request, Err(Failure::failed(attempt, &ended.detail)));
         }
-    }
-}
-
-impl Up {
-    fn new(plan: Plan, clock: Clock, request: u64) -> Result<Self, Failure> {
-        Ok(Self {
-            begun: begin(&plan, clock)?,
-            plan,
-            starting: Some(request),
-            first: None,
-            version: String::new(),
-            words: Tail::default(),
-            evidence: Evidence::default(),
-            deadline: None,
-        })
-    }
-
-    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
-        use std::os::fd::AsFd;
-        let begun = &self.begun;
-        let stderr = begun.process.stderr.as_ref().map(AsFd::as_fd);
-        [Some(begun.process.descriptor()), begun.qmp.descriptor(), begun.console.descriptor(), stderr]
-            .into_iter()
-            .flatten()
-            .collect()
-    }
-
-    /// Reads what there is to read; tells when the machine has just started.
-    fn listen(&mut self) -> Option<(u64, Started)> {
-        self.begun.console.read();
-        self.read_words();
-        let mut started = None;
-        match self.begun.qmp.read() {
-            Ok(messages) => {
-                for message in messages.into_iter().flatten() {
-                    started = self.hear(message).or(started);
-                }
-            }
-            Err(error) => {
-                self.words.push(format!("\nQEMU said what makes no sense: {error}").as_bytes());
-                self.begun.process.kill();
-            }
+        if has_started {
+            self.control.tell(event::Kind::Ended(ended));
         }
-        if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-            self.deadline = None;
-            self.begun.process.kill();
-        }
-        started
-    }
-
-    fn hear(&mut self, message: Message) -> Option<(u64, Started)> {
-        match message {
-            Message::Greeting(version) => {
-                self.version = version;
-                // If it cannot be sent QEMU has ended, which is seen too.
-                self.first = self.begun.qmp.execute("qmp_capabilities", Value::Null, None).ok();
-            }
-            Message::Answer(number, Ok(_)) if self.first == Some(number) => {
-                let request = self.starting.take()?;
-                return Some((request, self.started()));
-            }
-            Message::Answer(_, Ok(_)) => {}
-            Message::Answer(_, Err(_)) => {}
-            Message::Event(name, data) => match name.as_str() {
-                "GUEST_PANICKED" => self.evidence.panicked = true,
-                "SHUTDOWN" => {
-                    self.evidence.shutdown = data["reason"].as_str().map(str::to_owned);
-                    self.deadline = Some(Instant::now() + LAST_STEPS);
-                }
-                _ => {}
-            },
-        }
-        None
-    }
-
-    fn started(&self) -> Started {
-        let start = &self.plan.start;
-        let plugs = false;
-        Started {
-            pid: self.begun.process.pid(),
-            name: "qemu".into(),
-            version: self.version.clone(),
-            emulated: start.emulate,
-            adds_shares: plugs,
-            adds_disks: plugs,
-            adds_networks: plugs,
-            memory_limit: start.memory_limit,
-            cpus_limit: start.cpus_limit,
-        }
-    }
-
-    fn read_words(&mut self) -> bool {
-        let Some(stderr) = &self.begun.process.stderr else { return false };
-        let mut bytes = [0; 4096];
-        match rustix::io::read(stderr, &mut bytes) {
-            Ok(count @ 1..) => {
-                self.words.push(&bytes[..count]);
-                true
-            }
-            Err(rustix::io::Errno::INTR) => true,
-            Err(rustix::io::Errno::AGAIN) => false,
-            Ok(0) | Err(_) => {
-                self.begun.process.stderr = None;
-                false
-            }
-        }
-    }
-
-    fn has_ended(&self) -> bool {
-        let mut watched = [PollFd::from_borrowed_fd(self.begun.process.descriptor(), PollFlags::IN)];
-        poll(&mut watched, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
-    }
-
-    /// Why it has ended. Its sockets still hold its last words.
-    fn end(mut self: Box<Self>) -> Ended {
-        let status = self.begun.process.wait();
-        while self.begun.console.read() {}
-        while self.read_words() {}
-        while let Ok(Some(messages)) = self.begun.qmp.read() {
-            for message in messages {
-                self.hear(message);
-            }
-        }
-        let console = self.begun.console.tail();
-        let (reason, detail) = verdict(&self.evidence, status, &console, &self.words.text());
-        Ended { reason: reason.into(), detail: one_line(&detail), console }
     }
 }

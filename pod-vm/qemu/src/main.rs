@@ -3,12 +3,15 @@
 //! It serves the hypervisor protocol ([`podvisor_proto::hypervisor`]) to the monitor that started it, is the parent of QEMU, and the guest's
 //! vsock device. See README.md for the map and for what confines QEMU.
 
+mod changes;
 mod command_line;
 mod confine;
 mod console;
 mod control;
+mod device;
 mod failure;
 mod files;
+mod inventory;
 mod landlock;
 mod launch;
 mod machine;
@@ -18,6 +21,7 @@ mod start;
 mod sys;
 mod tap;
 mod tsc;
+mod up;
 mod verdict;
 mod vsock;
 

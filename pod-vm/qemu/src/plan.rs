@@ -16,7 +16,7 @@ const OWN_DEVICES: usize = 2;
 pub(crate) enum Kind {
     /// No PCI, nothing can be plugged; starts fastest.
     Microvm,
-    /// PCI Express with ports that devices can be plugged into, and memory and processors can be added.
+    /// PCI Express with ports that devices can be plugged into; memory can be added.
     Q35,
 }
 
@@ -60,7 +60,7 @@ impl Plan {
         }
         check(&start)?;
         let devices = OWN_DEVICES + start.shares.len() + start.disks.len() + start.networks.len();
-        let grows = start.memory_limit > start.memory || start.cpus_limit > start.cpus;
+        let grows = start.memory_limit > start.memory;
         let kind = match choice {
             Choice::ByNeed if grows || devices > MICROVM_SLOTS => Kind::Q35,
             Choice::ByNeed => Kind::Microvm,
@@ -76,7 +76,6 @@ impl Plan {
         if kind == Kind::Microvm {
             // It is started all the same, and says in its answer that it cannot grow.
             start.memory_limit = start.memory;
-            start.cpus_limit = start.cpus;
         }
         Ok(Self { kind, start })
     }
@@ -101,7 +100,7 @@ fn check(start: &Start) -> Result<(), Failure> {
         check_path("cgroup_procs", path)?;
     }
     for (field, bytes) in [("memory", start.memory), ("memory_limit", start.memory_limit)] {
-        if bytes == 0 || bytes % MEMORY_STEP != 0 {
+        if bytes == 0 || !bytes.is_multiple_of(MEMORY_STEP) {
             return Err(Failure::invalid(format!("{field} must be a multiple of 2 MiB, and more than none")));
         }
     }
@@ -203,14 +202,15 @@ pub(crate) mod tests {
         assert_eq!(kind(start()), Kind::Microvm);
         assert_eq!(kind(Start { memory_limit: 256 << 20, cpus_limit: 1, ..start() }), Kind::Microvm);
         assert_eq!(kind(Start { memory_limit: 258 << 20, ..start() }), Kind::Q35);
-        assert_eq!(kind(Start { cpus_limit: 2, ..start() }), Kind::Q35);
+        assert_eq!(kind(Start { cpus_limit: 2, ..start() }), Kind::Microvm);
         let disk = |number| Disk { serial: format!("disk{number}"), path: "/disk".into(), read_only: false };
         assert_eq!(kind(Start { disks: (0..22).map(disk).collect(), ..start() }), Kind::Microvm);
         let many = Start { disks: (0..23).map(disk).collect(), ..start() };
         assert_eq!(kind(many.clone()), Kind::Q35);
         assert!(Plan::new(many, Choice::Always(Kind::Microvm)).is_err());
-        let plan = Plan::new(Start { cpus_limit: 2, ..start() }, Choice::Always(Kind::Microvm)).unwrap();
-        assert_eq!((plan.start.cpus_limit, plan.start.memory_limit), (1, 256 << 20));
+        let grows = Start { cpus_limit: 2, memory_limit: 512 << 20, ..start() };
+        let plan = Plan::new(grows, Choice::Always(Kind::Microvm)).unwrap();
+        assert_eq!((plan.start.cpus_limit, plan.start.memory_limit), (2, 256 << 20));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use lab::{Hypervisor, Suite, eventually};
 use podvisor_proto::hypervisor::{
-    Disk, EndReason, ErrorCode, Network, SetCpus, Share, Start, Stop, request::Verb,
+    Disk, EndReason, ErrorCode, Network, SetCpus, SetMemory, Share, Start, Stop, request::Verb,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -108,7 +108,9 @@ fn requests_have_their_time() {
     let start = hypervisor.start(Suite::Bookworm);
     let started = hypervisor.begin(start.clone());
     assert_eq!(hypervisor.refused(Verb::Start(start)).0, ErrorCode::WrongState);
-    assert_eq!(hypervisor.refused(Verb::SetCpus(SetCpus { count: 2 })).0, ErrorCode::Unsupported);
+    assert_eq!(hypervisor.refused(Verb::SetCpus(SetCpus { count: 2 })).0, ErrorCode::Invalid);
+    let bytes = 512 << 20;
+    assert_eq!(hypervisor.refused(Verb::SetMemory(SetMemory { bytes })).0, ErrorCode::Unsupported);
     hypervisor.done(Verb::Stop(Stop {}));
     hypervisor.finish(started.pid);
 

@@ -10,6 +10,7 @@
  *   list PATH       a directory's entries, one a line
  *   load MODULE     loads one and what it needs, answers like write
  *   mount TYPE SOURCE PATH  mounts, makes the directory before, answers like write
+ *   unmount PATH    answers like write
  *   sync -          writes everything to the disks
  *   dial PORT       connects to a port of the host, answers like write
  *   disk SERIAL     the name of the disk's device
@@ -174,6 +175,7 @@ static void serve(int peer) {
     else if (!strcmp(verb, "list")) list(peer, first);
     else if (!strcmp(verb, "load")) answer(peer, load_with_needs(first));
     else if (!strcmp(verb, "dial")) answer(peer, connect_to_host(atoi(first)));
+    else if (!strcmp(verb, "unmount")) answer(peer, umount2(first, 0) ? errno : 0);
     else if (!strcmp(verb, "sync")) { sync(); answer(peer, 0); }
     else if (!strcmp(verb, "disk")) find(peer, "/sys/block", "serial", first);
     else if (!strcmp(verb, "address")) find(peer, "/sys/class/net", "address", first);

@@ -8,9 +8,8 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
 
-use lab::{Hypervisor, Suite, eventually};
+use lab::{Hypervisor, Namespace, Suite, eventually};
 use podvisor_proto::hypervisor::{Disk, EndReason, Network, Started, Stop, request::Verb};
 
 /// One boot, and all that a guest's ports are asked for.
@@ -175,7 +174,7 @@ fn stopped_whatever_it_does() {
 
 /// A disk that is read, one that is written, and a tap, on either machine.
 fn devices(machine: &str) {
-    let namespace = Namespace::new(&format!("podvisor-qemu-{machine}"));
+    let namespace = Namespace::new(machine);
     let mut hypervisor = Hypervisor::new(&["--machine", machine]);
     let mut start = hypervisor.start(Suite::Bookworm);
     for (name, read_only) in [("image", true), ("layer", false)] {
@@ -231,33 +230,4 @@ fn devices_of_a_microvm() {
 #[test]
 fn devices_of_a_q35() {
     devices("q35");
-}
-
-/// A network namespace with a persistent tap.
-struct Namespace(String);
-
-impl Namespace {
-    fn new(name: &str) -> Self {
-        let namespace = Self(format!("{name}-{}", std::process::id()));
-        let status = Command::new("ip").args(["netns", "add", &namespace.0]).status().unwrap();
-        assert!(status.success());
-        namespace.run("ip tuntap add tap0 mode tap && ip addr add 10.77.0.1/24 dev tap0");
-        namespace
-    }
-
-    fn path(&self) -> String {
-        format!("/run/netns/{}", self.0)
-    }
-
-    fn run(&self, script: &str) {
-        let status =
-            Command::new("ip").args(["netns", "exec", &self.0, "sh", "-c", script]).status().unwrap();
-        assert!(status.success(), "{script}");
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
-    }
 }

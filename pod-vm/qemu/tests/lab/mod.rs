@@ -1,7 +1,8 @@
 //! A hypervisor with the test in the place of the monitor, and a guest whose first process does what the tests tell it.
-#![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(dead_code, missing_docs, unreachable_pub, unused_imports)]
 
 mod guest;
+mod namespace;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -16,7 +17,8 @@ use podvisor_proto::hypervisor::{
 };
 use prost::Message;
 
-pub use guest::{Suite, guest};
+pub use guest::{Guest, Suite, guest, target, with_agent};
+pub use namespace::Namespace;
 
 /// How long anything may take on a busy machine before a test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(60);

@@ -1,0 +1,149 @@
+//! Machines that are changed while they run.
+#![allow(missing_docs)]
+
+mod lab;
+
+use std::fs;
+
+use lab::{Hypervisor, Namespace, Suite, eventually};
+use podvisor_proto::hypervisor::{
+    AddDisk, AddNetwork, AddShare, Disk, ErrorCode, Network, RemoveDisk, RemoveNetwork, SetCpus, SetMemory,
+    Share, Start, Stop, request::Verb,
+};
+
+const MIB: u64 = 1 << 20;
+
+fn add_disk(hypervisor: &Hypervisor, serial: &str, read_only: bool) -> Verb {
+    let path = hypervisor.path(serial).to_str().unwrap().to_owned();
+    Verb::AddDisk(AddDisk { disk: Some(Disk { serial: serial.into(), path, read_only }) })
+}
+
+fn remove_disk(serial: &str) -> Verb {
+    Verb::RemoveDisk(RemoveDisk { serial: serial.into() })
+}
+
+/// With disk images `first` and `second` that can be plugged.
+fn growing(suite: Suite) -> (Hypervisor, i32) {
+    let mut hypervisor = Hypervisor::new(&[]);
+    for name in ["first", "second"] {
+        let mut content = format!("content of {name}").into_bytes();
+        content.resize(1 << 20, 0);
+        fs::write(hypervisor.path(name), content).unwrap();
+    }
+    let mut start = Start { memory_limit: 512 * MIB, cpus_limit: 3, ..hypervisor.start(suite) };
+    let path = hypervisor.path("first").to_str().unwrap().to_owned();
+    start.disks.push(Disk { serial: "first".into(), path, read_only: true });
+    let started = hypervisor.begin(start);
+    assert!(started.adds_disks && started.adds_networks && started.adds_shares, "{started:?}");
+    assert_eq!((started.memory_limit, started.cpus_limit), (512 * MIB, 3));
+    (hypervisor, started.pid)
+}
+
+fn appears(hypervisor: &Hypervisor, question: &str) -> String {
+    eventually(question, || hypervisor.tell(question) != "none");
+    hypervisor.tell(question)
+}
+
+#[test]
+fn devices_come_and_go() {
+    let namespace = Namespace::new("changes");
+    let (mut hypervisor, machine) = growing(Suite::Bookworm);
+    assert_eq!(appears(&hypervisor, "disk first"), "vda");
+
+    // Twice, as the second is another device in the same place.
+    for _ in 0..2 {
+        hypervisor.done(add_disk(&hypervisor, "second", false));
+        let device = appears(&hypervisor, "disk second");
+        assert!(hypervisor.tell(&format!("read /dev/{device}")).starts_with("content of second"));
+        hypervisor.done(remove_disk("second"));
+        assert_eq!(hypervisor.tell("disk second"), "none");
+    }
+    // What the machine was started with goes, too.
+    hypervisor.done(remove_disk("first"));
+    assert_eq!(hypervisor.tell("disk first"), "none");
+    assert_eq!(hypervisor.refused(remove_disk("first")).0, ErrorCode::NotFound);
+
+    let hardware_address = "02:00:00:00:00:2b";
+    let network = Network {
+        namespace: namespace.path(),
+        tap: "tap0".into(),
+        hardware_address: hardware_address.into(),
+        mtu: 1400,
+    };
+    hypervisor.done(Verb::AddNetwork(AddNetwork { network: Some(network.clone()) }));
+    let interface = appears(&hypervisor, &format!("address {hardware_address}"));
+    assert_eq!(hypervisor.tell(&format!("read /sys/class/net/{interface}/mtu")), "1400");
+    assert_eq!(
+        hypervisor.refused(Verb::AddNetwork(AddNetwork { network: Some(network.clone()) })).0,
+        ErrorCode::Invalid
+    );
+    let remove = RemoveNetwork { hardware_address: hardware_address.into() };
+    hypervisor.done(Verb::RemoveNetwork(remove));
+    // The tap is free again.
+    hypervisor.done(Verb::AddNetwork(AddNetwork { network: Some(network) }));
+
+    // What QEMU refuses leaves nothing: two that write to one file.
+    hypervisor.done(add_disk(&hypervisor, "second", false));
+    let (mut again, name) = (add_disk(&hypervisor, "second", false), "again");
+    if let Verb::AddDisk(AddDisk { disk: Some(disk) }) = &mut again {
+        disk.serial = name.into();
+    }
+    let (code, detail) = hypervisor.refused(again);
+    assert_eq!(code, ErrorCode::Failed);
+    assert!(detail.contains("plug disk again") && detail.contains("lock"), "{detail}");
+    let missing = Share { tag: "pod".into(), socket_path: "/nowhere".into() };
+    assert_eq!(hypervisor.refused(Verb::AddShare(AddShare { share: Some(missing) })).0, ErrorCode::Failed);
+    hypervisor.done(remove_disk("second"));
+    hypervisor.done(add_disk(&hypervisor, "second", true));
+    appears(&hypervisor, "disk second");
+
+    hypervisor.done(Verb::Stop(Stop {}));
+    hypervisor.finish(machine);
+}
+
+fn total_memory(hypervisor: &Hypervisor) -> u64 {
+    let text = hypervisor.tell("read /proc/meminfo");
+    let line = text.lines().find(|line| line.starts_with("MemTotal:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+#[test]
+fn memory_and_processors_grow_and_shrink() {
+    let (mut hypervisor, machine) = growing(Suite::Backports);
+    let before = total_memory(&hypervisor);
+    assert_eq!(hypervisor.tell("load virtio_mem"), "ok");
+    hypervisor.done(Verb::SetMemory(SetMemory { bytes: 512 * MIB }));
+    let grown = total_memory(&hypervisor);
+    assert!(grown > before + 240 * MIB, "{before} {grown}");
+    hypervisor.done(Verb::SetMemory(SetMemory { bytes: 256 * MIB }));
+    assert_eq!(total_memory(&hypervisor), before);
+    assert_eq!(hypervisor.refused(Verb::SetMemory(SetMemory { bytes: 128 * MIB })).0, ErrorCode::Invalid);
+
+    hypervisor.done(Verb::SetCpus(SetCpus { count: 3 }));
+    // That many may be used; that they are is the agent's doing.
+    assert_eq!(hypervisor.tell("read /sys/devices/system/cpu/online"), "0");
+    for number in [1, 2] {
+        let online = format!("/sys/devices/system/cpu/cpu{number}/online");
+        assert_eq!(hypervisor.tell(&format!("write {online} 1")), "ok");
+    }
+    assert_eq!(hypervisor.tell("read /sys/devices/system/cpu/online"), "0-2");
+    assert_eq!(hypervisor.tell("write /sys/devices/system/cpu/cpu2/online 0"), "ok");
+    hypervisor.done(Verb::SetCpus(SetCpus { count: 2 }));
+    assert_eq!(hypervisor.refused(Verb::SetCpus(SetCpus { count: 4 })).0, ErrorCode::Invalid);
+    hypervisor.done(Verb::Stop(Stop {}));
+    hypervisor.finish(machine);
+}
+
+/// A change that waits for the guest is answered when the machine ends.
+#[test]
+fn nobody_waits_for_a_machine_that_is_gone() {
+    let (mut hypervisor, machine) = growing(Suite::Bookworm);
+    // The guest has no driver for it yet.
+    let memory = hypervisor.send(Verb::SetMemory(SetMemory { bytes: 512 * MIB }));
+    let disk = hypervisor.send(remove_disk("first"));
+    hypervisor.done(Verb::Stop(Stop {}));
+    for request in [memory, disk] {
+        assert_eq!(hypervisor.answer(request).unwrap_err().code(), ErrorCode::WrongState);
+    }
+    hypervisor.finish(machine);
+}
