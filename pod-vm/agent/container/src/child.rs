@@ -79,22 +79,23 @@ fn build_root(plan: &Plan) -> Step {
         rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
     };
     let old = open(Path::new("/")).during(|| "open the root".into())?;
-    // Shared only where a volume has to pass mounts back; else what is mounted outside comes in and nothing goes out.
-    let outside =
-        if plan.propagation == Propagation::Shared { Propagation::Shared } else { Propagation::Slave };
+    // Only where a volume has to pass mounts, in or also back out, what it is a copy of may.
+    let outside = match plan.propagation {
+        Propagation::Unbindable => Propagation::Private,
+        asked => asked,
+    };
     filesystem::set_propagation(&old, outside, true).during(|| "set the propagation of mounts".into())?;
+    // With the propagation that they have now.
+    let sources: Vec<_> = plan.mounts.iter().map(filesystem::source).collect::<Step<_>>()?;
     let failed = || format!("use {} as the root file system", plan.root.display());
-    let directory = open(&plan.root).during(failed)?;
-    let tree = filesystem::copy_of_open(&directory, true).during(failed)?;
-    // pivot_root(2) wants a mount point whose parent is not shared.
+    let tree = filesystem::copy_of_open(open(&plan.root).during(failed)?, true).during(failed)?;
     filesystem::set_propagation(&tree, Propagation::Private, true).during(failed)?;
-    let parent = filesystem::copy_of_open(&directory, false).during(failed)?;
-    filesystem::set_propagation(&parent, Propagation::Private, false).during(failed)?;
-    filesystem::attach(&parent, &directory).during(failed)?;
-    filesystem::attach(&tree, open(&plan.root).during(failed)?).during(failed)?;
-    let root = open(&plan.root).during(failed)?;
-    for mount in &plan.mounts {
-        filesystem::mount(root.as_fd(), mount)?;
+    // pivot_root(2) wants a mount point whose parent is not shared; and nobody else is to see what is put there.
+    filesystem::set_propagation(&old, Propagation::Private, false).during(failed)?;
+    filesystem::attach(&tree, &old).during(failed)?;
+    let root = tree;
+    for (mount, source) in plan.mounts.iter().zip(sources) {
+        filesystem::mount(root.as_fd(), mount, source)?;
     }
     root::devices(root.as_fd(), plan)?;
     filesystem::pivot(&root)

@@ -133,13 +133,18 @@ fn said_by(context: &OwnedFd) -> Option<String> {
     Some(text.trim().trim_start_matches("e ").to_owned()).filter(|text| !text.is_empty())
 }
 
-/// Makes one mount of a container below `root`.
-pub(crate) fn mount(root: BorrowedFd<'_>, plan: &MountPlan) -> Step {
+/// A copy of what a bind shows.
+pub(crate) fn source(plan: &MountPlan) -> Step<Option<OwnedFd>> {
+    let failed = || format!("mount {} at {}", what(plan), plan.destination.display());
+    plan.options.bind.then(|| copy_of(&plan.source, plan.options.recursive).during(failed)).transpose()
+}
+
+/// Makes one mount of a container below `root`; of a bind that is the `source`.
+pub(crate) fn mount(root: BorrowedFd<'_>, plan: &MountPlan, source: Option<OwnedFd>) -> Step {
     let place = || plan.destination.display();
     let failed = || format!("mount {} at {}", what(plan), place());
     let options = &plan.options;
-    let (detached, directory) = if options.bind {
-        let copy = copy_of(&plan.source, options.recursive).during(failed)?;
+    let (detached, directory) = if let Some(copy) = source {
         let kind = FileType::from_raw_mode(rustix::fs::fstat(&copy).during(failed)?.st_mode);
         let attributes =
             MountAttributes { set: options.set, clear: clearable(&copy, options), ..Default::default() };

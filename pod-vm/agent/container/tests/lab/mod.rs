@@ -1,4 +1,5 @@
 //! A root file system around a static busybox, a cgroup, and a caller of the crate as simple as can be: it blocks.
+#![allow(dead_code)] // not every test program uses all of it
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -35,6 +36,8 @@ pub(crate) struct Container {
     pending: Pending,
     cgroup: Cgroup,
     output: Option<OwnedFd>,
+    /// Holds for its further processes too.
+    seccomp: Option<Seccomp>,
 }
 
 impl Lab {
@@ -119,7 +122,7 @@ impl Lab {
         let profile = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
         let seccomp = profile.map(podvisor_seccomp::compile).transpose()?;
         let seccomp = seccomp.map(|compiled| Seccomp { program: compiled.program, flags: compiled.flags });
-        let plan = Plan::new(&spec, self.rootfs(), seccomp)?;
+        let plan = Plan::new(&spec, self.rootfs(), seccomp.clone())?;
         self.count.set(self.count.get() + 1);
         let name = format!("/container-{}-{}", std::process::id(), self.count.get());
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().clone()).unwrap_or_default();
@@ -127,7 +130,7 @@ impl Lab {
         let terminal = spec.process().as_ref().and_then(Process::terminal).unwrap_or(false);
         let (io, output) = connections(terminal)?;
         let pending = podvisor_container::create(&plan, &cgroup, &io)?;
-        Ok(Container { pending, cgroup, output })
+        Ok(Container { pending, cgroup, output, seccomp })
     }
 
     /// A container from its creation to its removal.
@@ -208,7 +211,7 @@ impl Container {
 
     pub(crate) fn execute(&self, process: &Value) -> Result<Outcome> {
         let process: Process = serde_json::from_value(process.clone())?;
-        let plan = ProcessPlan::new(&process, None)?;
+        let plan = ProcessPlan::new(&process, self.seccomp.clone())?;
         let (io, output) = connections(false)?;
         let init = self.pending.pidfd().try_clone_to_owned()?;
         let mut pending = podvisor_container::execute(&plan, &init, self.pending.pid(), &self.cgroup, &io)?;
