@@ -242,7 +242,6 @@ pub(crate) async fn launch(
                 return Err(Arc::new(error));
             }
         }
-        podvisor_fault::point("run.machine");
     }
     if record.runtime.has_sandbox_container() {
         match sandbox_container::start(node, record, &monitor.connection).await {

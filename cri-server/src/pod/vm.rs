@@ -365,7 +365,8 @@ fn request(
     let config = &record.config.0;
     let text = |path: &Path| path.display().to_string();
     let directory = node.pod_directory(&record.id);
-    let machine_directory = directory.join("machine");
+    // Short: a socket in it has a path of at most 107 bytes (unix(7)).
+    let machine_directory = directory.join("m");
     std::fs::create_dir_all(&machine_directory).map_err(|source| PodError::File {
         operation: "make",
         path: machine_directory.clone(),
