@@ -2,7 +2,7 @@
 //! its machine what it can. The guest is made by `make guest`.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use podvisor_critest::node::{Options, VM};
@@ -89,6 +89,34 @@ async fn has_a_kernel_of_its_own(f: &mut Fixture) -> Result<()> {
     Ok(())
 }
 
+/// A shared mount, in which another one appears.
+struct Later(PathBuf);
+
+impl Later {
+    fn at(directory: &Path) -> Result<Self> {
+        use rustix::mount::{MountPropagationFlags as Propagation, mount_bind, mount_change};
+        fs::create_dir_all(directory.join("inner"))?;
+        mount_bind(directory, directory)?;
+        let later = Self(directory.to_owned());
+        mount_change(directory, Propagation::PRIVATE)?;
+        mount_change(directory, Propagation::SHARED)?;
+        Ok(later)
+    }
+
+    fn mount(&self) -> Result<()> {
+        let flags = rustix::mount::MountFlags::empty();
+        Ok(rustix::mount::mount("later", self.0.join("inner"), "tmpfs", flags, None::<&std::ffi::CStr>)?)
+    }
+}
+
+impl Drop for Later {
+    fn drop(&mut self) {
+        for place in [self.0.join("inner"), self.0.clone()] {
+            let _ = rustix::mount::unmount(place, rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+}
+
 async fn has_volumes_of_every_kind(f: &mut Fixture) -> Result<()> {
     let directory = f.node.path("volume");
     fs::create_dir_all(directory.join("sub"))?;
@@ -113,6 +141,8 @@ async fn has_volumes_of_every_kind(f: &mut Fixture) -> Result<()> {
             ..Default::default()
         },
     ];
+    // Mounts propagate from a mount that is shared.
+    let later = Later::at(&directory.join("sub"))?;
     let (_, id) = f.running("pod", &container).await?;
     let run = async |script: &str| f.cri.output(&id, &["sh", "-c", script]).await;
     ensure!(run("cat /data/file /etc/single").await? == "from the host\nalone\n");
@@ -135,16 +165,10 @@ async fn has_volumes_of_every_kind(f: &mut Fixture) -> Result<()> {
         ensure!(run("cat /data/..data/value").await? == version);
     }
     // A mount that comes later.
-    rustix::mount::mount(
-        "later",
-        directory.join("sub"),
-        "tmpfs",
-        rustix::mount::MountFlags::empty(),
-        None::<&std::ffi::CStr>,
-    )?;
-    fs::write(directory.join("sub/mounted"), "later\n")?;
-    let seen = run("cat /later/mounted").await;
-    rustix::mount::unmount(directory.join("sub"), rustix::mount::UnmountFlags::DETACH)?;
+    later.mount()?;
+    fs::write(directory.join("sub/inner/mounted"), "later\n")?;
+    let seen = run("cat /later/inner/mounted").await;
+    drop(later);
     ensure!(seen? == "later\n");
     Ok(())
 }
