@@ -19,6 +19,11 @@ impl Kernel {
     pub(crate) fn probe(images: &ImageStore) -> Self {
         Self { user_namespaces: try_user_namespace(images) }
     }
+
+    /// Why a pod cannot have one, with whatever handler.
+    pub(crate) fn user_namespaces(&self) -> Result<(), String> {
+        self.user_namespaces.clone()
+    }
 }
 
 fn try_user_namespace(images: &ImageStore) -> Result<(), String> {
@@ -67,8 +72,12 @@ fn said_by(program: &Path, said: Option<&str>, kernel: &Kernel, version: (u32, u
 }
 
 /// A guest's: every kernel that guests are built from has mount_setattr(2), and the agent speaks for itself.
-pub(crate) fn of_guest() -> cri::RuntimeHandlerFeatures {
-    cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: false }
+/// The layers of images are mapped on the host.
+pub(crate) fn of_guest(kernel: &Kernel) -> cri::RuntimeHandlerFeatures {
+    cri::RuntimeHandlerFeatures {
+        recursive_read_only_mounts: true,
+        user_namespaces: kernel.user_namespaces.is_ok(),
+    }
 }
 
 /// The nameless handler's: what a pod without RuntimeClass can rely on. Where one can become untrusted, that is what both handlers can.

@@ -153,7 +153,7 @@ impl Node {
             return handlers;
         }
         let mut handlers = (*handlers).clone();
-        handlers.look_at_guests(&config);
+        handlers.look_at_guests(&config, &self.kernel);
         let handlers = Arc::new(handlers);
         *self.handlers.write().expect("no panic under this lock") = handlers.clone();
         handlers
@@ -227,7 +227,7 @@ impl Handlers {
     /// Calls each handler's program once: blocking, some tens of milliseconds each.
     fn probe(config: &Config, kernel: &Kernel) -> Self {
         let mut found = Self { configured: config.named_handlers(), ..Self::default() };
-        found.look_at_guests(config);
+        found.look_at_guests(config, kernel);
         for (name, handler) in &found.configured {
             let HandlerKind::Oci { path, sandbox_container, .. } = &handler.kind else { continue };
             if *sandbox_container && crate::pause_program::program().is_none() {
@@ -259,12 +259,12 @@ impl Handlers {
     }
 
     /// What handlers of type `vm` can do right now. Blocking, but for a few files only.
-    fn look_at_guests(&mut self, config: &Config) {
+    fn look_at_guests(&mut self, config: &Config, kernel: &Kernel) {
         self.current_guest = current_guest(config);
         let kvm = Kvm::probe();
         for (name, handler) in &self.configured {
             let HandlerKind::Vm(vm) = &handler.kind else { continue };
-            for known in [&mut self.unusable, &mut self.versions] {
+            for known in [&mut self.unusable, &mut self.versions, &mut self.without_user_namespaces] {
                 known.remove(name);
             }
             self.hypervisors.remove(name);
@@ -280,9 +280,11 @@ impl Handlers {
                     self.versions
                         .insert(name.clone(), format!("{how}; guest kernel {}", guest.kernel_release()));
                     self.hypervisors.insert(name.clone(), choice);
-                    self.features.insert(name.clone(), crate::features::of_guest());
-                    let why = "pods in virtual machines cannot have a user namespace yet".to_owned();
-                    self.without_user_namespaces.insert(name.clone(), why);
+                    self.features.insert(name.clone(), crate::features::of_guest(kernel));
+                    match &kernel.user_namespaces() {
+                        Ok(()) => {}
+                        Err(why) => drop(self.without_user_namespaces.insert(name.clone(), why.clone())),
+                    }
                 }
                 Err(why) => {
                     self.features.remove(name);
