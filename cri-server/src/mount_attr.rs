@@ -1,4 +1,4 @@
-//! mount_setattr(2), which has no safe wrapper in rustix.
+//! System calls about mounts that have no safe wrapper in rustix: mount_setattr(2), and unshare(2) of what setns(2) wants unshared.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -60,4 +60,10 @@ fn change(tree: BorrowedFd<'_>, attributes: &MountAttr, flags: i32) -> io::Resul
         )
     };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Gives the calling thread a root and working directory of its own, which it needs before it may enter a mount namespace (setns(2)).
+pub(crate) fn own_directories() -> io::Result<()> {
+    // SAFETY: rustix calls this unsafe because of CLONE_FILES, which is not asked for.
+    Ok(unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) }?)
 }

@@ -8,7 +8,7 @@ use podvisor_cgroup::Driver;
 use podvisor_network::namespace::Namespaces;
 use serde::{Deserialize, Serialize};
 
-use super::record::PinnedRuntime;
+use super::record::{PinnedRuntime, ProcessIdentity};
 use super::runtime_state;
 use crate::node::Node;
 
@@ -27,6 +27,8 @@ pub(crate) enum Acquisition {
     SandboxContainer { runtime: Box<PinnedRuntime>, id: String },
     /// A cgroup of ours, by its path below the mount point; with the systemd driver a scope.
     Cgroup(String),
+    /// What the guest of a virtual machine sees of a container, in its file server.
+    Share { server: ProcessIdentity, container: String },
     /// A writable layer in the image store.
     Snapshot(String),
 }
@@ -46,6 +48,8 @@ pub(crate) enum ReleaseError {
     Cgroup { path: String, source: podvisor_cgroup::CgroupError },
     #[error("cannot end the unit of cgroup {path}")]
     Unit { path: String, source: podvisor_cgroup::systemd::SystemdError },
+    #[error("cannot take a container out of its pod's file server")]
+    Share(#[source] Box<crate::error::PodError>),
     #[error("cannot release snapshot {key}")]
     Snapshot { key: String, source: Box<podvisor_image_store::ImageError> },
     #[error("releasing took longer than {0:?}")]
@@ -63,7 +67,7 @@ impl Acquisition {
             Self::Cgroup(_) => "release.cgroup",
             Self::Snapshot(_) => "release.snapshot",
             // The failure tests run on runc, which has none.
-            Self::SandboxContainer { .. } => return None,
+            Self::SandboxContainer { .. } | Self::Share { .. } => return None,
         })
     }
 
@@ -107,6 +111,14 @@ impl Acquisition {
                 let path = path.clone();
                 blocking(move || cgroup.remove().map_err(|source| ReleaseError::Cgroup { path, source }))
                     .await
+            }
+            Acquisition::Share { server, container } => {
+                let (server, container) = (*server, container.clone());
+                blocking(move || {
+                    super::share::remove_container(server, &container)
+                        .map_err(|error| ReleaseError::Share(Box::new(error)))
+                })
+                .await
             }
             Acquisition::Snapshot(key) => node
                 .images

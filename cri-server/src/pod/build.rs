@@ -113,9 +113,7 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
         Acquisition::Snapshot(id.to_string()),
         Acquisition::Mount(bundle.join("rootfs")),
     ];
-    if pod.runtime.vm().is_some() {
-        acquired.extend(share::acquisitions(node, &pod.id, &id));
-    }
+    acquired.extend(share::acquisition(pod, &id));
     acquired.extend(volumes_of_images.iter().flat_map(|volume| volume.acquisitions(&id, &bundle)));
     let stop_signal = stop_signal(&config, &image.config)?;
     let image_ref = image.repo_digests.first().cloned().unwrap_or_else(|| image.id.clone());
@@ -221,7 +219,7 @@ pub(crate) async fn build(
             mount(&node, &pod, &snapshot, &rootfs, label.as_deref()).map_err(PodError::Image)?;
             image_volumes::mount(&node, &pod, &record, &prepared, label.as_deref())?;
             if pod.runtime.vm().is_some() {
-                share::add_container(&node, &pod.id, &record.id, &rootfs)?;
+                share::add_container(&pod, &record.id, &rootfs)?;
             }
             podvisor_fault::point("create.mounted");
             let (spec, user) = specify(&node, &pod, &record, &image, rootfs, target, selinux)?;

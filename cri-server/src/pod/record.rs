@@ -142,7 +142,7 @@ pub(crate) struct Machine {
     pub(crate) memory: u64,
     pub(crate) cpus: u32,
     pub(crate) hypervisor_pid: i32,
-    pub(crate) file_server_pid: i32,
+    pub(crate) file_server: ProcessIdentity,
 }
 
 /// Durable record of a sandbox.

@@ -2,25 +2,32 @@
 //! containers are mounted while it runs.
 //!
 //! ```text
-//! <run>/pods/<pod>/share/            tmpfs, mount propagation shared: the file server's copy of it follows
+//! <run>/pods/<pod>/share/            tmpfs; the root of the file server's mount namespace
 //!     files/hostname, hosts, resolv.conf
 //!     <container>/                   tmpfs; to unmount it unmounts all below
 //!         rootfs                     the container's root file system
 //!         mounts/<n>                 the source of its n-th mount
 //! ```
 //!
-//! A mount that the container may only read is read-only here already: a guest is not trusted to keep to it.
+//! What belongs to containers is mounted in the file server's mount namespace alone: in the host's it would keep directories below volumes
+//! busy that kubelet wants to remove. A mount that the container may only read is read-only there already: a guest is not trusted to keep
+//! to it.
 
-use std::os::fd::AsFd;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::CWD;
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags};
-use rustix::mount::{mount, mount_change, move_mount, open_tree};
+use rustix::mount::{UnmountFlags, mount, mount_change, move_mount, open_tree, unmount};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::acquired::Acquisition;
+use super::record::{PodRecord, ProcessIdentity};
 use crate::error::PodError;
 use crate::id::{ContainerId, PodId};
+use crate::monitor::process;
 use crate::mount_attr::{self, Attributes};
 use crate::node::Node;
 
@@ -43,9 +50,9 @@ pub(super) fn files(node: &Node, pod: &PodId) -> PathBuf {
     directory(node, pod).join("files")
 }
 
-/// A container's part of it.
-fn part(node: &Node, pod: &PodId, container: &ContainerId) -> PathBuf {
-    directory(node, pod).join(container.as_str())
+/// A container's part of it, in the file server's mount namespace.
+fn part(container: &str) -> PathBuf {
+    Path::new("/").join(container)
 }
 
 /// A path of the share as the guest sees it.
@@ -54,9 +61,9 @@ pub(super) fn in_guest(relative: impl AsRef<Path>) -> PathBuf {
 }
 
 /// What is held for a container.
-pub(super) fn acquisitions(node: &Node, pod: &PodId, container: &ContainerId) -> [Acquisition; 2] {
-    let part = part(node, pod, container);
-    [Acquisition::Directory(part.clone()), Acquisition::Mount(part)]
+pub(super) fn acquisition(pod: &PodRecord, container: &ContainerId) -> Option<Acquisition> {
+    let server = pod.machine.as_ref()?.file_server;
+    Some(Acquisition::Share { server, container: container.to_string() })
 }
 
 fn failed(operation: &'static str, path: &Path) -> impl FnOnce(rustix::io::Errno) -> PodError {
@@ -86,18 +93,76 @@ pub(super) fn make(node: &Node, pod: &PodId) -> Result<(), PodError> {
     make_directory(&files(node, pod))
 }
 
+/// Runs `work` in the file server's mount namespace; `None`: the server is gone, and everything in it. Blocking.
+fn in_server<T: Send>(
+    server: ProcessIdentity,
+    work: impl FnOnce() -> Result<T, PodError> + Send,
+) -> Result<Option<T>, PodError> {
+    let path = PathBuf::from(format!("/proc/{}/ns/mnt", server.pid));
+    let Ok(namespace) = File::open(&path) else { return Ok(None) };
+    // Opened first: it is this very process's.
+    if !process::lives(server) {
+        return Ok(None);
+    }
+    let enter = || {
+        mount_attr::own_directories()?;
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))?;
+        Ok(())
+    };
+    let failed = |source| PodError::File { operation: "enter", path: path.clone(), source };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .name("share".into())
+            .spawn_scoped(scope, || {
+                enter().map_err(failed)?;
+                work().map(Some)
+            })
+            .map_err(failed)?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// The same where the server has to be there.
+fn in_living_server<T: Send>(
+    pod: &PodRecord,
+    work: impl FnOnce() -> Result<T, PodError> + Send,
+) -> Result<T, PodError> {
+    let gone = || PodError::NotReady {
+        id: pod.id.to_string(),
+        why: "the file server of its virtual machine is gone".to_owned(),
+    };
+    let server = pod.machine.as_ref().ok_or_else(gone)?.file_server;
+    in_server(server, work)?.ok_or_else(gone)
+}
+
 /// Makes a container's part, with its root file system, which is mounted at `rootfs`. Blocking.
-pub(super) fn add_container(
-    node: &Node,
-    pod: &PodId,
-    container: &ContainerId,
-    rootfs: &Path,
-) -> Result<(), PodError> {
-    let part = part(node, pod, container);
-    make_directory(&part)?;
-    mount("podvisor-share", &part, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, SIZE)
-        .map_err(failed("mount a tmpfs at", &part))?;
-    bind(rootfs, &part.join("rootfs"), Attributes::default(), false)
+pub(super) fn add_container(pod: &PodRecord, container: &ContainerId, rootfs: &Path) -> Result<(), PodError> {
+    let tree = copy(rootfs, Attributes::default(), false)?;
+    let part = part(container.as_str());
+    in_living_server(pod, || {
+        make_directory(&part)?;
+        mount("podvisor-share", &part, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, SIZE)
+            .map_err(failed("mount a tmpfs at", &part))?;
+        tree.attach(&part.join("rootfs"))
+    })
+}
+
+/// Takes a container's part away. Idempotent. Blocking.
+pub(super) fn remove_container(server: ProcessIdentity, container: &str) -> Result<(), PodError> {
+    let part = part(container);
+    let removed = in_server(server, || {
+        match unmount(&part, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+            Err(error) => return Err(failed("unmount", &part)(error)),
+        }
+        match std::fs::remove_dir(&part) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                Err(PodError::File { operation: "remove", path: part.clone(), source })
+            }
+            _ => Ok(()),
+        }
+    });
+    removed.map(|_| ())
 }
 
 /// How a mount of a container is seen.
@@ -110,45 +175,56 @@ pub(super) struct Access<'u> {
 
 /// Shows `source` as the container's mount `index`; gives the path that the guest sees it at. Blocking.
 pub(super) fn add_mount(
-    node: &Node,
-    pod: &PodId,
+    pod: &PodRecord,
     container: &ContainerId,
     index: usize,
     source: &Path,
     access: Access<'_>,
 ) -> Result<PathBuf, PodError> {
     let relative = Path::new("mounts").join(index.to_string());
-    let target = part(node, pod, container).join(&relative);
-    bind(source, &target, access.attributes, access.follows)?;
+    let tree = copy(source, access.attributes, access.follows)?;
+    let target = part(container.as_str()).join(&relative);
+    in_living_server(pod, || tree.attach(&target))?;
     Ok(in_guest(Path::new(container.as_str()).join(relative)))
 }
 
-/// Mounts a copy of the tree at `source`, complete with its attributes before anybody can see it.
-fn bind(source: &Path, target: &Path, attributes: Attributes<'_>, follows: bool) -> Result<(), PodError> {
+/// A copy of the mounts at a path, which nobody can see yet.
+struct Tree {
+    mount: OwnedFd,
+    is_directory: bool,
+}
+
+/// Complete with its attributes.
+fn copy(source: &Path, attributes: Attributes<'_>, follows: bool) -> Result<Tree, PodError> {
     let is_directory = std::fs::metadata(source)
         .map_err(|error| PodError::File { operation: "look at", path: source.to_owned(), source: error })?
         .is_dir();
-    if is_directory {
-        make_directory(target)?;
-    } else {
-        make_directory(target.parent().unwrap_or(target))?;
-        std::fs::File::create(target).map_err(|error| PodError::File {
-            operation: "make",
-            path: target.to_owned(),
-            source: error,
-        })?;
-    }
     let flags =
         OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
-    let tree = open_tree(CWD, source, flags).map_err(failed("copy the mounts at", source))?;
+    let mount = open_tree(CWD, source, flags).map_err(failed("copy the mounts at", source))?;
     let propagation =
         if follows { MountPropagationFlags::DOWNSTREAM } else { MountPropagationFlags::PRIVATE };
-    mount_attr::set(tree.as_fd(), attributes, propagation).map_err(|error| PodError::File {
+    mount_attr::set(mount.as_fd(), attributes, propagation).map_err(|error| PodError::File {
         operation: "set the attributes of",
         path: source.to_owned(),
         source: error,
     })?;
-    // In a shared mount it becomes shared (and stays a follower): what appears in it later appears in the file server's copy.
-    move_mount(tree.as_fd(), "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .map_err(failed("mount at", target))
+    Ok(Tree { mount, is_directory })
+}
+
+impl Tree {
+    fn attach(&self, target: &Path) -> Result<(), PodError> {
+        if self.is_directory {
+            make_directory(target)?;
+        } else {
+            make_directory(target.parent().unwrap_or(target))?;
+            File::create(target).map_err(|source| PodError::File {
+                operation: "make",
+                path: target.to_owned(),
+                source,
+            })?;
+        }
+        move_mount(self.mount.as_fd(), "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+            .map_err(failed("mount at", target))
+    }
 }

@@ -46,9 +46,7 @@ pub(super) fn specify(
     let devices = devices::resolve(&config.devices)?;
 
     let in_vm = pod.runtime.vm().is_some();
-    if in_vm {
-        vm::share_mounts(node, pod, record, &config.mounts, &mut mounts)?;
-    }
+    let below = if in_vm { vm::share_mounts(pod, record, &config.mounts, &mut mounts)? } else { Vec::new() };
     let host = if in_vm { &node.guest } else { &node.host };
     let held = |name: &str| pod.acquired.contains(&Acquisition::Mount(directory.join(name)));
     let shm = if held("shm") { directory.join("shm") } else { PathBuf::from("/dev/shm") };
@@ -95,7 +93,7 @@ pub(super) fn specify(
     let mut spec = podvisor_spec::container(&input)?;
     let asked = cdi::asked(&config)?;
     if in_vm {
-        vm::in_guest(&mut spec, asked.first().map(ToString::to_string))?;
+        vm::in_guest(&mut spec, asked.first().map(ToString::to_string), below)?;
     } else {
         cdi::inject(node, &mut spec, &asked)?;
     }

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccomp, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccomp, Mount, MountBuilder, Spec};
 use podvisor_cgroup::Driver;
 use podvisor_cgroup::systemd::Scope;
 use podvisor_network::tap::GuestInterface;
@@ -26,6 +26,7 @@ use super::share;
 use super::view::namespace_options;
 use crate::error::PodError;
 use crate::id::{ContainerId, PodId};
+use crate::monitor::process::identify;
 use crate::monitor::{Connection, MonitorError};
 use crate::mount_attr::Attributes;
 use crate::node::Node;
@@ -86,14 +87,14 @@ pub(super) fn root(container: &ContainerId) -> PathBuf {
     Path::new("/run/podvisor/roots").join(container.as_str())
 }
 
-/// Shows the sources of a container's mounts in the pod's share; `resolved` are the guest's paths afterwards. Blocking.
+/// Shows the sources of a container's mounts in the pod's share; `resolved` are the guest's paths afterwards. Gives what is mounted below
+/// those that are read-only by themselves alone. Blocking.
 pub(super) fn share_mounts(
-    node: &Node,
     pod: &PodRecord,
     record: &ContainerRecord,
     mounts: &[cri::Mount],
     resolved: &mut [ResolvedMount],
-) -> Result<(), PodError> {
+) -> Result<Vec<Mount>, PodError> {
     let user = match pod.namespaces().user {
         Some(path) => Some(std::fs::File::open(&path).map_err(|source| PodError::File {
             operation: "open user namespace",
@@ -103,6 +104,7 @@ pub(super) fn share_mounts(
         None => None,
     };
     let range = user_namespace(&pod.config.0)?;
+    let mut below = Vec::new();
     for (index, (mount, resolved)) in mounts.iter().zip(resolved).enumerate() {
         let mapped = mapped(index, mount, range)?;
         let kind = std::fs::metadata(&resolved.source).map(|metadata| metadata.file_type());
@@ -126,9 +128,46 @@ pub(super) fn share_mounts(
             attributes,
             follows: mount.propagation == cri::MountPropagation::PropagationHostToContainer as i32,
         };
-        resolved.source = share::add_mount(node, &pod.id, &record.id, index, &resolved.source, access)?;
+        let host = std::mem::take(&mut resolved.source);
+        resolved.source = share::add_mount(pod, &record.id, index, &host, access)?;
+        if attributes.read_only && !attributes.recursive {
+            below.extend(writable_below(&host, &resolved.source, &mount.container_path));
+        }
     }
-    Ok(())
+    Ok(below)
+}
+
+/// Mounts below a volume that is read-only itself. In a guest they would be found one by one as a program comes to them, and take over the
+/// volume's attributes (kernel, `fs/fuse/dir.c`, `fuse_dentry_automount`); so each is mounted by name.
+fn writable_below(host: &Path, shared: &Path, container: &str) -> Vec<Mount> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(unescaped);
+    let mut below: Vec<PathBuf> = points
+        .filter_map(|point| point.strip_prefix(host).ok().map(Path::to_owned))
+        .filter(|relative| !relative.as_os_str().is_empty())
+        .collect();
+    below.sort();
+    below.dedup();
+    let options = ["rbind", "rprivate", "rw"].map(str::to_owned);
+    let mounts = below.into_iter().filter_map(|relative| {
+        MountBuilder::default()
+            .destination(Path::new(container).join(&relative))
+            .typ("bind")
+            .source(shared.join(&relative))
+            .options(options.clone())
+            .build()
+            .ok()
+    });
+    mounts.collect()
+}
+
+/// proc_pid_mountinfo(5): blanks and backslashes as octal numbers.
+fn unescaped(field: &str) -> PathBuf {
+    let mut text = field.to_owned();
+    for (escape, character) in [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")] {
+        text = text.replace(escape, character);
+    }
+    PathBuf::from(text)
 }
 
 /// Whether a volume's files are to have the ids of the pod's user namespace (KEP-127). Other ids than the pod's have no meaning in a guest.
@@ -178,7 +217,7 @@ pub(super) fn apparmor(config: &cri::ContainerConfig) -> Result<Option<String>, 
 
 /// Makes a container's spec one for the guest: without a user namespace its network, host name and IPC are the guest's own; pid namespaces are
 /// named in the request to the agent; volumes have their ids already.
-pub(super) fn in_guest(spec: &mut Spec, device: Option<String>) -> Result<(), PodError> {
+pub(super) fn in_guest(spec: &mut Spec, device: Option<String>, below: Vec<Mount>) -> Result<(), PodError> {
     if let Some(device) = device {
         let why = format!("{device:?} is a device of the host, which a pod in a virtual machine cannot use");
         return Err(PodError::invalid("config.cdi_devices", why));
@@ -194,6 +233,7 @@ pub(super) fn in_guest(spec: &mut Spec, device: Option<String>) -> Result<(), Po
     for namespace in namespaces.iter_mut().filter(|namespace| namespace.typ() == T::Pid) {
         namespace.set_path(None);
     }
+    spec.mounts_mut().get_or_insert_default().extend(below);
     for mount in spec.mounts_mut().iter_mut().flatten() {
         mount.set_uid_mappings(None).set_gid_mappings(None);
     }
@@ -335,7 +375,8 @@ pub(super) async fn start(
         memory,
         cpus,
         hypervisor_pid: started.hypervisor_pid,
-        file_server_pid: started.file_server_pid,
+        // Its parent, the monitor, has not reaped it.
+        file_server: identify(started.file_server_pid).ok_or(MonitorError::Gone)?,
     };
     Ok((process, machine))
 }

@@ -67,7 +67,7 @@ fn virtual_machine(view: &PodView) -> Option<serde_json::Value> {
         shown["memoryBytes"] = machine.memory.into();
         shown["cpus"] = machine.cpus.into();
         shown["hypervisorPid"] = machine.hypervisor_pid.into();
-        shown["fileServerPid"] = machine.file_server_pid.into();
+        shown["fileServerPid"] = machine.file_server.pid.into();
     }
     if vm.emulate {
         shown["warning"] = "emulated, not an isolation boundary".into();
