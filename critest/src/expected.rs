@@ -45,6 +45,14 @@ impl Expected {
         Ok(Self { outcomes })
     }
 
+    /// The reason on the list of a failure that is expected.
+    pub fn refusal(&self, name: &str, actual: &Outcome) -> Option<&str> {
+        match self.outcomes.get(name) {
+            Some(expected @ Outcome::Fail(reason)) if agrees(expected, actual) => Some(reason),
+            _ => None,
+        }
+    }
+
     /// Every difference in either direction, one line each. With `partial` results a spec that did not run is none.
     pub fn differences(&self, actual: &Outcomes, partial: bool) -> Vec<String> {
         let mut lines = Vec::new();

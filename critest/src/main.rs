@@ -163,12 +163,19 @@ fn on_the_peer(suite: &suite::Options, daemon_log: Option<&Path>) -> Result<Outc
 /// Prints what failed, what was skipped, what differs and the counts; returns the exit status.
 fn judge(outcomes: &Outcomes, expected: &Expected, partial: bool) -> i32 {
     let mut counts = [0; 3];
+    // Of the failures, those that the list has with this very reason: what the runtime refuses to do.
+    let mut refused = 0;
     for (name, outcome) in outcomes {
         match outcome {
             Outcome::Pass => counts[0] += 1,
-            Outcome::Fail(reason) => {
+            Outcome::Fail(said) => {
                 counts[1] += 1;
-                println!("FAILED {name}\n    {}", reason.replace('\n', "\n    "));
+                if let Some(reason) = expected.refusal(name, outcome) {
+                    refused += 1;
+                    println!("refused as expected {name}: {reason}");
+                } else {
+                    println!("FAILED {name}\n    {}", said.replace('\n', "\n    "));
+                }
             }
             Outcome::Skip(reason) => {
                 counts[2] += 1;
@@ -179,6 +186,9 @@ fn judge(outcomes: &Outcomes, expected: &Expected, partial: bool) -> i32 {
     let differences = expected.differences(outcomes, partial);
     for difference in &differences {
         println!("DIFFERENT {difference}");
+    }
+    if refused > 0 {
+        println!("critest: {refused} of the failures are expected");
     }
     println!("critest: {} passed, {} failed, {} skipped", counts[0], counts[1], counts[2]);
     i32::from(!differences.is_empty())
