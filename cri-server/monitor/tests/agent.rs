@@ -483,6 +483,20 @@ fn requests_that_wait_are_answered_when_the_machine_ends() {
 }
 
 #[test]
+fn a_guest_that_answers_nothing_holds_nothing_up() {
+    run(|lab| {
+        let (mut pod, agent) = lab.with_agent("run");
+        let mut events = pod.subscribe();
+        created(&mut pod, &agent, "c1");
+        agent.instead(|_| Some(Instead::Say(Vec::new())));
+        // Killing it goes unanswered, and then it ends with its machine.
+        pod.delete("c1");
+        assert_eq!(events.end(), ("c1".into(), 137, String::new()));
+        distrusted(&mut pod, &mut events, "the agent did not signal the container within 20 s");
+    });
+}
+
+#[test]
 fn want_of_memory_is_told() {
     run(|lab| {
         let (mut pod, agent) = lab.with_agent("run");

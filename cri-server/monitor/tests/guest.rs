@@ -5,7 +5,7 @@ mod lab;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::path::Path;
 
 use lab::client::{connected, stream, sync};
 use lab::{POD, Spec, private_memory, run, until};
@@ -47,7 +47,7 @@ fn from_create_to_delete() {
         let lines: BTreeSet<String> = pod.log_lines("c1").into_iter().collect();
         assert_eq!(lines, ["stdout F out", "stdout F x", "stderr F err"].map(str::to_owned).into());
         // What it wrote went with it.
-        assert!(!lab.rootfs.join("written").exists());
+        assert!(!Path::new(lab::machine::SHARE).join("rootfs/written").exists());
         assert_eq!(pod.daemon.refused(Verb::Shutdown(Shutdown {})).0, ErrorCode::WrongState);
         pod.delete("c1");
         pod.delete("c1");
@@ -111,24 +111,31 @@ fn what_contradicts_itself_is_refused() {
 #[test]
 fn ports_of_the_guest() {
     run(|lab| {
-        let pod = lab.machine();
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = u32::from(listener.local_addr().unwrap().port());
-        let mut stream = connected(&mut pod.connect(), port);
-        let (mut accepted, _) = listener.accept().unwrap();
-        stream.write_all(b"hello").unwrap();
-        let mut text = [0; 5];
-        accepted.read_exact(&mut text).unwrap();
-        accepted.write_all(b"and back").unwrap();
-        drop(accepted);
-        let mut rest = String::new();
-        stream.read_to_string(&mut rest).unwrap();
-        assert_eq!((&text, rest.as_str()), (b"hello", "and back"));
-        drop(listener);
+        let mut pod = lab.machine();
+        // It answers what it is told, once.
+        pod.run("c1", &Spec::shell("exec nc -l -p 4321 -e cat"));
+        until("it listens", || {
+            let check = sync("c1", "e1", "busybox grep -q :10E1 /proc/net/tcp /proc/net/tcp6");
+            pod.daemon.exec_sync(check).is_ok_and(|it| it.exit_code == 0)
+        });
+        let mut stream = connected(&mut pod.connect(), 4321);
+        let words = b"hello ".repeat(50_000);
+        let mut writer = stream.try_clone().unwrap();
+        let sent = words.clone();
+        let sender = std::thread::spawn(move || {
+            writer.write_all(&sent).unwrap();
+            // The guest sees the end of this direction, and ends the other.
+            rustix::net::shutdown(&writer, rustix::net::Shutdown::Write).unwrap();
+        });
+        let mut rest = Vec::new();
+        stream.read_to_end(&mut rest).unwrap();
+        sender.join().unwrap();
+        assert!(rest == words, "{} of {}", rest.len(), words.len());
+        assert_eq!(pod.exit("c1").code, 0);
         let mut client = pod.connect();
-        let (code, error) = client.refused(Verb::Connect(Connect { port }));
+        let (code, error) = client.refused(Verb::Connect(Connect { port: 4321 }));
         assert_eq!(code, ErrorCode::System);
-        assert!(error.detail.starts_with(&format!("connect to port {port} in the pod: ")), "{error:?}");
+        assert!(error.detail.starts_with("connect to port 4321 in the pod: "), "{error:?}");
         assert!(error.detail.contains("Connection refused"), "{error:?}");
         assert!(client.read_frame().is_none());
         for port in [0, 65_536] {

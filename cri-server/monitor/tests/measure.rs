@@ -105,6 +105,21 @@ fn latency() {
     });
 }
 
+#[test]
+#[ignore = "measures"]
+fn latency_with_a_machine() {
+    run(|lab| {
+        let mut pod = lab.machine_pod();
+        let request = lab.start_vm(&pod, "");
+        println!("machine: {:.1} ms", time(|| drop(pod.start_vm(request).unwrap())).as_secs_f64() * 1000.0);
+        let mut figures = Figures::default();
+        for round in 0..ROUNDS {
+            monitor_round(&mut pod, round, &mut figures);
+        }
+        println!("in a guest: {figures}");
+    });
+}
+
 #[derive(Default)]
 struct Figures {
     create: Vec<Duration>,

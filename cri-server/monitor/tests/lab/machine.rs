@@ -47,7 +47,8 @@ impl Lab {
         let path = |name: &str| pod.run_dir.join(name).display().to_string();
         let run_dir = path("machine");
         fs::create_dir_all(&run_dir).expect("make the directory");
-        StartVm {
+        let real = std::env::var("PODVISOR_GUEST").ok().filter(|_| words.is_empty());
+        let request = StartVm {
             hypervisor: self.hypervisor(),
             machine: Some(hypervisor::Start {
                 command_line: words.into(),
@@ -71,7 +72,24 @@ impl Lab {
             interfaces: Vec::new(),
             init: false,
             timeout_ms: u32::try_from(PATIENCE.as_millis()).expect("short"),
+        };
+        match real {
+            Some(guest) => Self::real(request, &guest),
+            None => request,
         }
+    }
+
+    /// The same with QEMU and podvisor-fs.
+    fn real(mut request: StartVm, guest: &str) -> StartVm {
+        let programs = std::env::var("PODVISOR_PROGRAMS").expect("where podvisor-qemu and podvisor-fs are");
+        request.hypervisor = format!("{programs}/podvisor-qemu");
+        request.file_server.as_mut().expect("there").program = format!("{programs}/podvisor-fs");
+        let machine = request.machine.as_mut().expect("there");
+        machine.kernel = format!("{guest}/kernel");
+        machine.initramfs = format!("{guest}/initramfs");
+        (machine.memory_limit, machine.cpus_limit) = (0, 0);
+        machine.emulate = true;
+        request
     }
 
     /// A share with the root file system, and a cgroup for what runs in the guest.
@@ -81,8 +99,9 @@ impl Lab {
         if root.exists() {
             return;
         }
-        fs::create_dir_all(&root).expect("make the share");
-        mount_bind(&self.rootfs, &root).expect("put the root file system into the share");
+        fs::create_dir_all(SHARE).expect("make the share");
+        mount_bind(SHARE, SHARE).expect("make the share a mount");
+        super::bundle::make_rootfs(&root);
         let cgroups = Path::new("/run/lab/all-cgroups");
         fs::create_dir_all(cgroups).expect("make a directory");
         mount("cgroup2", cgroups, "cgroup2", MountFlags::empty(), c"").expect("mount cgroup2");
