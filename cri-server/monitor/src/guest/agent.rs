@@ -7,7 +7,7 @@ use std::time::Duration;
 use podvisor_proto::agent::{self as wire, ErrorCode, MAX_FRAME, Reply, Request, reply, request::Verb};
 use prost::Message;
 
-use super::bounds::{self, plain};
+use super::bounds::{self, line};
 use super::news::News;
 use crate::channel::Channel;
 use crate::failure::Failure;
@@ -302,7 +302,7 @@ pub(super) fn confused() -> Failure {
 /// What the agent refused, in the words that the daemon gets. It has the part that an OCI runtime has on the host.
 fn refusal(purpose: Purpose, error: &wire::Error) -> Failure {
     let detail = format!("the agent in the guest could not {}", purpose.what());
-    let words = plain(&error.detail, LOG_LIMIT).replace('\n', " ");
+    let words = line(&error.detail, LOG_LIMIT);
     match error.code() {
         ErrorCode::NotFound => Failure::not_found(detail, words),
         ErrorCode::WrongState => Failure::wrong_state(format!("{detail}: {words}")),

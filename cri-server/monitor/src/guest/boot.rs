@@ -13,7 +13,7 @@ use rustix::process::Pid;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::agent::{Agent, Outcome, Purpose, confused};
-use super::bounds::plain;
+use super::bounds::line;
 use super::dial::Goal;
 use super::end::Cause;
 use super::hypervisor::{Hypervisor, Size, spawn_with};
@@ -232,7 +232,7 @@ impl Monitor {
                 return self.end_machine(Cause::guest(text));
             }
         };
-        (started.name, started.version) = (plain(&started.name, 256), plain(&started.version, 256));
+        (started.name, started.version) = (line(&started.name, 256), line(&started.version, 256));
         starting.answer.pid = started.pid;
         starting.answer.start_time = relative.start_time;
         starting.answer.machine = Some(started);
@@ -247,8 +247,8 @@ impl Monitor {
         let expected = match (outcome, starting.step) {
             (Ok(reply::Result::Hello(hello)), Step::Greet) => {
                 starting.answer.agent = Some(HelloReply {
-                    build: plain(&hello.build, 256),
-                    kernel_release: plain(&hello.kernel_release, 256),
+                    build: line(&hello.build, 256),
+                    kernel_release: line(&hello.kernel_release, 256),
                     ..hello
                 });
                 Ok(())

@@ -20,6 +20,11 @@ pub(super) fn plain(text: &str, limit: usize) -> String {
     plain
 }
 
+/// The same in one line.
+pub(super) fn line(text: &str, limit: usize) -> String {
+    plain(text, limit).trim().replace('\n', " ")
+}
+
 /// The same for the end of it, from a line's beginning where that can be.
 pub(super) fn plain_end(text: &str, limit: usize) -> String {
     let start = (text.len().saturating_sub(limit)..=text.len()).find(|&start| text.is_char_boundary(start));
@@ -129,6 +134,7 @@ mod tests {
     fn text_is_cut_and_cleaned() {
         assert_eq!(plain("a\x1b[31mb\r\nc\u{9b}", 100), "a[31mb\nc");
         assert_eq!(plain("äöü", 5), "äö");
+        assert_eq!(line("a\nb\r\n", 100), "a b");
         assert_eq!(plain_end("first\nsecond\nthird\n", 12), "third");
         assert_eq!(plain_end("first\nsecond\n", 100), "first\nsecond");
         assert_eq!(plain_end("äöü", 3), "ü");

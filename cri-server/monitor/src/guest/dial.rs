@@ -10,7 +10,7 @@ use prost::Message;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
-use super::bounds::plain;
+use super::bounds::line;
 use crate::console::connect_to;
 use crate::failure::Failure;
 use crate::frame::frame;
@@ -167,7 +167,7 @@ impl Monitor {
             Stage::Opening(socket, _, bytes) => match read_frame(socket, bytes) {
                 Ok(None) => return,
                 Ok(Some(Opened { error: None })) => Ok(Some(())),
-                Ok(Some(Opened { error: Some(error) })) => Err(DialError::Refused(plain(&error.detail, 512))),
+                Ok(Some(Opened { error: Some(error) })) => Err(DialError::Refused(line(&error.detail, 512))),
                 Err(error) => Err(error),
             },
         };

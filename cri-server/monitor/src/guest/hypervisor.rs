@@ -14,7 +14,7 @@ use prost::Message;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-use super::bounds::{plain, plain_end};
+use super::bounds::{line, plain_end};
 use super::end::Cause;
 use super::program::Program;
 use crate::channel::Channel;
@@ -183,7 +183,7 @@ impl Monitor {
             {
                 let cause = Cause::ended(&ended);
                 hypervisor.ended.get_or_insert(Ended {
-                    detail: plain(&ended.detail, 512),
+                    detail: line(&ended.detail, 512),
                     console: plain_end(&ended.console, CONSOLE),
                     ..ended
                 });
@@ -202,7 +202,7 @@ impl Monitor {
             (Ask::Start, Ok(_)) => {
                 self.end_machine(Cause::guest("the hypervisor answered with something else".to_owned()));
             }
-            (Ask::Start, Err(error)) => self.end_machine(Cause::guest(plain(&error.detail, 512))),
+            (Ask::Start, Err(error)) => self.end_machine(Cause::guest(line(&error.detail, 512))),
             // The rest is seen when it is reaped.
             (Ask::Stop, _) => {}
             (Ask::Memory { to, wanted }, Ok(_)) if wanted.cpus != hypervisor.size.cpus => {
@@ -226,7 +226,7 @@ impl Monitor {
             }
             (Ask::Back, Ok(_)) => {}
             (Ask::Back, Err(error)) => {
-                self.journal.note("memory could not be taken back", "machine", &plain(&error.detail, 512));
+                self.journal.note("memory could not be taken back", "machine", &line(&error.detail, 512));
             }
         }
     }
@@ -271,7 +271,7 @@ impl Monitor {
 }
 
 fn refusal(error: &wire::Error) -> Failure {
-    let detail = plain(&error.detail, 512).replace('\n', " ");
+    let detail = line(&error.detail, 512);
     match error.code() {
         ErrorCode::Unsupported => Failure::unsupported(detail),
         ErrorCode::Invalid => Failure::invalid(detail),
@@ -290,7 +290,7 @@ impl Cause {
             EndReason::Failure => "the machine's process gave up",
             EndReason::Unspecified => "the machine ended",
         };
-        let detail = plain(&ended.detail, 512).replace('\n', " ");
+        let detail = line(&ended.detail, 512);
         let text = if detail.is_empty() { what.to_owned() } else { format!("{what}: {detail}") };
         Self::Known { text, code: if ended.reason() == EndReason::PowerOff { 0 } else { super::end::KILLED } }
     }

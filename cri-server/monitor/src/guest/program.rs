@@ -113,7 +113,7 @@ impl Program {
             Some((None, None)) => "ended in an unknown way".to_owned(),
             None => "gave up".to_owned(),
         };
-        let words = super::bounds::plain(&String::from_utf8_lossy(&self.words), 512);
+        let words = super::bounds::plain_end(&String::from_utf8_lossy(&self.words), 512);
         match words.lines().rev().find(|line| !line.trim().is_empty()) {
             Some(line) => format!("{} {end}: {}", self.name, line.trim()),
             None => format!("{} {end}", self.name),
