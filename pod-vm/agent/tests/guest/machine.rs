@@ -171,7 +171,7 @@ impl Machine {
         self.done(Verb::Personalise(Personalise {
             seed: vec![7; 64],
             time_ns: i64::try_from(since.as_nanos()).unwrap(),
-            reserve: 64 << 20,
+            reserve: if wanted.reserve == 0 { 64 << 20 } else { wanted.reserve },
             ..wanted
         }));
         self.done(Verb::AddShare(AddShare { tag: "pod".into(), read_only: false }));
@@ -181,6 +181,12 @@ impl Machine {
     pub(crate) fn run_on_root(&mut self, id: &str, spec: &Value) -> (String, Exit) {
         self.add_root(id);
         self.run(id, &with_root(id, spec))
+    }
+
+    pub(crate) fn running_on_root(&mut self, id: &str, spec: &Value) {
+        self.add_root(id);
+        self.create(id, &with_root(id, spec), false);
+        self.start(id);
     }
 
     pub(crate) fn add_root(&mut self, id: &str) {

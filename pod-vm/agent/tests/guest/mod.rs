@@ -12,7 +12,7 @@ use std::process::Command;
 use podvisor_proto::agent::{Error, ErrorCode};
 use serde_json::{Value, json};
 
-pub(crate) use machine::{Machine, Suite};
+pub(crate) use machine::{MEMORY, Machine, Suite, with_root};
 pub(crate) use monitor::Outcome;
 pub(crate) use process::Guest;
 
