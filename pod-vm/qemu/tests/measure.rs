@@ -5,7 +5,7 @@
 mod lab;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -106,9 +106,55 @@ fn memory() {
             field(pid, "smaps_rollup", "Private_Dirty:") + field(pid, "smaps_rollup", "Private_Clean:");
         println!("{name}: {private} KiB private, {} KiB resident", field(pid, "smaps_rollup", "Rss:"));
     }
-    let switches = || field(pid, "status", "voluntary_ctxt_switches:");
+    rest(&hypervisor, "idle");
+    // Nobody reads: it must not try again and again.
+    let stalled = hypervisor.guest("source 100000000");
+    std::thread::sleep(Duration::from_secs(1));
+    rest(&hypervisor, "with a reader that does not read");
+    drop(stalled);
+    hypervisor.done(Verb::Stop(Stop {}));
+}
+
+/// How often any of its threads ran.
+fn rest(hypervisor: &Hypervisor, when: &str) {
+    let switches = || -> u64 {
+        let tasks = fs::read_dir(format!("/proc/{}/task", hypervisor.process.id())).unwrap();
+        let count = |task: fs::DirEntry| {
+            let text = fs::read_to_string(task.path().join("status")).unwrap();
+            let line =
+                text.lines().find(|line| line.starts_with("voluntary_ctxt_switches:")).unwrap().to_owned();
+            line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+        };
+        tasks.map(|task| count(task.unwrap())).sum()
+    };
     let before = switches();
     std::thread::sleep(Duration::from_secs(5));
-    println!("podvisor-qemu woke {} times in 5 s", switches() - before);
-    hypervisor.done(Verb::Stop(Stop {}));
+    println!("podvisor-qemu, {when}: woke {} times in 5 s", switches() - before);
+}
+
+#[test]
+#[ignore = "prints figures; run it alone"]
+fn throughput() {
+    const BYTES: usize = 64 << 20;
+    let hypervisor = Hypervisor::started(Suite::Backports);
+    let megabytes = |begin: Instant| BYTES as f64 / 1e6 / begin.elapsed().as_secs_f64();
+    let mut socket = hypervisor.guest(&format!("source {BYTES}"));
+    let begin = Instant::now();
+    let mut bytes = Vec::new();
+    socket.read_to_end(&mut bytes).unwrap();
+    assert_eq!(bytes.len(), BYTES);
+    println!("from the guest: {:.0} MB/s", megabytes(begin));
+    let mut socket = hypervisor.guest("sink");
+    let begin = Instant::now();
+    socket.write_all(&bytes).unwrap();
+    socket.shutdown(std::net::Shutdown::Write).unwrap();
+    socket.read_to_end(&mut Vec::new()).unwrap();
+    println!("to the guest, added up there: {:.0} MB/s", megabytes(begin));
+    let mut socket = hypervisor.guest("echo");
+    let begin = Instant::now();
+    for _ in 0..200 {
+        socket.write_all(b"x").unwrap();
+        socket.read_exact(&mut [0]).unwrap();
+    }
+    println!("there and back: {:.2} ms", begin.elapsed().as_secs_f64() * 1000.0 / 200.0);
 }
