@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use crate::kvm::Node;
 use crate::sys;
 
 /// Everything that is done to the process that becomes QEMU.
@@ -17,6 +18,8 @@ pub(crate) struct Confinement {
     pub(crate) groups: Vec<u32>,
     /// It begins as root, who has more to give up and may make namespaces.
     pub(crate) privileged: bool,
+    /// A node for KVM that takes the place of /dev/kvm.
+    pub(crate) kvm: Option<Node>,
     pub(crate) rules: Option<OwnedFd>,
     /// The process that it must not outlive.
     pub(crate) parent: i32,
@@ -43,6 +46,9 @@ impl Confinement {
             let kinds = libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
             step("make namespaces", sys::unshare(kinds))?;
             step("give up capabilities for good", sys::empty_bounding_set())?;
+        }
+        if let Some(node) = &self.kvm {
+            step("put a node in the place of /dev/kvm", node.take_its_place())?;
         }
         if self.user != 0 {
             step("become the machine's user", sys::become_user(self.user, &self.groups))?;

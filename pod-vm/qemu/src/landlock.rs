@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use crate::kvm::{self, Access};
 use crate::sys::{self, RulesetAttributes};
 
 // LANDLOCK_ACCESS_FS_…, by bit.
@@ -41,7 +42,11 @@ fn all_of(version: u32) -> RulesetAttributes {
 }
 
 /// The rules for a QEMU at `program` that reads `files`; `None` where the kernel has no Landlock.
-pub(crate) fn rules(program: &Path, files: &[BorrowedFd<'_>], kvm: bool) -> io::Result<Option<OwnedFd>> {
+pub(crate) fn rules(
+    program: &Path,
+    files: &[BorrowedFd<'_>],
+    kvm: Option<&Access>,
+) -> io::Result<Option<OwnedFd>> {
     let Some(version) = sys::landlock_version() else { return Ok(None) };
     let handled = all_of(version);
     let ruleset = sys::landlock_ruleset(&handled)?;
@@ -68,8 +73,13 @@ pub(crate) fn rules(program: &Path, files: &[BorrowedFd<'_>], kvm: bool) -> io::
     for path in DEVICES {
         allow(Path::new(path), READ_FILE | WRITE_FILE | IOCTL_DEV)?;
     }
-    if kvm {
-        allow(Path::new("/dev/kvm"), READ_FILE | WRITE_FILE | IOCTL_DEV)?;
+    let device = READ_FILE | WRITE_FILE | IOCTL_DEV;
+    match kvm {
+        Some(Access::Own(node)) => {
+            sys::landlock_allow(ruleset.as_fd(), node.file.as_fd(), device & handled.files)?
+        }
+        Some(_) => allow(Path::new(kvm::PATH), device)?,
+        None => {}
     }
     for file in files {
         sys::landlock_allow(ruleset.as_fd(), *file, READ_FILE)?;

@@ -3,7 +3,6 @@
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -14,6 +13,7 @@ use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use crate::confine::Confinement;
 use crate::failure::{Failure, one_line};
 use crate::files::Handed;
+use crate::kvm::{self, Access};
 use crate::{landlock, sys};
 
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -115,26 +115,23 @@ fn confinement(
     handed: &Handed,
     readable: &[BorrowedFd<'_>],
 ) -> io::Result<Confinement> {
-    let groups = if start.emulate { Vec::new() } else { kvm_groups() };
+    let access = if start.emulate { None } else { Some(kvm::access(start.user, &start.run_dir)?) };
     let canonical = program.canonicalize()?;
     let cgroups = start.cgroup_procs.iter().map(|path| CString::new(path.as_str()));
+    let rules = landlock::rules(&canonical, readable, access.as_ref())?;
+    let (groups, kvm) = match access {
+        Some(Access::Group(group)) => (vec![group], None),
+        Some(Access::Own(node)) => (Vec::new(), Some(node)),
+        Some(Access::Plain) | None => (Vec::new(), None),
+    };
     Ok(Confinement {
         cgroups: cgroups.collect::<Result<_, _>>()?,
         user: start.user,
         groups,
+        kvm,
         privileged: rustix::process::geteuid().is_root(),
-        rules: landlock::rules(&canonical, readable, !start.emulate)?,
+        rules,
         parent: rustix::process::getpid().as_raw_nonzero().get(),
         inherited: handed.numbers(),
     })
-}
-
-/// The group that may use KVM, where it is not everybody.
-fn kvm_groups() -> Vec<u32> {
-    let metadata = std::fs::metadata("/dev/kvm").ok();
-    metadata
-        .filter(|device| device.mode() & 0o006 != 0o006 && device.gid() != 0)
-        .map(|device| device.gid())
-        .into_iter()
-        .collect()
 }

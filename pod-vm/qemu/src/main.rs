@@ -12,6 +12,7 @@ mod device;
 mod failure;
 mod files;
 mod inventory;
+mod kvm;
 mod landlock;
 mod launch;
 mod machine;

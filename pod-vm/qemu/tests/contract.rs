@@ -248,6 +248,16 @@ fn what_takes_qemus_place_can_do_little() {
     }
 }
 
+/// Its user may use KVM, whoever the device belongs to. Whether a kernel runs on it is another matter.
+#[test]
+fn kvm_is_not_refused() {
+    let mut hypervisor = Hypervisor::new(&[]);
+    let start = Start { emulate: false, ..hypervisor.start(Suite::Bookworm) };
+    if let Err(error) = hypervisor.ask(Verb::Start(start)) {
+        assert!(!error.detail.contains("Permission denied"), "{error:?}");
+    }
+}
+
 /// A client that comes before the guest has a driver waits, and is let go with the machine.
 #[test]
 fn a_client_goes_with_the_machine() {

@@ -135,14 +135,15 @@ fn rest(hypervisor: &Hypervisor, when: &str) {
 #[test]
 #[ignore = "prints figures; run it alone"]
 fn throughput() {
-    const BYTES: usize = 64 << 20;
+    const MEBIBYTES: u16 = 64;
+    let size = usize::from(MEBIBYTES) << 20;
     let hypervisor = Hypervisor::started(Suite::Backports);
-    let megabytes = |begin: Instant| BYTES as f64 / 1e6 / begin.elapsed().as_secs_f64();
-    let mut socket = hypervisor.guest(&format!("source {BYTES}"));
+    let megabytes = |begin: Instant| f64::from(MEBIBYTES) * 1.048_576 / begin.elapsed().as_secs_f64();
+    let mut socket = hypervisor.guest(&format!("source {size}"));
     let begin = Instant::now();
     let mut bytes = Vec::new();
     socket.read_to_end(&mut bytes).unwrap();
-    assert_eq!(bytes.len(), BYTES);
+    assert_eq!(bytes.len(), size);
     println!("from the guest: {:.0} MB/s", megabytes(begin));
     let mut socket = hypervisor.guest("sink");
     let begin = Instant::now();

@@ -77,7 +77,7 @@ impl Hypervisor {
             vsock_path: self.text("vsock"),
             run_dir: self.text("run"),
             console_path: self.text("console.log"),
-            emulate: true,
+            emulate: kvm().is_none(),
             user,
             ..Start::default()
         }
@@ -248,6 +248,11 @@ fn outcome(reply: Reply) -> Result<reply::Result, Error> {
         reply::Result::Error(error) => Err(error),
         other => Ok(other),
     }
+}
+
+/// Set where the tests are to run with KVM (`tests/lab/run`), as they can be told by hand.
+pub fn kvm() -> Option<std::ffi::OsString> {
+    std::env::var_os("PODVISOR_TEST_KVM")
 }
 
 /// Waits until something is so.
