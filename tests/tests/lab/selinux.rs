@@ -28,8 +28,8 @@ fn pods_are_kept_apart() {
 
 const OWN: &str = "/proc/self/attr/current";
 
-fn options(kind: &str, level: &str) -> Option<SeLinuxOption> {
-    Some(SeLinuxOption { r#type: kind.to_owned(), level: level.to_owned(), ..SeLinuxOption::default() })
+fn options(kind: &str, level: &str) -> SeLinuxOption {
+    SeLinuxOption { r#type: kind.to_owned(), level: level.to_owned(), ..SeLinuxOption::default() }
 }
 
 /// What a process of a container says that it runs as.
@@ -151,7 +151,7 @@ async fn unconfined(f: &Fixture, own: &str) -> Result<()> {
     let pod = f.run(config).await?;
     let mut privileged = ask::waiting("privileged");
     ask::context(&mut privileged).privileged = true;
-    ask::context(&mut privileged).selinux_options = options("other_t", "");
+    ask::context(&mut privileged).selinux_options = Some(options("other_t", ""));
     let id = pod.start(&privileged).await?;
     let seen = label(f, &id).await?;
     ensure!(seen.starts_with("system_u:system_r:spc_t:"), "a privileged container runs as {seen}");
@@ -162,7 +162,9 @@ async fn unconfined(f: &Fixture, own: &str) -> Result<()> {
     let mut config = f.ask_pod("of-the-node");
     ask::pod_namespaces(&mut config).pid = NamespaceMode::Node.into();
     let pod = f.run(config).await?;
-    for (name, asked, expected) in [("plain", None, "spc_t"), ("asking", options("other_t", ""), "other_t")] {
+    for (name, asked, expected) in
+        [("plain", None, "spc_t"), ("asking", Some(options("other_t", "")), "other_t")]
+    {
         let mut container = ask::waiting(name);
         ask::container_namespaces(&mut container).pid = NamespaceMode::Node.into();
         ask::context(&mut container).selinux_options = asked;
@@ -175,21 +177,21 @@ async fn unconfined(f: &Fixture, own: &str) -> Result<()> {
 
 async fn asked_for(f: &Fixture, one: &Pod) -> Result<()> {
     let mut config = f.ask_pod("asking");
-    ask::pod_context(&mut config).selinux_options = options("other_t", "s0:c1,c2");
+    ask::pod_context(&mut config).selinux_options = Some(options("other_t", "s0:c1,c2"));
     let pod = f.run(config).await?;
     let id = pod.start(&ask::waiting("inherits")).await?;
     ensure!(label(f, &id).await? == "system_u:system_r:other_t:s0:c1,c2");
     let mut container = ask::waiting("other");
-    ask::context(&mut container).selinux_options = options("container_t", "");
+    ask::context(&mut container).selinux_options = Some(options("container_t", ""));
     let id = pod.start(&container).await?;
     ensure!(label(f, &id).await? == "system_u:system_r:container_t:s0:c1,c2");
 
     let mut container = ask::waiting("nonsense");
-    ask::context(&mut container).selinux_options = options("nonsense_t", "");
+    ask::context(&mut container).selinux_options = Some(options("nonsense_t", ""));
     let refused = f.cri.create(&one.id, &container, &one.config).await.unwrap_err();
     ensure!(refused.code() == Code::InvalidArgument && refused.message().contains("nonsense_t"), "{refused}");
     let mut config = f.ask_pod("nonsense");
-    ask::pod_context(&mut config).selinux_options = options("", "s0:c5,c2000");
+    ask::pod_context(&mut config).selinux_options = Some(options("", "s0:c5,c2000"));
     let refused = f.cri.run_pod(&config).await.unwrap_err();
     ensure!(refused.code() == Code::InvalidArgument && refused.message().contains("c2000"), "{refused}");
     let mut container = with_volume("machine", Path::new("/etc"), true);
