@@ -192,6 +192,7 @@ impl Monitor {
             }
             Timer::Exec(key) => self.exec_time_is_over(key),
             Timer::Drain(key) => self.drain_time_is_over(key),
+            Timer::Checkpoint(key) => self.checkpoint_time_is_over(key),
             Timer::Oom(key, looks) => self.look_for_oom_kills(key, looks),
             Timer::Port(key) => self.port_time_is_over(key),
             Timer::Init => self.init_time_is_over(),
@@ -269,6 +270,7 @@ impl Monitor {
             self.ports_abandoned(key);
             self.dials_abandoned(key);
             self.execs_abandoned(key);
+            self.checkpoints_abandoned(key);
         }
     }
 
@@ -336,6 +338,7 @@ impl Monitor {
                 self.creation_undone(container);
             }
             Purpose::Exec(exec) => self.exec_call_ended(exec, outcome),
+            Purpose::Checkpoint(container) => self.checkpoint_call_ended(container, outcome),
         }
         if !self.pid_files_expected() {
             self.strays = Strays::default();

@@ -199,6 +199,8 @@ pub(crate) enum Timer {
     Oom(u64, u32),
     /// A connection into the pod is not made.
     Port(u64),
+    /// A checkpoint takes too long, or its container is to be resumed once more.
+    Checkpoint(u64),
     /// The pod's init did not obey SIGTERM.
     Init,
     /// The machine's start takes too long, or the next thing is to be done for its end.

@@ -101,7 +101,7 @@ impl Runtime {
                 Err(Failure::timeout(format!("{what} did not end within {limit} ms"), words()))
             }
             Some(Stopped::Cancelled) => {
-                Err(Failure::wrong_state(format!("{what} was cancelled by a delete")))
+                Err(Failure::wrong_state(format!("{what} was cancelled: its container is to be killed")))
             }
             None if status.exit_status() == Some(0) => Ok(()),
             None => {
@@ -137,7 +137,7 @@ fn append_to(path: &Path) -> io::Result<File> {
 pub(crate) enum Stopped {
     /// Its time was over.
     Late,
-    /// Its container is to be deleted.
+    /// Its container is to be deleted or killed.
     Cancelled,
 }
 
@@ -158,6 +158,8 @@ pub(crate) enum Purpose {
     /// `delete` after its creation has failed.
     CleanUp(u64),
     Exec(u64),
+    /// `pause`, `checkpoint` or `resume`.
+    Checkpoint(u64),
 }
 
 /// A running call.

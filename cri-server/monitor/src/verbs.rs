@@ -138,6 +138,8 @@ impl Monitor {
             Verb::KillContainer(request) => self.kill_container(to, &request),
             Verb::DeleteContainer(request) => Ok(self.delete_container(to, &request)),
             Verb::UpdateContainer(request) => self.update_container(to, &request),
+            Verb::CheckpointContainer(request) => self.checkpoint_container(to, request),
+            Verb::ResumeContainer(request) => self.resume_container(to, &request),
             Verb::ReopenLog(request) => self.reopen_log(to, &request),
             Verb::ExecSync(request) => self.exec_sync(to, request),
             Verb::Exec(request) => self.opening(to, |monitor| monitor.exec(to, request)),

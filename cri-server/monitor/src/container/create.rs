@@ -91,6 +91,7 @@ impl Monitor {
             removal: Removal::NotBegun,
             started: false,
             starts: Vec::new(),
+            checkpoint: None,
             deletes: Vec::new(),
         };
         self.containers.insert(key, container);

@@ -214,6 +214,9 @@ impl Monitor {
             Removal::Done => {
                 let _ = std::fs::remove_file(self.run_file(&format!("{}.pid", container.id)));
                 let Some(container) = self.containers.remove(&key) else { return };
+                if let Some(checkpoint) = container.checkpoint {
+                    self.drop_checkpoint(checkpoint, &container.id);
+                }
                 for to in container.deletes {
                     self.reply(to, Ok(reply::Result::Done(proto::Done {})));
                 }

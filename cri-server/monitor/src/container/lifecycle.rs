@@ -88,6 +88,9 @@ impl Monitor {
 
     /// Signals a container that has not ended: its first process, or `all`. `to` is answered when that happens later.
     fn signal_container(&mut self, key: u64, signal: Signal, all: bool, to: Option<ReplyTo>) -> Answered {
+        if signal == Signal::KILL {
+            self.give_up_checkpoint(key);
+        }
         let Some(container) = self.containers.get(&key) else { return Ok(Answer::DONE) };
         let Some(child) = container.child() else { return Ok(Answer::DONE) };
         match &container.maker {

@@ -13,6 +13,7 @@
 //! In a guest the agent has the runtime's part.
 
 mod attach;
+mod checkpoint;
 mod create;
 mod exit;
 mod inside;
@@ -61,6 +62,8 @@ pub(crate) struct Container {
     started: bool,
     /// Who waits for the `start` that is under way, besides the first who asked.
     starts: Vec<ReplyTo>,
+    /// It is being written down.
+    checkpoint: Option<checkpoint::Checkpoint>,
     /// Who waits for it to be deleted.
     pub(crate) deletes: Vec<ReplyTo>,
 }
