@@ -196,6 +196,9 @@ impl Connection {
             Verb::DeleteContainer(_) => ("delete container", runtime),
             Verb::UpdateContainer(_) => ("update container", runtime),
             Verb::ReopenLog(_) => ("reopen log", Some(SOON)),
+            // The caller has its own limit.
+            Verb::CheckpointContainer(_) => ("checkpoint container", None),
+            Verb::ResumeContainer(_) => ("resume container", runtime),
             // The caller has its own limit, or wants none.
             Verb::ExecSync(_) => ("exec", None),
             Verb::Exec(_) => ("exec", runtime),
