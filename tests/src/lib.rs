@@ -10,6 +10,7 @@ pub mod eventually;
 pub mod fixture;
 pub mod images;
 pub mod load;
+pub mod memory;
 pub mod nri;
 pub mod nri_peer;
 pub mod prometheus;

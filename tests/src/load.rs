@@ -3,10 +3,11 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use crate::cri::Cri;
 use crate::images::BUSYBOX;
+use crate::memory::Memory;
 use crate::{Fixture, ask, eventually};
 
 /// How many pods are started and stopped at the same time.
@@ -17,7 +18,7 @@ const AT_ONCE: usize = 4;
 pub struct Figures {
     /// Times of ListPodSandbox, ListContainers and PodSandboxStatus while pods started and stopped, sorted.
     pub asked: Vec<Duration>,
-    /// The daemon's private memory per pod with one container, KiB.
+    /// The daemon's own memory per pod with one container, KiB: pages of its program come and go with work, not with pods.
     pub per_pod: f64,
     /// Open descriptors and threads of the daemon before any pod, with all of them, and after the last.
     pub held: [Held; 3],
@@ -46,16 +47,6 @@ impl Figures {
     }
 }
 
-/// Private memory of a process in KiB.
-fn private(pid: i32) -> Result<f64> {
-    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    let of = |line: &str| -> Result<f64> {
-        let value = rollup.lines().find_map(|have| have.strip_prefix(line)).context("no such line")?;
-        Ok(value.split_whitespace().next().context("no value")?.parse::<u32>().map(f64::from)?)
-    };
-    Ok(of("Private_Dirty:")? + of("Private_Clean:")?)
-}
-
 /// Starts `count` pods, a few at a time, and removes them again.
 pub async fn run(f: &mut Fixture, count: usize) -> Result<Figures> {
     f.cri.pull(BUSYBOX).await?;
@@ -73,7 +64,7 @@ pub async fn run(f: &mut Fixture, count: usize) -> Result<Figures> {
         })
     };
     let before = eventually("idle threads end", settled).await?;
-    let memory = private(pid)?;
+    let memory = Memory::of(pid)?.anonymous;
 
     let asking = Asking::start(f.cri.clone());
     let mut pods = Vec::new();
@@ -88,7 +79,7 @@ pub async fn run(f: &mut Fixture, count: usize) -> Result<Figures> {
     }
     let with_all = Held::by(pid)?;
     #[allow(clippy::cast_precision_loss)] // a few hundred pods
-    let per_pod = (private(pid)? - memory) / count as f64;
+    let per_pod = (f64::from(Memory::of(pid)?.anonymous) - f64::from(memory)) / count as f64;
     for batch in pods.chunks(AT_ONCE) {
         let stopped = batch.iter().map(|pod| async {
             f.cri.stop_pod(pod).await?;

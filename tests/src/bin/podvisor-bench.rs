@@ -1,6 +1,7 @@
 //! Latency and memory of the daemon through its socket, and of the bare OCI runtime for comparison.
 //!
-//! To be run in a sandbox (`make bench`). All times are medians in milliseconds.
+//! To be run in a sandbox (`make bench`). All times are medians in milliseconds. The arguments `memory` and `times` measure only
+//! that.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,11 +13,18 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use podvisor_critest::node::Options;
 use podvisor_critest::tools_dir;
+use podvisor_proto::cri::{
+    ImageFsInfoRequest, ListContainerStatsRequest, ListImagesRequest, ListPodSandboxStatsRequest,
+    StatusRequest,
+};
 use podvisor_tests::images::{BUSYBOX, TestImages};
+use podvisor_tests::memory::Memory;
 use podvisor_tests::{Fixture, ask};
 
 const ROUNDS: usize = 30;
 const AT_ONCE: usize = 10;
+/// Pods that come and go between two looks at the daemon's memory.
+const PODS: usize = 50;
 
 /// Times by the name of what was measured, in the order of the first measurement.
 #[derive(Debug, Default)]
@@ -50,7 +58,12 @@ impl Times {
 fn main() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let images = Arc::new(TestImages::serve()?);
-    for handler in ["runc", "crun"] {
+    let only = std::env::args().nth(1);
+    let wanted = |what: &str| only.as_ref().is_none_or(|only| only == what);
+    if wanted("memory") {
+        runtime.block_on(memory(&images)).context("measuring memory")?;
+    }
+    for handler in ["runc", "crun"].into_iter().filter(|_| wanted("times")) {
         runtime.block_on(measure(&images, handler)).with_context(|| format!("measuring with {handler}"))?;
         bare(handler)?.print(&format!("{handler} alone"));
     }
@@ -59,8 +72,7 @@ fn main() -> Result<()> {
 
 async fn measure(images: &Arc<TestImages>, handler: &str) -> Result<()> {
     let options = Options { handler: handler.to_owned(), log: "info".to_owned(), ..Options::default() };
-    let mut f = Fixture::with(images, options)?;
-    let idle = resident(f.daemon()?.pid().as_raw_nonzero().get(), "Rss")?;
+    let f = Fixture::with(images, options)?;
     f.cri.pull(BUSYBOX).await?;
     let mut times = Times::default();
     for round in 0..ROUNDS {
@@ -113,17 +125,91 @@ async fn measure(images: &Arc<TestImages>, handler: &str) -> Result<()> {
             f.cri.remove_pod(&pod.id).await?;
         }
     }
-    times.print(&format!("podvisor with {handler}, daemon idle at {:.1} MiB resident", idle / 1024.0));
+    times.print(&format!("podvisor with {handler}"));
     f.finish().await
 }
 
-/// A line of smaps_rollup in KiB.
-#[allow(clippy::cast_precision_loss)] // a few thousand KiB
-fn resident(pid: i32, line: &str) -> Result<f64> {
-    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    let value =
-        rollup.lines().find_map(|have| have.strip_prefix(line)?.strip_prefix(':')).context("no such line")?;
-    Ok(value.split_whitespace().next().context("no value")?.parse::<u32>().map(f64::from)?)
+/// The daemon's memory: what it holds while there is nothing to do for it, before its first pod and after many.
+async fn memory(images: &Arc<TestImages>) -> Result<()> {
+    const IDLE: Duration = Duration::from_secs(60);
+    let options = Options { log: "info".to_owned(), ..Options::default() };
+    let mut f = Fixture::with(images, options)?;
+    let mut starts = Times::default();
+    for _ in 0..ROUNDS {
+        f.stop()?;
+        let began = Instant::now();
+        f.start()?;
+        starts.add("start until it serves", began.elapsed());
+    }
+    starts.print("the daemon");
+    let pid = f.daemon()?.pid().as_raw_nonzero().get();
+    println!("the daemon's memory in MiB      resident = own + of files; private, proportional");
+    let look = |when: &str| {
+        let memory = Memory::of(pid)?;
+        let Memory { resident, anonymous, file, private, proportional } = memory;
+        let [resident, anonymous, file, private, proportional] =
+            [resident, anonymous, file, private, proportional].map(|kib| f64::from(kib) / 1024.0);
+        println!("  {when:<29} {resident:8.1} {anonymous:5.1} {file:10.1} {private:8.1} {proportional:13.1}");
+        keep_map(pid, when)
+    };
+    look("started")?;
+    tokio::time::sleep(IDLE).await;
+    look("idle")?;
+    asked_by_kubelet(&f, IDLE).await?;
+    look("asked by kubelet")?;
+    f.cri.pull(BUSYBOX).await?;
+    for batch in 0..PODS / AT_ONCE {
+        let fixture = &f;
+        let pods = (0..AT_ONCE).map(|number| async move {
+            let pod = fixture.pod(&format!("memory{batch}-{number}")).await?;
+            let container = pod.start(&ask::waiting("c")).await?;
+            fixture.cri.exec(&container, &["true"], 10).await?;
+            anyhow::Ok(pod.id)
+        });
+        for pod in futures_util::future::try_join_all(pods).await? {
+            f.cri.stop_pod(&pod).await?;
+            f.cri.remove_pod(&pod).await?;
+        }
+    }
+    look("fifty pods came and went")?;
+    tokio::time::sleep(IDLE).await;
+    look("idle again")?;
+    asked_by_kubelet(&f, IDLE).await?;
+    look("asked by kubelet again")?;
+    f.finish().await
+}
+
+/// What kubelet asks of a node where nothing happens, at its intervals.
+async fn asked_by_kubelet(f: &Fixture, time: Duration) -> Result<()> {
+    let began = Instant::now();
+    let (mut runtime, mut images) = (f.cri.runtime.clone(), f.cri.images.clone());
+    for second in 0.. {
+        f.cri.pods().await?;
+        f.cri.containers().await?;
+        if second % 5 == 0 {
+            runtime.status(StatusRequest::default()).await?;
+        }
+        if second % 10 == 0 {
+            runtime.list_pod_sandbox_stats(ListPodSandboxStatsRequest::default()).await?;
+            runtime.list_container_stats(ListContainerStatsRequest::default()).await?;
+            images.image_fs_info(ImageFsInfoRequest {}).await?;
+        }
+        if second % 30 == 0 {
+            images.list_images(ListImagesRequest::default()).await?;
+        }
+        if began.elapsed() > time {
+            break;
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    Ok(())
+}
+
+/// With `PODVISOR_BENCH_MAPS=DIRECTORY`: keeps what /proc says of every mapping, to see what the memory is.
+fn keep_map(pid: i32, when: &str) -> Result<()> {
+    let Some(directory) = std::env::var_os("PODVISOR_BENCH_MAPS") else { return Ok(()) };
+    let map = fs::read(format!("/proc/{pid}/smaps"))?;
+    Ok(fs::write(Path::new(&directory).join(when.replace(' ', "-")), map)?)
 }
 
 /// Mean private memory of the monitors in KiB.
@@ -135,7 +221,7 @@ fn monitors() -> Result<f64> {
         };
         let Ok(name) = fs::read_to_string(format!("/proc/{pid}/comm")) else { continue };
         if name.starts_with("podvisor-monit") {
-            private.push(resident(pid, "Private_Dirty")? + resident(pid, "Private_Clean")?);
+            private.push(f64::from(Memory::of(pid)?.private));
         }
     }
     ensure!(!private.is_empty(), "no monitor runs");
