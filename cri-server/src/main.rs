@@ -13,6 +13,7 @@ mod guest;
 mod hooks;
 mod hypervisor;
 mod id;
+mod memory;
 mod meters;
 mod monitor;
 mod mount_attr;

@@ -41,6 +41,8 @@ pub(crate) struct Node {
     pub(crate) events: Events,
     pub(crate) cdi: crate::cdi::Registry,
     pub(crate) telemetry: Telemetry,
+    /// Told of every request that is not just a look.
+    pub(crate) changes: tokio::sync::Notify,
     pub(crate) hooks: Hooks,
     pub(crate) cgroups: Layout,
     pub(crate) driver: Driver,
@@ -110,6 +112,7 @@ impl Node {
             events: Events::default(),
             cdi: crate::cdi::Registry::default(),
             telemetry: Telemetry::default(),
+            changes: tokio::sync::Notify::new(),
             hooks: Hooks::new(&parts.config.nri, &host),
             cgroups: parts.cgroups,
             driver: parts.driver,

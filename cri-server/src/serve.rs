@@ -21,6 +21,7 @@ use tracing_subscriber::prelude::*;
 use tracing_subscriber::reload;
 
 use crate::deadline::Deadline;
+use crate::memory;
 use crate::meters::Meters;
 use crate::monitor::connection::runtime_limit;
 use crate::monitor::pool::{Place, Pool, Template};
@@ -36,6 +37,7 @@ type LogLevel = reload::Handle<EnvFilter, tracing_subscriber::Registry>;
 /// Runs until SIGTERM or SIGINT.
 pub(crate) fn serve(file: Option<PathBuf>, config: Config) -> anyhow::Result<()> {
     let level = logging(&config)?;
+    memory::tune_allocator();
     // Two workers: the work is waiting and short system calls; what blocks runs on threads that come and go.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -95,11 +97,15 @@ async fn run(file: Option<PathBuf>, config: Config, level: LogLevel) -> anyhow::
             let _ = stopped.await;
         });
     let mut serving = tokio::spawn(server);
+    // The way here is never gone again.
+    memory::give_back();
     tracing::info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "podvisor serves");
     notify(&[sd_notify::NotifyState::Ready]);
     crate::pause_image::keep(node.clone());
     tokio::spawn(reload_on_hangup(file, node.clone(), level));
     tokio::spawn(watchdog());
+    let resting = node.clone();
+    tokio::spawn(async move { memory::keep_small(&resting.changes).await });
 
     tokio::select! {
         _ = terminate.recv() => {}

@@ -10,7 +10,6 @@ use tower::{Layer, Service};
 use tracing::Instrument;
 
 use crate::node::Node;
-use crate::telemetry::Telemetry;
 
 /// Adds [`Traced`].
 #[derive(Debug, Clone)]
@@ -50,7 +49,7 @@ where
         let outcome = async move {
             let answer = answer.await;
             if let Ok(response) = &answer {
-                report(&rpc, response.headers(), begin, &node.telemetry);
+                report(&rpc, response.headers(), begin, &node);
             }
             answer
         };
@@ -59,17 +58,21 @@ where
 }
 
 /// An error's code stands in the headers of the (body-less) response; success has none there yet.
-fn report(rpc: &str, headers: &http::HeaderMap, begin: Instant, telemetry: &Telemetry) {
+fn report(rpc: &str, headers: &http::HeaderMap, begin: Instant, node: &Node) {
     let code = headers.get("grpc-status").and_then(|code| code.to_str().ok()?.parse::<i32>().ok());
     let code = code.map_or(Code::Ok, Code::from_i32);
-    telemetry.rpc(rpc, code, begin.elapsed());
+    node.telemetry.rpc(rpc, code, begin.elapsed());
     let milliseconds = begin.elapsed().as_secs_f64() * 1000.0;
     let message = headers.get("grpc-message").and_then(|text| text.to_str().ok()).unwrap_or_default();
     // Kubelet polls these all the time.
     let polled = ["List", "Status", "Stats", "Version", "ImageFsInfo", "Stream", "RuntimeConfig", "ExecSync"];
+    let polled = polled.iter().any(|part| rpc.contains(part));
+    if !polled {
+        node.changes.notify_one();
+    }
     if code != Code::Ok && code != Code::NotFound && code != Code::Unimplemented {
         tracing::warn!(rpc, ?code, message, milliseconds, "request failed");
-    } else if polled.iter().any(|part| rpc.contains(part)) {
+    } else if polled {
         tracing::debug!(rpc, ?code, message, milliseconds, "request done");
     } else {
         tracing::info!(rpc, ?code, message, milliseconds, "request done");

@@ -310,7 +310,7 @@ impl RuntimeService for Cri {
     ) -> Answer<Self::GetContainerEventsStream> {
         let events = tokio_stream::wrappers::BroadcastStream::new(self.node.events.subscribe());
         let events = events.map(|event| {
-            event.map_err(|_| {
+            event.map(Arc::unwrap_or_clone).map_err(|_| {
                 Status::data_loss("events were lost because they were not read in time: list again")
             })
         });
