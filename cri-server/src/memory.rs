@@ -21,14 +21,9 @@ const REST: Duration = Duration::from_secs(10);
 
 /// Makes glibc's allocator fit a process whose threads mostly wait. Before the second thread starts.
 pub(crate) fn tune_allocator() {
-    // SAFETY: mallopt changes parameters of the allocator and touches no memory of ours; there is no other thread yet.
-    unsafe {
-        // By default eight per CPU, each with what its threads have freed.
-        libc::mallopt(libc::M_ARENA_MAX, 2);
-        // Fixed thresholds switch off an adjustment that keeps as much as the largest block which was ever freed.
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 * 1024);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 128 * 1024);
-    }
+    // By default there are up to eight arenas per CPU, each with what its threads have freed.
+    // SAFETY: mallopt changes a parameter of the allocator and touches no memory of ours; there is no other thread yet.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 2) };
 }
 
 /// Gives memory back now. What is needed again costs a fault per 64 KiB, well under a millisecond in all.

@@ -218,6 +218,7 @@ pub(super) fn apparmor(config: &cri::ContainerConfig) -> Result<Option<String>, 
 /// Makes a container's spec one for the guest: without a user namespace its network, host name and IPC are the guest's own; pid namespaces are
 /// named in the request to the agent; volumes have their ids already.
 pub(super) fn in_guest(spec: &mut Spec, device: Option<String>, below: Vec<Mount>) -> Result<(), PodError> {
+    use LinuxNamespaceType as T;
     if let Some(device) = device {
         let why = format!("{device:?} is a device of the host, which a pod in a virtual machine cannot use");
         return Err(PodError::invalid("config.cdi_devices", why));
@@ -226,7 +227,6 @@ pub(super) fn in_guest(spec: &mut Spec, device: Option<String>, below: Vec<Mount
     let Some(namespaces) = spec.linux_mut().as_mut().and_then(|linux| linux.namespaces_mut().as_mut()) else {
         return Ok(());
     };
-    use LinuxNamespaceType as T;
     namespaces.retain(|namespace| {
         namespace.path().is_some() || !matches!(namespace.typ(), T::Network | T::Uts | T::Ipc)
     });

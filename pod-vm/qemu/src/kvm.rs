@@ -38,7 +38,7 @@ pub(crate) struct Node {
     pub(crate) file: OwnedFd,
     /// Where the file system may lie for a moment, and the node then.
     place: CString,
-    node: CString,
+    path: CString,
 }
 
 /// How `user` can open it for reading and writing; `place`: a directory where something can be mounted for a moment.
@@ -59,8 +59,8 @@ pub(crate) fn access(user: u32, place: &str) -> io::Result<Access> {
     mknodat(&directory, "kvm", FileType::CharacterDevice, mode, device.rdev())?;
     chownat(&directory, "kvm", Some(Uid::from_raw(user)), Some(Gid::from_raw(user)), AtFlags::empty())?;
     let file = openat(&directory, "kvm", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    let (place, node) = (CString::new(place)?, CString::new(format!("{place}/kvm"))?);
-    Ok(Access::Own(Node { directory, file, place, node }))
+    let (place, path) = (CString::new(place)?, CString::new(format!("{place}/kvm"))?);
+    Ok(Access::Own(Node { directory, file, place, path }))
 }
 
 impl Node {
@@ -71,7 +71,7 @@ impl Node {
         mount_change(c"/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?;
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
         move_mount(&self.directory, c"", CWD, self.place.as_c_str(), flags)?;
-        mount_bind(self.node.as_c_str(), c"/dev/kvm")?;
+        mount_bind(self.path.as_c_str(), c"/dev/kvm")?;
         unmount(self.place.as_c_str(), UnmountFlags::DETACH)?;
         Ok(())
     }

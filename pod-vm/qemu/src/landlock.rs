@@ -76,7 +76,7 @@ pub(crate) fn rules(
     let device = READ_FILE | WRITE_FILE | IOCTL_DEV;
     match kvm {
         Some(Access::Own(node)) => {
-            sys::landlock_allow(ruleset.as_fd(), node.file.as_fd(), device & handled.files)?
+            sys::landlock_allow(ruleset.as_fd(), node.file.as_fd(), device & handled.files)?;
         }
         Some(_) => allow(Path::new(kvm::PATH), device)?,
         None => {}
