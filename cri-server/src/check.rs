@@ -27,6 +27,7 @@ pub(crate) fn check(config: &Config) -> bool {
     findings.push(monitor(config));
     findings.push(apparmor());
     findings.push(selinux());
+    findings.push(checkpoints());
     findings.extend(network(config));
     findings.push(kvm());
     findings.push(Finding::Note(
@@ -161,6 +162,16 @@ fn selinux() -> Finding {
             "SELinux is on, but containers run without labels, and those that ask for one are refused: {why}"
         )),
         SeLinux::On(policy) => Finding::Good(format!("SELinux: {policy}")),
+    }
+}
+
+fn checkpoints() -> Finding {
+    match find_program(Path::new("criu")) {
+        Some(program) => Finding::Good(format!(
+            "checkpoints of containers, for handlers that drive CRIU: {} (`criu check` says what it can on this kernel)",
+            program.display()
+        )),
+        None => Finding::Note("containers cannot be checkpointed: CRIU is not installed".into()),
     }
 }
 

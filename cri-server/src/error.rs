@@ -4,6 +4,7 @@ use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use podvisor_checkpoint::ArchiveError;
 use tonic::{Code, Status};
 
 use crate::cdi::InjectError;
@@ -84,6 +85,12 @@ pub(crate) enum PodError {
         "the pod's virtual machine has {memory} MiB and {cpus} virtual CPUs, and cannot have more while it runs"
     )]
     CannotGrow { memory: u64, cpus: u32, source: MonitorError },
+    #[error("cannot checkpoint container {id}{}{words}", if words.is_empty() { "" } else { ": CRIU says: " })]
+    Checkpoint { id: String, words: String, source: MonitorError },
+    #[error("the checkpoint of container {id} was not written within {seconds} s; the container runs on")]
+    NotCheckpointed { id: String, seconds: u64 },
+    #[error("cannot write the checkpoint's archive")]
+    Archive(#[from] ArchiveError),
     #[error("the pod's task has ended")]
     TaskGone,
 }
@@ -120,12 +127,14 @@ impl PodError {
                 podvisor_spec::ErrorKind::Unsupported => Code::Unimplemented,
                 podvisor_spec::ErrorKind::NotFound => Code::NotFound,
             },
-            PodError::Monitor(error) => error.code(),
+            PodError::Monitor(error) | PodError::Checkpoint { source: error, .. } => error.code(),
             PodError::Cdi(InjectError::Unknown { .. }) => Code::NotFound,
             PodError::Cdi(InjectError::Edits { .. }) => Code::FailedPrecondition,
             PodError::Record(error) if error.is_full() => Code::ResourceExhausted,
             PodError::Record(_) => Code::Internal,
-            PodError::WillNotDie { .. } | PodError::NotChanged { .. } => Code::DeadlineExceeded,
+            PodError::WillNotDie { .. } | PodError::NotChanged { .. } | PodError::NotCheckpointed { .. } => {
+                Code::DeadlineExceeded
+            }
             PodError::Refused(_) | PodError::Adjust(_) | PodError::ByPlugin { .. } => {
                 Code::FailedPrecondition
             }
@@ -136,10 +145,13 @@ impl PodError {
             | PodError::Systemd(_)
             | PodError::Label(_)
             | PodError::TaskGone => Code::Internal,
-            PodError::File { source, .. } => match source.kind() {
-                ErrorKind::StorageFull => Code::ResourceExhausted,
-                _ => Code::Internal,
-            },
+            PodError::File { source, .. } | PodError::Archive(ArchiveError::Io { source, .. }) => {
+                match source.kind() {
+                    ErrorKind::StorageFull => Code::ResourceExhausted,
+                    _ => Code::Internal,
+                }
+            }
+            PodError::Archive(ArchiveError::Changed { .. } | ArchiveError::Cancelled) => Code::Aborted,
         }
     }
 }

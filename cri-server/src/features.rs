@@ -35,17 +35,23 @@ fn try_user_namespace(images: &ImageStore) -> Result<(), String> {
     images.try_ids(user.as_fd()).map_err(|error| crate::error::chain(&error))
 }
 
-/// What a handler can, and why it cannot run pods with a user namespace.
+/// What a handler can, and why it cannot run pods with a user namespace, or checkpoint containers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Found {
     pub(crate) features: cri::RuntimeHandlerFeatures,
     pub(crate) without_user_namespaces: Option<String>,
+    pub(crate) without_checkpoints: Option<String>,
 }
 
-/// Calls the program once.
-pub(crate) fn of_program(program: &Path, kernel: &Kernel) -> Found {
+/// Calls the program once. `version` is what it has said to `--version`.
+pub(crate) fn of_program(program: &Path, version: &str, kernel: &Kernel) -> Found {
     let said = output(program, "features");
-    said_by(program, said.as_deref().ok(), kernel, kernel_version())
+    let mut found = said_by(program, said.as_deref().ok(), kernel, kernel_version());
+    // crun says it there, also where it is older than its features.
+    if version.split_whitespace().any(|word| word == "+CRIU") {
+        found.without_checkpoints = None;
+    }
+    found
 }
 
 fn said_by(program: &Path, said: Option<&str>, kernel: &Kernel, version: (u32, u32)) -> Found {
@@ -63,12 +69,22 @@ fn said_by(program: &Path, said: Option<&str>, kernel: &Kernel, version: (u32, u
     } else {
         kernel.user_namespaces.clone().err()
     };
+    // `org.opencontainers.runc.checkpoint.enabled`, `run.oci.crun.checkpoint.enabled`.
+    let checkpoints = said["annotations"].as_object().is_some_and(|annotations| {
+        annotations.iter().any(|(name, value)| name.ends_with(".checkpoint.enabled") && value == "true")
+    });
     let features = cri::RuntimeHandlerFeatures {
         // mount_setattr(2) came with Linux 5.12; the program lists what it understands, not what it can.
         recursive_read_only_mounts: lists(&said["mountOptions"], "rro") && version >= (5, 12),
         user_namespaces: without_user_namespaces.is_none(),
     };
-    Found { features, without_user_namespaces }
+    let without_checkpoints = (!checkpoints).then(|| {
+        format!(
+            "{} was built without CRIU, or is no OCI runtime that drives it: neither its features nor its version name it",
+            program.display()
+        )
+    });
+    Found { features, without_user_namespaces, without_checkpoints }
 }
 
 /// A guest's: every kernel that guests are built from has mount_setattr(2), and the agent speaks for itself.
@@ -133,6 +149,21 @@ mod tests {
         ] {
             let (found, text) = features(said, Ok(()), (6, 1));
             assert!(found == rro && text.contains(why), "{said:?}: {text}");
+        }
+    }
+
+    #[test]
+    fn checkpoints_are_what_a_program_says_of_itself() {
+        let kernel = Kernel { user_namespaces: Ok(()) };
+        for (said, can) in [
+            (Some(r#"{"annotations": {"org.opencontainers.runc.checkpoint.enabled": "true"}}"#), true),
+            (Some(r#"{"annotations": {"run.oci.crun.checkpoint.enabled": "true"}}"#), true),
+            (Some(r#"{"annotations": {"run.oci.crun.checkpoint.enabled": "false"}}"#), false),
+            (Some("{}"), false),
+            (None, false),
+        ] {
+            let found = said_by(Path::new("/bin/oci"), said, &kernel, (6, 1));
+            assert_eq!(found.without_checkpoints.is_none(), can, "{said:?}");
         }
     }
 

@@ -4,6 +4,7 @@
 mod apparmor;
 mod cdi;
 mod check;
+mod checkpoint;
 mod cli;
 mod deadline;
 mod error;

@@ -83,6 +83,8 @@ pub(crate) struct Handlers {
     pub(crate) features: BTreeMap<String, cri::RuntimeHandlerFeatures>,
     /// Why a handler cannot run pods with a user namespace.
     pub(crate) without_user_namespaces: BTreeMap<String, String>,
+    /// Why a handler's containers cannot be checkpointed.
+    pub(crate) without_checkpoints: BTreeMap<String, String>,
     /// What the machines of handlers of type `vm` run on.
     pub(crate) hypervisors: BTreeMap<String, Choice>,
     /// Where the link to the current guest led when they were looked at.
@@ -244,18 +246,20 @@ impl Handlers {
                     .insert(name.clone(), format!("{} is not installed (looked in PATH)", path.display()));
                 continue;
             };
-            match output(&program, "--version") {
+            let version = match output(&program, "--version") {
                 Ok(version) => {
                     let line = version.lines().next().unwrap_or_default().to_owned();
                     found.versions.insert(name.clone(), line);
+                    version
                 }
                 Err(why) => {
                     found.unusable.insert(name.clone(), format!("{} --version: {why}", program.display()));
                     continue;
                 }
-            }
-            let can = crate::features::of_program(&program, kernel);
+            };
+            let can = crate::features::of_program(&program, &version, kernel);
             found.features.insert(name.clone(), can.features);
+            found.without_checkpoints.extend(can.without_checkpoints.map(|why| (name.clone(), why)));
             found.without_user_namespaces.extend(can.without_user_namespaces.map(|why| (name.clone(), why)));
         }
         found

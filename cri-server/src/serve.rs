@@ -70,6 +70,7 @@ async fn run(file: Option<PathBuf>, config: Config, level: LogLevel) -> anyhow::
     let node = open(config).await?;
     let pods = Arc::new(Pods::new(node.clone()));
     let begin = Instant::now();
+    crate::checkpoint::clear(&node);
     pods.recover().await.context("cannot read the records of pods")?;
     node.telemetry.recovered(pods.views().len(), begin.elapsed());
     pods.admit_plugins().await;

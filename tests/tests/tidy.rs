@@ -50,6 +50,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("podvisor-config", &[]),
     ("podvisor-fault", &[]),
     ("podvisor-cgroup", &[]),
+    ("podvisor-checkpoint", &[]),
     ("podvisor-registry", &[]),
     ("podvisor-unpack", &[]),
     ("podvisor-network", &[]),
@@ -74,6 +75,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "podvisor",
         &[
             "podvisor-cgroup",
+            "podvisor-checkpoint",
             "podvisor-config",
             "podvisor-fault",
             "podvisor-guest",

@@ -112,7 +112,7 @@ pub(crate) fn hostname(config: &cri::PodSandboxConfig) -> String {
 }
 
 /// The pod's user namespace; `None`: the node's.
-pub(super) fn user_namespace(config: &cri::PodSandboxConfig) -> Result<Option<UserNamespace>, PodError> {
+pub(crate) fn user_namespace(config: &cri::PodSandboxConfig) -> Result<Option<UserNamespace>, PodError> {
     const FIELD: &str = "config.linux.security_context.namespace_options";
     let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
     Ok(podvisor_spec::user_namespace(

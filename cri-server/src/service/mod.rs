@@ -2,6 +2,7 @@
 //! connects them to tonic.
 
 pub(crate) mod answers;
+mod checkpoint_container;
 mod container_status;
 mod containers;
 mod create_container;
@@ -67,10 +68,11 @@ async fn running(pods: &Pods, id: &str) -> Result<(Arc<ContainerView>, Connectio
 }
 
 type Answer<T> = Result<Response<T>, Status>;
-/// For what would need CRIU, which podvisor does not call yet, whether it is installed or not.
-fn no_checkpoints(what: &str) -> Status {
+/// All containers of a pod at one moment, with the namespaces that they share, are more than CRIU by way of an OCI runtime writes down.
+fn no_checkpoints_of_pods(what: &str) -> Status {
     Status::unimplemented(format!(
-        "podvisor does not {what} yet: it does not drive CRIU; nothing was paused or written, and the pod runs on"
+        "podvisor does not {what} (alpha in Kubernetes 1.37): its OCI runtimes checkpoint one container at a time, for which there is \
+         CheckpointContainer; nothing was paused or written, and the pod runs on"
     ))
 }
 
@@ -288,20 +290,22 @@ impl RuntimeService for Cri {
 
     async fn checkpoint_container(
         &self,
-        _: Request<cri::CheckpointContainerRequest>,
+        request: Request<cri::CheckpointContainerRequest>,
     ) -> Answer<cri::CheckpointContainerResponse> {
-        Err(no_checkpoints("checkpoint containers"))
+        checkpoint_container::checkpoint_container(&self.pods, &self.node, request.get_ref())
+            .await
+            .map(Response::new)
     }
 
     async fn checkpoint_pod(
         &self,
         _: Request<cri::CheckpointPodRequest>,
     ) -> Answer<cri::CheckpointPodResponse> {
-        Err(no_checkpoints("checkpoint pods"))
+        Err(no_checkpoints_of_pods("checkpoint pods"))
     }
 
     async fn restore_pod(&self, _: Request<cri::RestorePodRequest>) -> Answer<cri::RestorePodResponse> {
-        Err(no_checkpoints("restore pods from checkpoints"))
+        Err(no_checkpoints_of_pods("restore pods from checkpoints"))
     }
 
     async fn get_container_events(
