@@ -66,6 +66,13 @@ impl Fixture {
         Ok(())
     }
 
+    /// The same with more in the daemon's environment.
+    pub fn start_with(&mut self, environment: &[(&str, &str)]) -> Result<()> {
+        ensure!(self.daemon.is_none(), "the daemon runs already");
+        self.daemon = Some(self.node.start_with(environment)?);
+        Ok(())
+    }
+
     /// Adds to the daemon's configuration, and starts the daemon again.
     pub fn configure(&mut self, name: &str, text: &str) -> Result<()> {
         let directory = self.node.path("config.toml.d");

@@ -5,6 +5,7 @@
 
 mod artifacts;
 mod cdi;
+mod checkpoints;
 mod containers;
 mod guests;
 mod gvisor;
@@ -37,6 +38,7 @@ fn main() -> Result<ExitCode> {
     image_volumes::add(&mut tests);
     artifacts::add(&mut tests);
     cdi::add(&mut tests);
+    checkpoints::add(&mut tests);
     resources::add(&mut tests);
     pods::add(&mut tests);
     containers::add(&mut tests);
