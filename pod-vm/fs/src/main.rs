@@ -12,6 +12,7 @@
 //! | `confine/capabilities.rs` | which capabilities remain, and why |
 //! | `confine/syscalls.rs` | which system calls remain |
 //! | `share.rs` | what the guest is promised: consistency, attributes, locks; the file system behind it |
+//! | `private.rs` | which files only the guest changes |
 //! | `serve.rs` | one connection, from the socket to its end |
 //! | `notes.rs` | what is logged, at a bounded rate |
 //! | `sys.rs` | system calls without a safe wrapper |
@@ -19,6 +20,7 @@
 mod confine;
 mod notes;
 mod options;
+mod private;
 mod serve;
 mod share;
 mod sys;

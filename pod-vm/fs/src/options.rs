@@ -2,11 +2,10 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::time::Duration;
 
 pub(crate) const USAGE: &str =
     "usage: podvisor-fs --socket-path PATH --shared-dir DIRECTORY --ready-fd NUMBER
-       [--tag TAG] [--threads NUMBER] [--max-files NUMBER] [--timeout MILLISECONDS] | --version";
+       [--tag TAG] [--threads NUMBER] [--max-files NUMBER] | --version";
 
 /// Longest tag, in bytes (virtio 1.2, 5.11.4).
 const TAG_LENGTH: usize = 36;
@@ -33,8 +32,6 @@ pub(crate) struct Options {
     pub(crate) threads: usize,
     /// How many files the guest can hold at a time: one for every file it knows, one more for every one it has open.
     pub(crate) max_files: u64,
-    /// How long the guest takes names and attributes for true. Anything but zero makes it see changes of the host late.
-    pub(crate) timeout: Duration,
 }
 
 /// Why the command line cannot be obeyed.
@@ -54,7 +51,7 @@ impl Options {
     pub(crate) fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Asked, OptionError> {
         let mut arguments = arguments;
         let (mut socket_path, mut shared_dir, mut ready_fd, mut tag) = (None, None, None, None);
-        let (mut threads, mut max_files, mut timeout) = (None, None, None);
+        let (mut threads, mut max_files) = (None, None);
         while let Some(option) = arguments.next() {
             let option = option.to_string_lossy().into_owned();
             if option == "--version" {
@@ -68,7 +65,6 @@ impl Options {
                 "--tag" => tag = Some(tag_of(&option, value()?)?),
                 "--threads" => threads = Some(number(&option, value()?, 0, 64)?),
                 "--max-files" => max_files = Some(number(&option, value()?, 64, 1 << 24)?),
-                "--timeout" => timeout = Some(number(&option, value()?, 0, 3_600_000)?),
                 _ => return Err(OptionError::Unknown(option)),
             }
         }
@@ -79,7 +75,6 @@ impl Options {
             tag,
             threads: threads.unwrap_or(DEFAULT_THREADS),
             max_files: max_files.unwrap_or(DEFAULT_MAX_FILES),
-            timeout: Duration::from_millis(timeout.unwrap_or(0)),
         }))
     }
 }
@@ -130,18 +125,16 @@ mod tests {
     #[test]
     fn what_is_needed_is_enough() {
         let Ok(Asked::Serve(options)) = parse(NEEDED) else { panic!("{:?}", parse(NEEDED)) };
-        assert_eq!(options.timeout, Duration::ZERO);
         assert_eq!((options.threads, options.max_files), (DEFAULT_THREADS, DEFAULT_MAX_FILES));
         assert_eq!(parse("--version"), Ok(Asked::Version));
     }
 
     #[test]
     fn every_option_is_taken() {
-        let line = format!("{NEEDED} --tag pod --threads 0 --max-files 100 --timeout 1500");
+        let line = format!("{NEEDED} --tag pod --threads 0 --max-files 100");
         let Ok(Asked::Serve(options)) = parse(&line) else { panic!("{:?}", parse(&line)) };
         assert_eq!(options.tag.as_deref(), Some("pod"));
         assert_eq!((options.threads, options.max_files), (0, 100));
-        assert_eq!(options.timeout, Duration::from_millis(1500));
     }
 
     #[test]

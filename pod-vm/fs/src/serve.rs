@@ -50,7 +50,7 @@ pub(crate) fn run(options: Options) -> Result<(), ServeError> {
     let max_files = share::bound_files(options.max_files).map_err(ServeError::Files)?;
     let descriptors = confine::enter(&options.shared_dir)?;
 
-    let share = Share::new(descriptors, max_files, options.timeout).map_err(ServeError::Share)?;
+    let share = Share::new(descriptors, max_files).map_err(ServeError::Share)?;
     let device = VhostUserFsBackendBuilder::default()
         .set_thread_pool_size(options.threads)
         .set_tag(options.tag)

@@ -14,6 +14,8 @@ use virtiofsd::fuse;
 use virtiofsd::passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
 use virtiofsd::read_dir::ReadDir;
 
+use crate::private::{self, plain};
+
 /// Descriptors that are not the guest's: the connection's, the queues', memory being mapped, one for each request being served.
 const OWN_FILES: u64 = 128;
 
@@ -38,12 +40,12 @@ pub(crate) struct Share {
 
 impl Share {
     /// Serves the root directory. `descriptors` is /proc/self/fd, through which a file that is known is opened.
-    pub(crate) fn new(descriptors: File, max_files: u64, timeout: Duration) -> io::Result<Self> {
+    pub(crate) fn new(descriptors: File, max_files: u64) -> io::Result<Self> {
         let config = Config {
-            // With zero the guest asks for every name and attribute each time, so that it never sees an old one, and its kernel forgets a
-            // file as soon as no program uses it: what this process holds is what the guest's programs hold.
-            entry_timeout: timeout,
-            attr_timeout: timeout,
+            // With no time the guest asks for every name and attribute each time, so that it never sees an old one, and its kernel
+            // forgets a file as soon as no program uses it: what this process holds is what the guest's programs hold.
+            entry_timeout: Duration::ZERO,
+            attr_timeout: Duration::ZERO,
             // The guest caches data, checks its age by the attributes at each read, and drops all of it at each open: shared mappings work
             // with every kernel, which they do not where nothing is cached (before 6.6).
             cache_policy: CachePolicy::Auto,
@@ -87,19 +89,21 @@ impl FileSystem for Share {
     }
 
     fn lookup(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<Entry> {
-        self.files.lookup(ctx, parent, name)
+        Ok(private::entry(parent, name.to_bytes(), self.files.lookup(ctx, plain(parent), name)?))
     }
 
     fn forget(&self, ctx: Context, inode: u64, count: u64) {
-        self.files.forget(ctx, inode, count);
+        self.files.forget(ctx, plain(inode), count);
     }
 
     fn batch_forget(&self, ctx: Context, requests: Vec<(u64, u64)>) {
+        let requests = requests.into_iter().map(|(inode, count)| (plain(inode), count)).collect();
         self.files.batch_forget(ctx, requests);
     }
 
     fn getattr(&self, ctx: Context, inode: u64, handle: Option<u64>) -> io::Result<(fuse::Attr, Duration)> {
-        self.files.getattr(ctx, inode, handle)
+        let (attributes, _) = self.files.getattr(ctx, plain(inode), handle)?;
+        Ok((attributes, private::attributes_last(inode)))
     }
 
     fn setattr(
@@ -110,11 +114,13 @@ impl FileSystem for Share {
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(fuse::Attr, Duration)> {
-        self.files.setattr(ctx, inode, attr, handle, valid & !SetattrValid::KILL_SUIDGID)
+        let valid = valid & !SetattrValid::KILL_SUIDGID;
+        let (attributes, _) = self.files.setattr(ctx, plain(inode), attr, handle, valid)?;
+        Ok((attributes, private::attributes_last(inode)))
     }
 
     fn readlink(&self, ctx: Context, inode: u64) -> io::Result<Vec<u8>> {
-        self.files.readlink(ctx, inode)
+        self.files.readlink(ctx, plain(inode))
     }
 
     fn symlink(
@@ -125,7 +131,8 @@ impl FileSystem for Share {
         name: &CStr,
         extensions: Extensions,
     ) -> io::Result<Entry> {
-        self.files.symlink(ctx, target, parent, name, extensions)
+        let entry = self.files.symlink(ctx, target, plain(parent), name, extensions)?;
+        Ok(private::entry(parent, name.to_bytes(), entry))
     }
 
     fn mknod(
@@ -138,7 +145,8 @@ impl FileSystem for Share {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<Entry> {
-        self.files.mknod(ctx, parent, name, mode, rdev, umask, extensions)
+        let entry = self.files.mknod(ctx, plain(parent), name, mode, rdev, umask, extensions)?;
+        Ok(private::entry(parent, name.to_bytes(), entry))
     }
 
     fn mkdir(
@@ -150,23 +158,25 @@ impl FileSystem for Share {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<Entry> {
-        self.files.mkdir(ctx, parent, name, mode, umask, extensions)
+        let entry = self.files.mkdir(ctx, plain(parent), name, mode, umask, extensions)?;
+        Ok(private::entry(parent, name.to_bytes(), entry))
     }
 
     fn unlink(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<()> {
-        self.files.unlink(ctx, parent, name)
+        self.files.unlink(ctx, plain(parent), name)
     }
 
     fn rmdir(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<()> {
-        self.files.rmdir(ctx, parent, name)
+        self.files.rmdir(ctx, plain(parent), name)
     }
 
     fn rename(&self, ctx: Context, from: u64, old: &CStr, to: u64, new: &CStr, flags: u32) -> io::Result<()> {
-        self.files.rename(ctx, from, old, to, new, flags)
+        self.files.rename(ctx, plain(from), old, plain(to), new, flags)
     }
 
     fn link(&self, ctx: Context, inode: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
-        self.files.link(ctx, inode, parent, name)
+        let entry = self.files.link(ctx, plain(inode), plain(parent), name)?;
+        Ok(private::entry(parent, name.to_bytes(), entry))
     }
 
     fn open(
@@ -176,7 +186,8 @@ impl FileSystem for Share {
         _kill_priv: bool,
         flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions)> {
-        self.files.open(ctx, inode, KERNEL_KILLS, flags)
+        let (handle, options) = self.files.open(ctx, plain(inode), KERNEL_KILLS, flags)?;
+        Ok((handle, private::open(inode, options)))
     }
 
     fn create(
@@ -190,7 +201,11 @@ impl FileSystem for Share {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions)> {
-        self.files.create(ctx, parent, name, mode, KERNEL_KILLS, flags, umask, extensions)
+        let (entry, handle, options) =
+            self.files.create(ctx, plain(parent), name, mode, KERNEL_KILLS, flags, umask, extensions)?;
+        let entry = private::entry(parent, name.to_bytes(), entry);
+        let options = private::open(entry.inode, options);
+        Ok((entry, handle, options))
     }
 
     fn read<W: ZeroCopyWriter>(
@@ -204,7 +219,7 @@ impl FileSystem for Share {
         lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
-        self.files.read(ctx, inode, handle, to, size, offset, lock_owner, flags)
+        self.files.read(ctx, plain(inode), handle, to, size, offset, lock_owner, flags)
     }
 
     fn write<R: ZeroCopyReader>(
@@ -222,7 +237,7 @@ impl FileSystem for Share {
     ) -> io::Result<usize> {
         self.files.write(
             ctx,
-            inode,
+            plain(inode),
             handle,
             from,
             size,
@@ -235,11 +250,11 @@ impl FileSystem for Share {
     }
 
     fn flush(&self, ctx: Context, inode: u64, handle: u64, lock_owner: u64) -> io::Result<()> {
-        self.files.flush(ctx, inode, handle, lock_owner)
+        self.files.flush(ctx, plain(inode), handle, lock_owner)
     }
 
     fn fsync(&self, ctx: Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()> {
-        self.files.fsync(ctx, inode, datasync, handle)
+        self.files.fsync(ctx, plain(inode), datasync, handle)
     }
 
     fn fallocate(
@@ -251,7 +266,7 @@ impl FileSystem for Share {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
-        self.files.fallocate(ctx, inode, handle, mode, offset, length)
+        self.files.fallocate(ctx, plain(inode), handle, mode, offset, length)
     }
 
     fn release(
@@ -264,11 +279,11 @@ impl FileSystem for Share {
         flock_release: bool,
         lock_owner: Option<u64>,
     ) -> io::Result<()> {
-        self.files.release(ctx, inode, flags, handle, flush, flock_release, lock_owner)
+        self.files.release(ctx, plain(inode), flags, handle, flush, flock_release, lock_owner)
     }
 
     fn statfs(&self, ctx: Context, inode: u64) -> io::Result<libc::statvfs64> {
-        self.files.statfs(ctx, inode)
+        self.files.statfs(ctx, plain(inode))
     }
 
     fn setxattr(
@@ -280,23 +295,23 @@ impl FileSystem for Share {
         flags: u32,
         extra_flags: SetxattrFlags,
     ) -> io::Result<()> {
-        self.files.setxattr(ctx, inode, name, value, flags, extra_flags)
+        self.files.setxattr(ctx, plain(inode), name, value, flags, extra_flags)
     }
 
     fn getxattr(&self, ctx: Context, inode: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
-        self.files.getxattr(ctx, inode, name, size)
+        self.files.getxattr(ctx, plain(inode), name, size)
     }
 
     fn listxattr(&self, ctx: Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
-        self.files.listxattr(ctx, inode, size)
+        self.files.listxattr(ctx, plain(inode), size)
     }
 
     fn removexattr(&self, ctx: Context, inode: u64, name: &CStr) -> io::Result<()> {
-        self.files.removexattr(ctx, inode, name)
+        self.files.removexattr(ctx, plain(inode), name)
     }
 
     fn opendir(&self, ctx: Context, inode: u64, flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
-        self.files.opendir(ctx, inode, flags)
+        self.files.opendir(ctx, plain(inode), flags)
     }
 
     fn readdir(
@@ -307,23 +322,23 @@ impl FileSystem for Share {
         size: u32,
         offset: u64,
     ) -> io::Result<Self::DirIter> {
-        self.files.readdir(ctx, inode, handle, size, offset)
+        self.files.readdir(ctx, plain(inode), handle, size, offset)
     }
 
     fn fsyncdir(&self, ctx: Context, inode: u64, datasync: bool, handle: u64) -> io::Result<()> {
-        self.files.fsyncdir(ctx, inode, datasync, handle)
+        self.files.fsyncdir(ctx, plain(inode), datasync, handle)
     }
 
     fn releasedir(&self, ctx: Context, inode: u64, flags: u32, handle: u64) -> io::Result<()> {
-        self.files.releasedir(ctx, inode, flags, handle)
+        self.files.releasedir(ctx, plain(inode), flags, handle)
     }
 
     fn access(&self, ctx: Context, inode: u64, mask: u32) -> io::Result<()> {
-        self.files.access(ctx, inode, mask)
+        self.files.access(ctx, plain(inode), mask)
     }
 
     fn lseek(&self, ctx: Context, inode: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64> {
-        self.files.lseek(ctx, inode, handle, offset, whence)
+        self.files.lseek(ctx, plain(inode), handle, offset, whence)
     }
 
     fn copyfilerange(
@@ -338,11 +353,20 @@ impl FileSystem for Share {
         len: u64,
         flags: u64,
     ) -> io::Result<usize> {
-        self.files
-            .copyfilerange(ctx, inode_in, handle_in, offset_in, inode_out, handle_out, offset_out, len, flags)
+        self.files.copyfilerange(
+            ctx,
+            plain(inode_in),
+            handle_in,
+            offset_in,
+            plain(inode_out),
+            handle_out,
+            offset_out,
+            len,
+            flags,
+        )
     }
 
     fn syncfs(&self, ctx: Context, inode: u64) -> io::Result<()> {
-        self.files.syncfs(ctx, inode)
+        self.files.syncfs(ctx, plain(inode))
     }
 }

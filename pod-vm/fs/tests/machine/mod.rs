@@ -78,6 +78,8 @@ impl Machine {
         qemu.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
         qemu.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]);
         qemu.args(["-M", "microvm,acpi=on,pit=off,pic=off,rtc=on,memory-backend=memory"]);
+        // Virtio 1; the default here is what came before.
+        qemu.args(["-global", "virtio-mmio.force-legacy=false"]);
         // With cmpxchg16b the translator is unreliable under load.
         qemu.args(["-accel", "tcg", "-cpu", "max,-cx16", "-m", &megabytes.to_string()]);
         qemu.args(["-object", &format!("memory-backend-memfd,id=memory,size={megabytes}M,share=on")]);

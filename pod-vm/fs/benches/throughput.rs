@@ -1,0 +1,140 @@
+//! How fast a guest reads and writes through podvisor-fs: in a volume, in a container's root file system (private to the guest), and beside
+//! them through the distribution's virtiofsd with the same options. All serve the same machine; rounds are interleaved.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+#[path = "../tests/machine/mod.rs"]
+mod machine;
+#[path = "../tests/server/mod.rs"]
+mod server;
+
+use rustix::mount::mount_bind;
+
+use machine::Machine;
+use server::{Server, Tree};
+
+const MEBIBYTES: u32 = 200;
+const FILES: u32 = 1000;
+
+/// What is measured: a command of the guest, and what its time is divided into.
+const WORK: &[(&str, &str, u32)] = &[
+    ("write 200 MiB, 128 KiB at a time (MiB/s)", "fill @/large 200 131072", MEBIBYTES),
+    ("read it, 128 KiB at a time (MiB/s)", "check @/large 131072", MEBIBYTES),
+    ("read it, 4 KiB at a time (MiB/s)", "check @/large 4096", MEBIBYTES),
+    ("walk over 1000 files (files/s)", "walk @/many", FILES),
+];
+
+/// A volume and a root file system of ours, and theirs.
+const PLACES: [&str; 3] = ["/ours/container/volume", "/ours/container/rootfs", "/theirs/container/volume"];
+
+/// The distribution's server: Debian 12 has the one that was part of QEMU, later ones the crate's own program.
+struct Theirs {
+    process: Child,
+    socket: PathBuf,
+}
+
+impl Theirs {
+    fn start(tree: &Tree, threads: &str) -> Self {
+        let socket = tree.beside("socket");
+        let old = Path::new("/usr/lib/qemu/virtiofsd");
+        let new = Path::new("/usr/libexec/virtiofsd");
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL"]);
+        if old.exists() {
+            let source =
+                format!("source={},cache=auto,timeout=0,no_writeback,no_readdirplus", tree.path().display());
+            command.arg(old).args(["-f", "-o", &source]);
+            command.args(["-o", "xattr,posix_acl,announce_submounts,killpriv_v2,sandbox=namespace"]);
+            command.arg("--rlimit-nofile=0");
+        } else {
+            // It has no option for timeouts but by policy: one second.
+            command.arg(new).arg("--shared-dir").arg(tree.path()).args([
+                "--cache",
+                "auto",
+                "--no-readdirplus",
+            ]);
+            command.args(["--xattr", "--posix-acl", "--announce-submounts", "--killpriv-v2"]);
+        }
+        command
+            .arg(format!("--thread-pool-size={threads}"))
+            .arg(format!("--socket-path={}", socket.display()));
+        let process = command.stdin(Stdio::null()).spawn().expect("virtiofsd is installed");
+        while !socket.exists() {
+            std::thread::yield_now();
+        }
+        Self { process, socket }
+    }
+}
+
+impl Drop for Theirs {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        // Where it keeps the numbers of its processes; this is a sandbox's.
+        let _ = fs::remove_dir_all("/run/virtiofsd");
+    }
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn main() {
+    // cargo adds an option of its own.
+    let numbers: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
+    let rounds: usize = numbers.first().map_or(5, |word| word.parse().expect("a number of rounds"));
+    let threads = numbers.get(1).map_or("2", String::as_str);
+    let suites = [("bookworm", "6.1"), ("bookworm-backports", "6.12")];
+
+    for (suite, kernel) in suites {
+        let trees = [Tree::new(), Tree::new()];
+        // As they are for containers: mounts.
+        for (tree, name) in [(0, "volume"), (0, "rootfs"), (1, "volume")] {
+            let at = trees[tree].path().join("container").join(name);
+            fs::create_dir_all(&at).unwrap();
+            mount_bind(&at, &at).unwrap();
+        }
+        let ours = Server::start(&trees[0], &["--threads", threads]);
+        let theirs = Theirs::start(&trees[1], threads);
+        let shares = [("ours", ours.socket()), ("theirs", theirs.socket.as_path())];
+        let mut machine = Machine::start(suite, 1024, &shares);
+        for (name, _) in shares {
+            machine.done(&format!("mkdir /{name}"));
+            machine.done(&format!("mount {name} /{name}"));
+        }
+        for place in PLACES {
+            machine.done(&format!("mkdir {place}/many"));
+            machine.done(&format!("populate {place}/many {FILES}"));
+        }
+        let mut rates = vec![[Vec::new(), Vec::new(), Vec::new()]; WORK.len()];
+        for round in 0..rounds {
+            for (work, (_, command, amount)) in WORK.iter().enumerate() {
+                for turn in 0..PLACES.len() {
+                    // Each is first as often as the others.
+                    let which = (round + turn) % PLACES.len();
+                    let said = machine.done(&command.replace('@', PLACES[which]));
+                    let words: Vec<f64> = said.split(' ').map(|word| word.parse().unwrap()).collect();
+                    // A walk says how many files before its time.
+                    let microseconds = if command.starts_with("walk") { words[1] } else { words[0] };
+                    rates[work][which].push(f64::from(*amount) * 1e6 / microseconds);
+                }
+            }
+        }
+        println!("kernel {kernel}, {threads} threads, medians of {rounds} rounds");
+        println!(
+            "{:45} {:>8} {:>8} {:>8} {:>12} {:>12}",
+            "", "volume", "rootfs", "theirs", "volume/theirs", "rootfs/theirs"
+        );
+        for ((what, _, _), rates) in WORK.iter().zip(rates) {
+            // Of each round, so that what the machine does besides counts for both.
+            let ratio =
+                |of: usize| median(rates[of].iter().zip(&rates[2]).map(|(ours, theirs)| ours / theirs));
+            let [volume, rootfs, theirs] = [0, 1, 2].map(|which| median(rates[which].iter().copied()));
+            println!("{what:45} {volume:8.0} {rootfs:8.0} {theirs:8.0} {:13.2} {:13.2}", ratio(0), ratio(1));
+        }
+    }
+}
