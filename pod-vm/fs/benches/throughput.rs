@@ -68,6 +68,16 @@ impl Theirs {
     }
 }
 
+/// Milliseconds of processor time that a process and its children have used: the old server works in a child.
+fn processor(id: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap();
+    // After the name, which may hold anything: utime and stime are fields 14 and 15 of proc(5), in hundredths of a second.
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    let own: f64 = fields[11..13].iter().map(|ticks| ticks.parse::<f64>().unwrap() * 10.0).sum();
+    let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
+    own + children.split_whitespace().map(|child| processor(child.parse().unwrap())).sum::<f64>()
+}
+
 impl Drop for Theirs {
     fn drop(&mut self) {
         let _ = self.process.kill();
@@ -87,7 +97,7 @@ fn main() {
     // cargo adds an option of its own.
     let numbers: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
     let rounds: usize = numbers.first().map_or(5, |word| word.parse().expect("a number of rounds"));
-    let threads = numbers.get(1).map_or("2", String::as_str);
+    let threads = numbers.get(1).map_or("4", String::as_str);
     let suites = [("bookworm", "6.1"), ("bookworm-backports", "6.12")];
 
     for (suite, kernel) in suites {
@@ -110,13 +120,17 @@ fn main() {
             machine.done(&format!("mkdir {place}/many"));
             machine.done(&format!("populate {place}/many {FILES}"));
         }
+        let servers = [ours.id(), ours.id(), theirs.process.id()];
+        let mut used = vec![[Vec::new(), Vec::new(), Vec::new()]; WORK.len()];
         let mut rates = vec![[Vec::new(), Vec::new(), Vec::new()]; WORK.len()];
         for round in 0..rounds {
             for (work, (_, command, amount)) in WORK.iter().enumerate() {
                 for turn in 0..PLACES.len() {
                     // Each is first as often as the others.
                     let which = (round + turn) % PLACES.len();
+                    let before = processor(servers[which]);
                     let said = machine.done(&command.replace('@', PLACES[which]));
+                    used[work][which].push(processor(servers[which]) - before);
                     let words: Vec<f64> = said.split(' ').map(|word| word.parse().unwrap()).collect();
                     // A walk says how many files before its time.
                     let microseconds = if command.starts_with("walk") { words[1] } else { words[0] };
@@ -129,12 +143,18 @@ fn main() {
             "{:45} {:>8} {:>8} {:>8} {:>12} {:>12}",
             "", "volume", "rootfs", "theirs", "volume/theirs", "rootfs/theirs"
         );
-        for ((what, _, _), rates) in WORK.iter().zip(rates) {
+        for (((what, _, _), rates), used) in WORK.iter().zip(rates).zip(used) {
             // Of each round, so that what the machine does besides counts for both.
             let ratio =
                 |of: usize| median(rates[of].iter().zip(&rates[2]).map(|(ours, theirs)| ours / theirs));
             let [volume, rootfs, theirs] = [0, 1, 2].map(|which| median(rates[which].iter().copied()));
-            println!("{what:45} {volume:8.0} {rootfs:8.0} {theirs:8.0} {:13.2} {:13.2}", ratio(0), ratio(1));
+            let [first, second, third] = [0, 1, 2].map(|which| median(used[which].iter().copied()));
+            print!(
+                "{what:45} {volume:7.0} {rootfs:7.0} {theirs:7.0}     {:5.2}  {:5.2} ",
+                ratio(0),
+                ratio(1)
+            );
+            println!("     {first:5.0} {second:5.0} {third:5.0}");
         }
     }
 }

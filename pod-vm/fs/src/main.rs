@@ -13,17 +13,20 @@
 //! | `confine/syscalls.rs` | which system calls remain |
 //! | `share.rs` | what the guest is promised: consistency, attributes, locks; the file system behind it |
 //! | `private.rs` | which files only the guest changes |
+//! | `device.rs`, `workers.rs` | from the guest's queues to the file system, by which thread |
 //! | `serve.rs` | one connection, from the socket to its end |
 //! | `notes.rs` | what is logged, at a bounded rate |
 //! | `sys.rs` | system calls without a safe wrapper |
 
 mod confine;
+mod device;
 mod notes;
 mod options;
 mod private;
 mod serve;
 mod share;
 mod sys;
+mod workers;
 
 use std::error::Error;
 use std::process::ExitCode;

@@ -80,7 +80,7 @@ impl Options {
 }
 
 /// So that one that waits for a disk does not hold up the others.
-const DEFAULT_THREADS: usize = 2;
+const DEFAULT_THREADS: usize = 4;
 
 /// Far more than programs hold; a guest that takes them all costs the host some hundred MiB, counted where this process is.
 const DEFAULT_MAX_FILES: u64 = 1 << 18;

@@ -9,10 +9,10 @@ use rustix::fs::Mode;
 use rustix::process::umask;
 use vhost::vhost_user::{Error as ConnectionError, Listener};
 use vhost_user_backend::{Error as DeviceError, VhostUserDaemon};
-use virtiofsd::vhost_user::VhostUserFsBackendBuilder;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::confine::{self, ConfineError};
+use crate::device::Device;
 use crate::options::Options;
 use crate::share::{self, Share};
 use crate::sys;
@@ -33,7 +33,7 @@ pub(crate) enum ServeError {
     #[error("open the shared tree")]
     Share(#[source] io::Error),
     #[error("start threads")]
-    Threads(#[source] virtiofsd::vhost_user::Error),
+    Threads(#[source] io::Error),
     // These are no `Error`, and name their cause themselves.
     #[error("make the device: {0}")]
     Device(DeviceError),
@@ -51,11 +51,7 @@ pub(crate) fn run(options: Options) -> Result<(), ServeError> {
     let descriptors = confine::enter(&options.shared_dir)?;
 
     let share = Share::new(descriptors, max_files).map_err(ServeError::Share)?;
-    let device = VhostUserFsBackendBuilder::default()
-        .set_thread_pool_size(options.threads)
-        .set_tag(options.tag)
-        .build(share)
-        .map_err(ServeError::Threads)?;
+    let device = Device::new(share, options.threads, options.tag).map_err(ServeError::Threads)?;
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let mut daemon =
         VhostUserDaemon::new("requests".to_owned(), Arc::new(device), memory).map_err(ServeError::Device)?;
@@ -66,7 +62,10 @@ pub(crate) fn run(options: Options) -> Result<(), ServeError> {
     daemon.start(&mut listener).map_err(ServeError::Connection)?;
     // Nobody else is served, and learns that at once.
     drop(listener);
-    match daemon.wait() {
+    let ended = daemon.wait();
+    // Its threads end with the process; waiting for them would be waiting for whatever disk they wait for.
+    std::mem::forget(daemon);
+    match ended {
         // The hypervisor has gone, perhaps in the middle of a message.
         Ok(())
         | Err(DeviceError::HandleRequest(ConnectionError::Disconnected | ConnectionError::PartialMessage)) => {

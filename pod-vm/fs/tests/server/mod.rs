@@ -100,6 +100,10 @@ impl Server {
         &self.socket
     }
 
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     fn proc(&self, name: &str) -> PathBuf {
         Path::new("/proc").join(self.process.id().to_string()).join(name)
     }
