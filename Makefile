@@ -4,7 +4,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 CRITEST := $(TARGET)/release/podvisor-critest
 
 .PHONY: all packages deps build images kernels guest test lint critest lab critest-lab test-lab demo bench clean
-.PHONY: critest-vm critest-orders critest-peer test-gvisor bench-pull test-faults bench-load
+.PHONY: critest-vm critest-orders critest-peer test-gvisor bench-pull bench-fs test-faults bench-load
 
 all: build
 
@@ -105,6 +105,10 @@ bench-pull: deps build
 	cargo build --release -p podvisor-tests --bin podvisor-bench-pull
 	mkdir -p $(TARGET)/tmp
 	TMPDIR=$(TARGET)/tmp $(CRITEST) sandbox -- $(TARGET)/release/podvisor-bench-pull
+
+# Throughput and processor time of podvisor-fs behind a virtual machine, beside those of the distribution's virtiofsd.
+bench-fs: deps build kernels
+	tests/scripts/cargo-test --release -p podvisor-fs --bench throughput
 
 # Lists, memory and leftovers of a node with 200 pods.
 bench-load: deps build

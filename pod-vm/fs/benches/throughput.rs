@@ -36,7 +36,7 @@ struct Theirs {
 }
 
 impl Theirs {
-    fn start(tree: &Tree, threads: &str) -> Self {
+    fn start(tree: &Tree) -> Self {
         let socket = tree.beside("socket");
         let old = Path::new("/usr/lib/qemu/virtiofsd");
         let new = Path::new("/usr/libexec/virtiofsd");
@@ -58,9 +58,13 @@ impl Theirs {
             command.args(["--xattr", "--posix-acl", "--announce-submounts", "--killpriv-v2"]);
         }
         command
-            .arg(format!("--thread-pool-size={threads}"))
+            // With a pool the old one's own filter of system calls kills it (sched_getaffinity).
+            .arg("--thread-pool-size=0")
             .arg(format!("--socket-path={}", socket.display()));
-        let process = command.stdin(Stdio::null()).spawn().expect("virtiofsd is installed");
+        let process = command
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("Debian 12 has it in qemu-system-common, later ones in virtiofsd");
         while !socket.exists() {
             std::thread::yield_now();
         }
@@ -94,13 +98,14 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
 }
 
 fn main() {
-    // cargo adds an option of its own.
+    // ROUNDS, WORKERS, KERNEL; cargo adds an option of its own.
     let numbers: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
     let rounds: usize = numbers.first().map_or(5, |word| word.parse().expect("a number of rounds"));
     let threads = numbers.get(1).map_or("4", String::as_str);
-    let suites = [("bookworm", "6.1"), ("bookworm-backports", "6.12")];
+    let only = numbers.get(2);
+    let kernels = [("bookworm", "6.1"), ("bookworm-backports", "6.12")];
 
-    for (suite, kernel) in suites {
+    for (suite, kernel) in kernels.into_iter().filter(|(_, kernel)| only.is_none_or(|only| only == kernel)) {
         let trees = [Tree::new(), Tree::new()];
         // As they are for containers: mounts.
         for (tree, name) in [(0, "volume"), (0, "rootfs"), (1, "volume")] {
@@ -109,7 +114,7 @@ fn main() {
             mount_bind(&at, &at).unwrap();
         }
         let ours = Server::start(&trees[0], &["--threads", threads]);
-        let theirs = Theirs::start(&trees[1], threads);
+        let theirs = Theirs::start(&trees[1]);
         let shares = [("ours", ours.socket()), ("theirs", theirs.socket.as_path())];
         let mut machine = Machine::start(suite, 1024, &shares);
         for (name, _) in shares {
@@ -138,7 +143,7 @@ fn main() {
                 }
             }
         }
-        println!("kernel {kernel}, {threads} threads, medians of {rounds} rounds");
+        println!("kernel {kernel}, {threads} workers, medians of {rounds} rounds");
         println!(
             "{:45} {:>8} {:>8} {:>8} {:>12} {:>12}",
             "", "volume", "rootfs", "theirs", "volume/theirs", "rootfs/theirs"

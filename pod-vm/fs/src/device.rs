@@ -16,7 +16,7 @@ use virtio_queue::{DescriptorChain, QueueOwnedT};
 use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::fuse::{InHeader, Opcode};
 use virtiofsd::server::Server;
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::share::Share;
@@ -120,12 +120,13 @@ impl Device {
     }
 }
 
-/// What is asked for; 0, which is no request, where the guest sent too little.
+/// What is asked for; 0, which is no request, where the guest sent too little at once. Only who serves it follows from that: what is served is
+/// read anew.
 fn opcode(request: &Request) -> u32 {
-    let memory = request.chain.memory();
-    Reader::new(memory, request.chain.clone())
-        .ok()
-        .and_then(|mut reader| reader.read_obj::<InHeader>().ok())
+    let first = request.chain.clone().readable().next();
+    let first = first.filter(|first| first.len() as usize >= size_of::<InHeader>());
+    first
+        .and_then(|first| request.chain.memory().read_obj::<InHeader>(first.addr()).ok())
         .map_or(0, |header| header.opcode)
 }
 

@@ -60,7 +60,7 @@ fn at_each_place(suite: &str, version: &str, check: impl Fn(&mut Machine, &Path)
 
 /// A server, and a guest that has mounted its tree.
 fn start(tree: &Tree, suite: &str, version: &str) -> (Server, Machine) {
-    let server = Server::start(tree, &[]);
+    let server = Server::start(tree, &["--tag", "share"]);
     let mut machine = Machine::start(suite, 256, &[("share", server.socket())]);
     assert!(machine.release.starts_with(version), "{}", machine.release);
     machine.done("mount share /share");
