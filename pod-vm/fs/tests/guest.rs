@@ -133,6 +133,11 @@ fn programs_find_a_file_system(suite: &str, version: &str) {
         assert_eq!(machine.refused("connect of-the-host"), "ECONNREFUSED");
         drop(listener);
         assert_eq!(machine.refused("device device"), "EPERM");
+        // An overlay keeps these for itself.
+        let whiteout = machine.ask("whiteout whiteout");
+        assert_eq!(whiteout.is_ok(), place.ends_with("volume"), "{whiteout:?}");
+        assert_eq!(machine.refused("without-name ."), "EOPNOTSUPP");
+        assert_eq!(machine.refused("same-flags large"), "ENOTTY");
         mknodat(rustix::fs::CWD, path("null"), FileType::CharacterDevice, Mode::RUSR, makedev(1, 3)).unwrap();
         assert_eq!(machine.done("open-device null"), "");
     });

@@ -6,11 +6,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
+#include <linux/fs.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
@@ -105,6 +107,18 @@ static int say_names(const char *path) {
         strcat(text, entries[at]->d_name);
     }
     return 0;
+}
+
+/* What chattr(1) does, without a change. */
+static int same_flags(const char *path) {
+    int flags = 0, file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0) return -1;
+    return closed(file, ioctl(file, FS_IOC_GETFLAGS, &flags));
+}
+
+static int without_name(const char *directory) {
+    int file = open(directory, O_RDWR | O_TMPFILE | O_CLOEXEC, 0600);
+    return file < 0 ? -1 : closed(file, 0);
 }
 
 static int from_hex(const char *hex, unsigned char *bytes) {
@@ -335,6 +349,9 @@ static int perform(int count, char **word) {
     if (IS("link", 2)) return link(word[1], word[2]);
     if (IS("symlink", 2)) return symlink(word[1], word[2]);
     if (IS("device", 1)) return mknod(word[1], S_IFCHR | 0600, makedev(1, 3));
+    if (IS("whiteout", 1)) return mknod(word[1], S_IFCHR, makedev(0, 0));
+    if (IS("same-flags", 1)) return same_flags(word[1]);
+    if (IS("without-name", 1)) return without_name(word[1]);
     if (IS("fifo", 1)) return mkfifo(word[1], 0600);
     if (IS("open-device", 1)) return read_from(word[1], O_NONBLOCK);
     if (IS("set", 3)) return set_attribute(word[1], word[2], word[3]);
