@@ -70,7 +70,7 @@ fn ours(suite: Suite, machine: &str) -> Duration {
 }
 
 #[test]
-#[ignore = "prints figures; run it alone"]
+#[ignore = "measures"]
 fn start() {
     for suite in [Suite::Bookworm, Suite::Backports] {
         guest(suite);
@@ -93,7 +93,7 @@ fn field(pid: u32, file: &str, name: &str) -> u64 {
 }
 
 #[test]
-#[ignore = "prints figures; run it alone"]
+#[ignore = "measures"]
 fn memory() {
     let mut hypervisor = Hypervisor::new(&[]);
     let start = hypervisor.start(Suite::Bookworm);
@@ -133,7 +133,7 @@ fn rest(hypervisor: &Hypervisor, when: &str) {
 }
 
 #[test]
-#[ignore = "prints figures; run it alone"]
+#[ignore = "measures"]
 fn throughput() {
     const MEBIBYTES: u16 = 64;
     let size = usize::from(MEBIBYTES) << 20;
