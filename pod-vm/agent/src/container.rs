@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use oci_spec::runtime::{LinuxResources, Process, Spec};
-use podvisor_container::{Cgroup, Io, Launch, Pending, Plan, Running, Seccomp};
+use podvisor_container::{Cgroup, ContainerError, Io, Launch, Pending, Plan, Running, Seccomp};
 use podvisor_proto::agent::{
     self as wire, CreateContainer, Done, Exit, KillContainer, ProcessState, Resize, Started, UpdateContainer,
     reply,
@@ -198,6 +198,7 @@ impl Agent {
         let pending = match podvisor_container::create(&plan, &cgroup, &io) {
             Ok(pending) => pending,
             Err(error) => {
+                let _ = cgroup.place().kill();
                 let _ = cgroup.place().remove();
                 return Err(error.into());
             }
@@ -268,15 +269,29 @@ impl Agent {
                 self.answer(request, Ok(reply::Result::Done(Done {})));
                 self.take_stray(id);
             }
-            Err(error) => {
-                let creating = matches!(container.state, State::Creating { .. });
-                if creating {
-                    // Never became a container. Its process ends by itself and is reaped as a stray.
-                    self.forget(id);
-                }
-                self.answer(request, Err(error.into()));
-            }
+            Err(error) => self.not_prepared(id, error),
         }
+    }
+
+    /// Answers the request that waits for it. What never became a container is forgotten; one that could not be started stays until its
+    /// exit is told. Its process ends by itself.
+    fn not_prepared(&mut self, id: &str, error: ContainerError) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        let request = match std::mem::replace(&mut container.state, State::Exited { exit: Exit::default() }) {
+            State::Creating { request, .. } => {
+                self.forget(id);
+                request
+            }
+            State::Starting { pending, request } => {
+                container.state = State::Created { pending };
+                request
+            }
+            other => {
+                container.state = other;
+                return;
+            }
+        };
+        self.answer(request, Err(error.into()));
     }
 
     /// Its process ended before its request was over.
@@ -306,24 +321,17 @@ impl Agent {
     }
 
     pub(crate) fn container_ended(&mut self, id: &str, mut exit: Exit) {
+        // Its last words may still be on the socket: the exit and they can be heard of in either order.
+        self.container_prepared(id);
         let Some(container) = self.containers.get_mut(id) else { return };
         // Whatever else is in its cgroup ends with its first process, as a pid namespace of its own would have it.
         let _ = container.cgroup.place().kill();
-        exit.oom_killed = container.oom_kills > 0 || container.new_oom_kills();
-        let before = std::mem::replace(&mut container.state, State::Exited { exit });
-        match before {
-            State::Creating { mut pending, request } | State::Starting { mut pending, request } => {
-                // What became of it is on the socket, unless it was killed.
-                let outcome = match pending.poll() {
-                    // Its program ran, and was quicker than this loop.
-                    Ok(Launch::Executed) => Ok(reply::Result::Done(Done {})),
-                    Ok(_) => Err(Failure::state("the container's process ended before it was ready")),
-                    Err(error) => Err(error.into()),
-                };
-                self.answer(request, outcome);
-            }
-            State::Created { .. } | State::Running { .. } | State::Exited { .. } => {}
+        if matches!(container.state, State::Creating { .. } | State::Starting { .. }) {
+            self.not_prepared(id, ContainerError::Vanished);
         }
+        let Some(container) = self.containers.get_mut(id) else { return };
+        exit.oom_killed = container.oom_kills > 0 || container.new_oom_kills();
+        container.state = State::Exited { exit };
         self.tell_exit(id, exit);
     }
 
