@@ -67,7 +67,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("podvisor-agent", &["podvisor-cgroup", "podvisor-container", "podvisor-proto"]),
     // Devices of virtual machines, and what drives the machines: one process each.
     ("podvisor-virtio", &[]),
-    ("podvisor-qemu", &["podvisor-proto", "podvisor-virtio"]),
+    ("podvisor-hypervisor", &["podvisor-proto"]),
+    ("podvisor-qemu", &["podvisor-hypervisor", "podvisor-proto", "podvisor-virtio"]),
     // One per pod, small: the protocol and cgroups, nothing else.
     ("podvisor-monitor", &["podvisor-proto", "podvisor-cgroup"]),
     // The daemon joins the parts; it never links a virtual machine monitor.

@@ -8,11 +8,11 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use podvisor_hypervisor::failure::Failure;
 use podvisor_proto::hypervisor::{Done, reply, request::Verb};
 use serde_json::Value;
 
 use crate::device;
-use crate::failure::Failure;
 use crate::inventory::Inventory;
 use crate::plan::Plan;
 use crate::qmp::Qmp;

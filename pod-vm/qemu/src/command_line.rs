@@ -2,7 +2,9 @@
 //!
 //! QEMU opens nothing by name but its own parts: all else is handed over (`/proc/self/fd/N`, `fd=N`, `-add-fd`).
 
-use crate::device::{self, DiskFile, Place, descriptor_set, port_id};
+use podvisor_hypervisor::files::DiskFile;
+
+use crate::device::{self, Place, descriptor_set, port_id};
 use crate::plan::{Kind, Plan};
 
 /// Ports of a q35 that are left for what is added later.

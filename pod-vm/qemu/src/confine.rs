@@ -4,8 +4,9 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use podvisor_hypervisor::sys;
+
 use crate::kvm::Node;
-use crate::sys;
 
 /// Everything that is done to the process that becomes QEMU.
 #[derive(Debug)]

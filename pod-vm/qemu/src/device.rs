@@ -3,13 +3,6 @@
 use podvisor_proto::hypervisor::{Disk, Network, Share};
 use serde_json::{Value, json};
 
-/// A disk's file as it was opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct DiskFile {
-    pub(crate) number: i32,
-    pub(crate) block_device: bool,
-}
-
 /// Where a device is attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {

@@ -1,14 +1,15 @@
 //! What a machine has, and what a request to change it comes to.
 
+use podvisor_hypervisor::failure::Failure;
+use podvisor_hypervisor::request::{MEMORY_STEP, check_disk, check_network, check_share};
+use podvisor_hypervisor::{files, tap};
 use podvisor_proto::hypervisor::{Disk, Network, Share, request::Verb};
 use serde_json::{Value, json};
 
 use crate::changes::{Change, Outcome, Step};
 use crate::command_line::{SPARE_PORTS, ports_taken};
 use crate::device::{self, Added, Kind, descriptor_set};
-use crate::failure::Failure;
-use crate::plan::{self, MEMORY_STEP, Plan, check_disk, check_network, check_share};
-use crate::{files, tap};
+use crate::plan::{self, Plan};
 
 /// Devices, memory and processors of a machine.
 #[derive(Debug)]

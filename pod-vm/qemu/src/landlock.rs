@@ -8,8 +8,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use podvisor_hypervisor::sys::{self, RulesetAttributes};
+
 use crate::kvm::{self, Access};
-use crate::sys::{self, RulesetAttributes};
 
 // LANDLOCK_ACCESS_FS_…, by bit.
 const EXECUTE: u64 = 1 << 0;
@@ -24,23 +25,6 @@ const SYSTEM: [&str; 6] = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/s
 const FACTS: [&str; 2] = ["/sys/kernel/mm/transparent_hugepage", "/sys/kernel/mm/hugepages"];
 const DEVICES: [&str; 3] = ["/dev/null", "/dev/zero", "/dev/urandom"];
 
-/// All kinds of access of a version of Landlock.
-fn all_of(version: u32) -> RulesetAttributes {
-    let files = match version {
-        1 => 13,
-        2 => 14,
-        3 | 4 => 15,
-        _ => 16,
-    };
-    RulesetAttributes {
-        files: (1 << files) - 1,
-        // Neither binds nor connects.
-        network: if version >= 4 { 0b11 } else { 0 },
-        // No abstract unix sockets and no signals out of it.
-        scopes: if version >= 6 { 0b11 } else { 0 },
-    }
-}
-
 /// The rules for a QEMU at `program` that reads `files`; `None` where the kernel has no Landlock.
 pub(crate) fn rules(
     program: &Path,
@@ -48,7 +32,7 @@ pub(crate) fn rules(
     kvm: Option<&Access>,
 ) -> io::Result<Option<OwnedFd>> {
     let Some(version) = sys::landlock_version() else { return Ok(None) };
-    let handled = all_of(version);
+    let handled = RulesetAttributes::all(version);
     let ruleset = sys::landlock_ruleset(&handled)?;
     let allow = |path: &Path, rights: u64| -> io::Result<()> {
         let opened = File::options().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path);

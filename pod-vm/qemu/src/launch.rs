@@ -1,53 +1,21 @@
-//! QEMU's process: found, started within its confinement, waited for.
+//! QEMU's process: found, and started within its confinement.
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::Command;
 
+use podvisor_hypervisor::failure::Failure;
+use podvisor_hypervisor::files::Handed;
+use podvisor_hypervisor::process::Process;
 use podvisor_proto::hypervisor::Start;
-use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::confine::Confinement;
-use crate::failure::{Failure, one_line};
-use crate::files::Handed;
 use crate::kvm::{self, Access};
-use crate::{landlock, sys};
+use crate::landlock;
 
 const PROGRAM: &str = "qemu-system-x86_64";
-
-/// The process, and what it says on stderr.
-#[derive(Debug)]
-pub(crate) struct Process {
-    child: Child,
-    /// Readable when it has ended.
-    pidfd: OwnedFd,
-    pub(crate) stderr: Option<OwnedFd>,
-}
-
-impl Process {
-    pub(crate) fn pid(&self) -> i32 {
-        // A pid is a positive i32 in the kernel.
-        i32::try_from(self.child.id()).unwrap_or_default()
-    }
-
-    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
-    }
-
-    /// Kills it, if it is still there.
-    pub(crate) fn kill(&self) {
-        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
-    }
-
-    /// Waits for its end, which must be near.
-    pub(crate) fn wait(&mut self) -> ExitStatus {
-        // Nobody else waits for it, so there is something to wait for.
-        self.child.wait().unwrap_or_else(|_| ExitStatus::from_raw(libc::SIGKILL))
-    }
-}
 
 /// Where QEMU is.
 pub(crate) fn find(start: &Start) -> Result<PathBuf, Failure> {
@@ -75,38 +43,8 @@ pub(crate) fn launch(
     let confinement =
         confinement(start, &program, handed, readable).map_err(|error| failed(error.to_string()))?;
     let mut command = Command::new(&program);
-    command.args(arguments).env_clear().stdin(Stdio::null()).stdout(Stdio::null());
-    // Through it the child says which step has failed, before QEMU has one of its own.
-    let (reader, writer) = io::pipe().map_err(|error| failed(error.to_string()))?;
-    command.stderr(writer);
-    sys::before_exec(&mut command, move || confinement.apply());
-    let spawned = command.spawn();
-    // Its copies of the pipe's end and of the confinement go.
-    drop(command);
-    let mut child = spawned.map_err(|error| {
-        let step = io::read_to_string(&reader).unwrap_or_default();
-        let step = one_line(&step);
-        failed(if step.is_empty() { error.to_string() } else { format!("{step}: {error}") })
-    })?;
-    // From here on it is read beside other things.
-    let nonblocking = rustix::io::ioctl_fionbio(&reader, true);
-    match nonblocking.and_then(|()| pidfd_open(rustix::process::Pid::from_child(&child), PidfdFlags::empty()))
-    {
-        Ok(pidfd) => Ok(Process { child, pidfd, stderr: Some(reader.into()) }),
-        Err(error) => {
-            let _ = child.kill();
-            let _ = child.wait();
-            Err(failed(format!("watch the process: {error}")))
-        }
-    }
-}
-
-impl Drop for Process {
-    /// A machine never outlives what knows of it.
-    fn drop(&mut self) {
-        self.kill();
-        self.wait();
-    }
+    command.args(arguments);
+    Process::spawn(command, move || confinement.apply()).map_err(failed)
 }
 
 fn confinement(

@@ -11,11 +11,11 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use podvisor_hypervisor::control::Control;
+use podvisor_hypervisor::failure::Failure;
 use podvisor_proto::hypervisor::{Done, Request, event, reply, request::Verb};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::control::Control;
-use crate::failure::Failure;
 use crate::plan::{Choice, Plan};
 use crate::tsc::Clock;
 use crate::up::Up;

@@ -6,11 +6,7 @@
 mod changes;
 mod command_line;
 mod confine;
-mod console;
-mod control;
 mod device;
-mod failure;
-mod files;
 mod inventory;
 mod kvm;
 mod landlock;
@@ -19,8 +15,6 @@ mod machine;
 mod plan;
 mod qmp;
 mod start;
-mod sys;
-mod tap;
 mod tsc;
 mod up;
 mod verdict;
@@ -31,6 +25,7 @@ use std::os::fd::AsFd;
 use std::process::ExitCode;
 
 use plan::Choice;
+use podvisor_hypervisor::{failure, sys};
 
 /// Why the program had to end.
 #[derive(Debug, thiserror::Error)]

@@ -6,15 +6,18 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use podvisor_hypervisor::console::Console;
+use podvisor_hypervisor::failure::Failure;
+use podvisor_hypervisor::files::{self, Handed};
+use podvisor_hypervisor::process::Process;
+use podvisor_hypervisor::tap;
+
 use crate::command_line::{Numbers, arguments};
-use crate::console::Console;
-use crate::failure::Failure;
-use crate::files::{self, Handed};
-use crate::launch::{Process, launch};
+use crate::launch::launch;
 use crate::plan::Plan;
 use crate::qmp::Qmp;
 use crate::tsc::Clock;
-use crate::{tap, vsock};
+use crate::vsock;
 
 /// A machine whose QEMU runs.
 #[derive(Debug)]

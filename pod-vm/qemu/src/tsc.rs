@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::sys;
+use podvisor_hypervisor::sys;
 
 /// Long enough for an error of some 20 millionths; the guest's clock is set by the agent all the time anyway.
 const BASELINE: Duration = Duration::from_millis(5);

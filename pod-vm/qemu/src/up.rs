@@ -3,13 +3,13 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
+use podvisor_hypervisor::console::Tail;
+use podvisor_hypervisor::failure::{Failure, one_line};
 use podvisor_proto::hypervisor::{Ended, Started, reply, request::Verb};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
 
 use crate::changes::{Answer, Changes};
-use crate::console::Tail;
-use crate::failure::{Failure, one_line};
 use crate::plan::{Kind, Plan};
 use crate::qmp::Message;
 use crate::start::{Begun, begin};

@@ -3,9 +3,8 @@
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 
+use podvisor_hypervisor::failure::one_line;
 use podvisor_proto::hypervisor::EndReason;
-
-use crate::failure::one_line;
 
 /// What Linux writes on the console when it gives up.
 const PANIC: &str = "Kernel panic - not syncing";

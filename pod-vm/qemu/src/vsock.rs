@@ -9,6 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use podvisor_hypervisor::failure::{Failure, chain};
 use podvisor_virtio::vsock::{GUEST_CID, Muxer, QueueError, Scratch, drain, fill};
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -17,8 +18,6 @@ use virtio_bindings::bindings::{virtio_config::VIRTIO_F_VERSION_1, virtio_ring::
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
-
-use crate::failure::{Failure, chain};
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
 type Ring = VringMutex<Memory>;

@@ -1,7 +1,11 @@
 //! Machines that are changed while they run.
 #![allow(missing_docs)]
 
+#[path = "../../hypervisor/tests/lab/mod.rs"]
 mod lab;
+
+/// The program under test.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_podvisor-qemu");
 
 use std::fs;
 

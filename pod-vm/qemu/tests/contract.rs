@@ -1,7 +1,11 @@
 //! What the monitor can rely on whatever happens, before the guest has come up.
 #![allow(missing_docs)]
 
+#[path = "../../hypervisor/tests/lab/mod.rs"]
 mod lab;
+
+/// The program under test.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_podvisor-qemu");
 
 use std::fs;
 use std::io::Read;

@@ -1,7 +1,11 @@
 //! Machines that start, speak and end; each with a real kernel, by QEMU's translator.
 #![allow(missing_docs)]
 
+#[path = "../../hypervisor/tests/lab/mod.rs"]
 mod lab;
+
+/// The program under test.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_podvisor-qemu");
 
 use std::fs;
 use std::io::{Read, Write};

@@ -2,7 +2,11 @@
 //!
 //!     cargo test --release -p podvisor-qemu --test measure -- --ignored --nocapture
 
+#[path = "../../hypervisor/tests/lab/mod.rs"]
 mod lab;
+
+/// The program under test.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_podvisor-qemu");
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};

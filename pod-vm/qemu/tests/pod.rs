@@ -1,7 +1,11 @@
 //! With the other parts of a pod as they are built for users (`make build`): the agent and the file server.
 #![allow(missing_docs)]
 
+#[path = "../../hypervisor/tests/lab/mod.rs"]
 mod lab;
+
+/// The program under test.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_podvisor-qemu");
 
 use std::fs;
 use std::io::{Read, Write};

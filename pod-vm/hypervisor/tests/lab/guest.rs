@@ -36,7 +36,7 @@ pub fn guest(suite: Suite) -> Guest {
 }
 
 fn make(suite: Suite) -> Guest {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/init.c");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../hypervisor/tests/init.c");
     let program = std::env::current_exe().unwrap();
     let name = format!("{}-{suite:?}", program.file_name().unwrap().display());
     let directory = target().join("tmp/guests").join(name);

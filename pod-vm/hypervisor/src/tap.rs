@@ -14,7 +14,7 @@ use crate::failure::Failure;
 use crate::sys;
 
 /// Opens the tap that `network` names.
-pub(crate) fn open(network: &Network) -> Result<File, Failure> {
+pub fn open(network: &Network) -> Result<File, Failure> {
     let attempt = || format!("open tap {} in network namespace {}", network.tap, network.namespace);
     open_in(&network.namespace, &network.tap).map_err(|error| match error.raw_os_error() {
         // TUNSETIFF makes a tap that is not there, and may not.

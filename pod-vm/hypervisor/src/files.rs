@@ -1,4 +1,4 @@
-//! Descriptors that QEMU inherits, opened before it gives up its rights.
+//! Descriptors that the machine's process is handed, opened with the rights of this one.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -8,29 +8,38 @@ use std::os::unix::net::UnixStream;
 
 use podvisor_proto::hypervisor::{Disk, Share};
 
-use crate::device::DiskFile;
 use crate::failure::Failure;
 
-/// What QEMU gets.
+/// A disk's file as it was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskFile {
+    /// Of its descriptor.
+    pub number: i32,
+    /// It is no regular file.
+    pub block_device: bool,
+}
+
+/// What the machine's process gets.
 #[derive(Debug, Default)]
-pub(crate) struct Handed(Vec<OwnedFd>);
+pub struct Handed(Vec<OwnedFd>);
 
 impl Handed {
-    /// Takes one over; gives its number, which is the same in QEMU.
-    pub(crate) fn add(&mut self, descriptor: impl Into<OwnedFd>) -> i32 {
+    /// Takes one over; gives its number, which is the same in that process.
+    pub fn add(&mut self, descriptor: impl Into<OwnedFd>) -> i32 {
         let descriptor = descriptor.into();
         let number = descriptor.as_raw_fd();
         self.0.push(descriptor);
         number
     }
 
-    pub(crate) fn numbers(&self) -> Vec<i32> {
+    /// Of all of them.
+    pub fn numbers(&self) -> Vec<i32> {
         self.0.iter().map(AsRawFd::as_raw_fd).collect()
     }
 }
 
-/// A regular file that QEMU opens once more, as `user`, by its number: in whatever directory it is, but with the rights of the file itself.
-pub(crate) fn open_for_reading(what: &str, path: &str, user: u32) -> Result<File, Failure> {
+/// A regular file that can be opened once more, as `user`, by its number: in whatever directory it is, but with the rights of the file itself.
+pub fn open_for_reading(what: &str, path: &str, user: u32) -> Result<File, Failure> {
     let failed = |cause: String| Failure::failed(format!("open the {what} {path}"), cause);
     let file = File::open(path).map_err(|error| failed(error.to_string()))?;
     let metadata = file.metadata().map_err(|error| failed(error.to_string()))?;
@@ -48,7 +57,7 @@ pub(crate) fn open_for_reading(what: &str, path: &str, user: u32) -> Result<File
 }
 
 /// The connection to a share's server.
-pub(crate) fn connect_share(share: &Share) -> Result<UnixStream, Failure> {
+pub fn connect_share(share: &Share) -> Result<UnixStream, Failure> {
     UnixStream::connect(&share.socket_path).map_err(|error| {
         let attempt = format!("connect to the file server of share {} at {}", share.tag, share.socket_path);
         Failure::failed(attempt, error)
@@ -56,7 +65,7 @@ pub(crate) fn connect_share(share: &Share) -> Result<UnixStream, Failure> {
 }
 
 /// A disk's file; the number in the result is that of the descriptor.
-pub(crate) fn open_disk(disk: &Disk) -> Result<(File, DiskFile), Failure> {
+pub fn open_disk(disk: &Disk) -> Result<(File, DiskFile), Failure> {
     let open = || -> io::Result<(File, bool)> {
         let mut options = OpenOptions::new();
         // Nothing that would make opening wait.

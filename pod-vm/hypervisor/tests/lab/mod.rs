@@ -38,7 +38,7 @@ impl Hypervisor {
         control.set_read_timeout(Some(PATIENCE)).unwrap();
         // Another descriptor of the same socket, which the program inherits.
         let theirs = rustix::io::dup(theirs).unwrap();
-        let process = Command::new(env!("CARGO_BIN_EXE_podvisor-qemu"))
+        let process = Command::new(crate::PROGRAM)
             .args(["--control-fd", &theirs.as_raw_fd().to_string()])
             .args(arguments)
             .stdin(Stdio::null())

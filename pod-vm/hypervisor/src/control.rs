@@ -16,7 +16,7 @@ const READ_AT_ONCE: usize = 4096;
 
 /// The monitor's end, as far as this side sees it.
 #[derive(Debug)]
-pub(crate) struct Control {
+pub struct Control {
     socket: OwnedFd,
     incoming: Vec<u8>,
     outgoing: Vec<u8>,
@@ -24,21 +24,23 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    pub(crate) fn new(socket: OwnedFd) -> Self {
+    /// Takes over this side of the connection.
+    pub fn new(socket: OwnedFd) -> Self {
         Self { socket, incoming: Vec::new(), outgoing: Vec::new(), over: false }
     }
 
-    pub(crate) fn wants_to_write(&self) -> bool {
+    /// Whether [`Self::write`] has something to send.
+    pub fn wants_to_write(&self) -> bool {
         !self.outgoing.is_empty()
     }
 
     /// The monitor is gone, or sends what is no request.
-    pub(crate) fn is_over(&self) -> bool {
+    pub fn is_over(&self) -> bool {
         self.over
     }
 
     /// Reads what there is and takes the whole requests out of it.
-    pub(crate) fn read(&mut self) -> Vec<Request> {
+    pub fn read(&mut self) -> Vec<Request> {
         let mut bytes = [0; READ_AT_ONCE];
         match recv(&self.socket, &mut bytes, RecvFlags::DONTWAIT) {
             Ok((0, _)) => self.over = true,
@@ -60,12 +62,14 @@ impl Control {
         requests
     }
 
-    pub(crate) fn reply(&mut self, id: u64, outcome: Result<reply::Result, Failure>) {
+    /// Answers a request.
+    pub fn reply(&mut self, id: u64, outcome: Result<reply::Result, Failure>) {
         let result = outcome.unwrap_or_else(|failure| reply::Result::Error(failure.into()));
         self.put(&Reply { id, result: Some(result) });
     }
 
-    pub(crate) fn tell(&mut self, kind: event::Kind) {
+    /// Sends an event.
+    pub fn tell(&mut self, kind: event::Kind) {
         self.put(&Reply { id: 0, result: Some(reply::Result::Event(Event { kind: Some(kind) })) });
     }
 
@@ -82,7 +86,7 @@ impl Control {
     }
 
     /// Sends what the monitor takes now.
-    pub(crate) fn write(&mut self) {
+    pub fn write(&mut self) {
         while !self.outgoing.is_empty() && !self.over {
             match send(&self.socket, &self.outgoing, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
                 Ok(count) => drop(self.outgoing.drain(..count)),
@@ -94,7 +98,7 @@ impl Control {
     }
 
     /// Sends all that is left, for the program is about to end.
-    pub(crate) fn finish(&mut self, limit: Duration) {
+    pub fn finish(&mut self, limit: Duration) {
         let deadline = Instant::now() + limit;
         while self.wants_to_write() && !self.over {
             let left = deadline.saturating_duration_since(Instant::now());

@@ -11,14 +11,15 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
 /// How much of the end is told when a machine ends.
-pub(crate) const TAIL: usize = 4096;
+pub const TAIL: usize = 4096;
 
 /// The last bytes of a stream.
 #[derive(Debug, Default)]
-pub(crate) struct Tail(VecDeque<u8>);
+pub struct Tail(VecDeque<u8>);
 
 impl Tail {
-    pub(crate) fn push(&mut self, bytes: &[u8]) {
+    /// Adds bytes at the end.
+    pub fn push(&mut self, bytes: &[u8]) {
         let bytes = &bytes[bytes.len().saturating_sub(TAIL)..];
         let excess = (self.0.len() + bytes.len()).saturating_sub(TAIL);
         self.0.drain(..excess);
@@ -27,7 +28,7 @@ impl Tail {
 
     /// As text of at most [`TAIL`] bytes, without control characters other than the ends of lines. Of a stream that was cut off, the
     /// first line is left out when it is not whole.
-    pub(crate) fn text(&self) -> String {
+    pub fn text(&self) -> String {
         let bytes: Vec<u8> = self.0.iter().copied().collect();
         let mut text: String = String::from_utf8_lossy(&bytes)
             .chars()
@@ -100,7 +101,7 @@ impl Kept {
 
 /// The console's end on the host's side.
 #[derive(Debug)]
-pub(crate) struct Console {
+pub struct Console {
     socket: Option<OwnedFd>,
     tail: Tail,
     kept: Option<Kept>,
@@ -108,18 +109,18 @@ pub(crate) struct Console {
 
 impl Console {
     /// `path`: where it is kept; empty for nowhere.
-    pub(crate) fn new(socket: OwnedFd, path: &str, limit: u64) -> io::Result<Self> {
+    pub fn new(socket: OwnedFd, path: &str, limit: u64) -> io::Result<Self> {
         let kept = if path.is_empty() { None } else { Some(Kept::create(Path::new(path), limit)?) };
         Ok(Self { socket: Some(socket), tail: Tail::default(), kept })
     }
 
     /// What to watch for reading, until its end.
-    pub(crate) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.socket.as_ref().map(AsFd::as_fd)
     }
 
     /// Reads once; false when there is nothing more just now.
-    pub(crate) fn read(&mut self) -> bool {
+    pub fn read(&mut self) -> bool {
         let Some(socket) = &self.socket else { return false };
         let mut bytes = [0; 4096];
         match recv(socket, &mut bytes, RecvFlags::DONTWAIT) {
@@ -140,7 +141,8 @@ impl Console {
         }
     }
 
-    pub(crate) fn tail(&self) -> String {
+    /// The last lines, as [`Tail::text`] has them.
+    pub fn tail(&self) -> String {
         self.tail.text()
     }
 }

@@ -8,7 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 /// Takes over the descriptor that the parent process left open for this one under a number.
-pub(crate) fn inherited_descriptor(number: i32) -> io::Result<OwnedFd> {
+pub fn inherited_descriptor(number: i32) -> io::Result<OwnedFd> {
     if (0..=libc::STDERR_FILENO).contains(&number) {
         return Err(io::Error::other("it is a standard stream"));
     }
@@ -21,10 +21,10 @@ pub(crate) fn inherited_descriptor(number: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
-/// Closes every descriptor above stderr except `kept`: what the monitor leaked must not reach QEMU.
+/// Closes every descriptor above stderr except `kept`: what the monitor leaked must not reach the machine.
 ///
 /// Only for the first moments of `main`, before anything else in the process owns a descriptor.
-pub(crate) fn close_other_descriptors(kept: BorrowedFd<'_>) {
+pub fn close_other_descriptors(kept: BorrowedFd<'_>) {
     let kept = u32::try_from(kept.as_raw_fd()).unwrap_or(u32::MAX);
     for (first, last) in [(3, kept.saturating_sub(1)), (kept.saturating_add(1), u32::MAX)] {
         if first <= last {
@@ -35,7 +35,7 @@ pub(crate) fn close_other_descriptors(kept: BorrowedFd<'_>) {
 }
 
 /// Makes glibc's allocator fit a small process: one arena for all threads, and freed memory goes back at once.
-pub(crate) fn tune_allocator() {
+pub fn tune_allocator() {
     // SAFETY: mallopt changes allocator parameters; called before a second thread exists.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
@@ -45,7 +45,7 @@ pub(crate) fn tune_allocator() {
 }
 
 /// The processor's time stamp counter.
-pub(crate) fn ticks() -> u64 {
+pub fn ticks() -> u64 {
     // SAFETY: every x86-64 processor has the instruction, and the kernel leaves it to user space unless a process asks to be
     // without it (PR_SET_TSC), which this one does not.
     unsafe { std::arch::x86_64::_rdtsc() }
@@ -55,10 +55,7 @@ pub(crate) fn ticks() -> u64 {
 ///
 /// `prepare` must keep to what is allowed there: system calls, no memory allocation, no locks. Everything in `confine.rs` that is
 /// reached from it does.
-pub(crate) fn before_exec(
-    command: &mut Command,
-    prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static,
-) {
+pub fn before_exec(command: &mut Command, prepare: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
     // SAFETY: the caller upholds what is said above.
     unsafe { command.pre_exec(prepare) };
 }
@@ -68,13 +65,13 @@ fn check(result: libc::c_long) -> io::Result<()> {
 }
 
 /// Leaves a descriptor open in the program that is executed next.
-pub(crate) fn leave_open(number: i32) -> io::Result<()> {
+pub fn leave_open(number: i32) -> io::Result<()> {
     // SAFETY: F_SETFD takes a plain integer and touches no memory.
     check(unsafe { libc::fcntl(number, libc::F_SETFD, 0) }.into())
 }
 
 /// Writes to a descriptor or file by number and path, without the allocations of `std::fs`.
-pub(crate) fn write_file(path: &CStr, bytes: &[u8]) -> io::Result<()> {
+pub fn write_file(path: &CStr, bytes: &[u8]) -> io::Result<()> {
     // SAFETY: `path` is a C string, `bytes` are readable for the length given, and the descriptor is closed by the one that opened it.
     unsafe {
         let file = libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
@@ -87,14 +84,14 @@ pub(crate) fn write_file(path: &CStr, bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Gives the process namespaces of its own, of the kinds in `flags`, which must not include CLONE_VM, CLONE_FILES or CLONE_NEWPID.
-pub(crate) fn unshare(flags: libc::c_int) -> io::Result<()> {
+pub fn unshare(flags: libc::c_int) -> io::Result<()> {
     // SAFETY: with those kinds nothing that the program's memory depends on changes.
     check(unsafe { libc::unshare(flags) }.into())
 }
 
 /// Becomes another user, with `groups` as the only further groups. By the system calls themselves: the C library's functions
 /// do it for all threads and take locks for that.
-pub(crate) fn become_user(user: u32, groups: &[u32]) -> io::Result<()> {
+pub fn become_user(user: u32, groups: &[u32]) -> io::Result<()> {
     // SAFETY: `groups` is readable for the length given; the other arguments are integers.
     unsafe {
         check(libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()))?;
@@ -104,7 +101,7 @@ pub(crate) fn become_user(user: u32, groups: &[u32]) -> io::Result<()> {
 }
 
 /// No program that is executed later gets a capability by its user. Needs CAP_SETPCAP, so it comes before the user changes.
-pub(crate) fn empty_bounding_set() -> io::Result<()> {
+pub fn empty_bounding_set() -> io::Result<()> {
     for capability in 0..64 {
         // SAFETY: PR_CAPBSET_DROP takes an integer.
         if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } < 0 {
@@ -117,7 +114,7 @@ pub(crate) fn empty_bounding_set() -> io::Result<()> {
 }
 
 /// Gives up every capability.
-pub(crate) fn drop_capabilities() -> io::Result<()> {
+pub fn drop_capabilities() -> io::Result<()> {
     // struct __user_cap_header_struct, version 3, of this process; then two of __user_cap_data_struct.
     let mut header: [u32; 2] = [0x2008_0522, 0];
     let none = [0u32; 6];
@@ -126,20 +123,20 @@ pub(crate) fn drop_capabilities() -> io::Result<()> {
 }
 
 /// No program that is executed later gets rights by its file.
-pub(crate) fn no_new_privileges() -> io::Result<()> {
+pub fn no_new_privileges() -> io::Result<()> {
     // SAFETY: the arguments are integers.
     check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())
 }
 
 /// No core file: it would hold the guest's memory.
-pub(crate) fn no_core_file() -> io::Result<()> {
+pub fn no_core_file() -> io::Result<()> {
     let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the struct is read.
     check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &raw const none) }.into())
 }
 
 /// The process is killed when the thread that made it ends; it is an error when that has happened already.
-pub(crate) fn die_with(parent: i32) -> io::Result<()> {
+pub fn die_with(parent: i32) -> io::Result<()> {
     // SAFETY: both calls take integers.
     unsafe {
         check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0).into())?;
@@ -148,14 +145,14 @@ pub(crate) fn die_with(parent: i32) -> io::Result<()> {
 }
 
 /// Whether this network namespace has an interface of that name.
-pub(crate) fn interface_exists(name: &str) -> io::Result<()> {
+pub fn interface_exists(name: &str) -> io::Result<()> {
     let name = CString::new(name)?;
     // SAFETY: `name` is a C string.
     if unsafe { libc::if_nametoindex(name.as_ptr()) } == 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Attaches a descriptor of /dev/net/tun to a persistent tap: whole Ethernet frames, with a virtio header before each.
-pub(crate) fn attach_tap(device: BorrowedFd<'_>, name: &str) -> io::Result<()> {
+pub fn attach_tap(device: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     // SAFETY: an all-zero ifreq is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // One byte stays zero, the name's end.
@@ -175,14 +172,36 @@ pub(crate) fn attach_tap(device: BorrowedFd<'_>, name: &str) -> io::Result<()> {
 /// What landlock_create_ruleset(2) is asked with: struct landlock_ruleset_attr.
 #[repr(C)]
 #[derive(Debug, Default)]
-pub(crate) struct RulesetAttributes {
-    pub(crate) files: u64,
-    pub(crate) network: u64,
-    pub(crate) scopes: u64,
+pub struct RulesetAttributes {
+    /// `handled_access_fs`
+    pub files: u64,
+    /// `handled_access_net`
+    pub network: u64,
+    /// `scoped`
+    pub scopes: u64,
+}
+
+impl RulesetAttributes {
+    /// All kinds of access that a version of Landlock can forbid, the abilities to reach unix sockets and processes outside among them.
+    pub fn all(version: u32) -> Self {
+        let files = match version {
+            1 => 13,
+            2 => 14,
+            3 | 4 => 15,
+            _ => 16,
+        };
+        Self {
+            files: (1 << files) - 1,
+            // Neither binds nor connects.
+            network: if version >= 4 { 0b11 } else { 0 },
+            // No abstract unix sockets and no signals out of it.
+            scopes: if version >= 6 { 0b11 } else { 0 },
+        }
+    }
 }
 
 /// Which version of Landlock the kernel has; none where it has none.
-pub(crate) fn landlock_version() -> Option<u32> {
+pub fn landlock_version() -> Option<u32> {
     const VERSION: u32 = 1;
     // SAFETY: with this flag and no attributes nothing but the version is asked for.
     let version = unsafe {
@@ -196,7 +215,8 @@ pub(crate) fn landlock_version() -> Option<u32> {
     u32::try_from(version).ok().filter(|version| *version > 0)
 }
 
-pub(crate) fn landlock_ruleset(attributes: &RulesetAttributes) -> io::Result<OwnedFd> {
+/// Makes a ruleset that forbids all of `attributes` until something is allowed.
+pub fn landlock_ruleset(attributes: &RulesetAttributes) -> io::Result<OwnedFd> {
     let size = size_of::<RulesetAttributes>();
     // SAFETY: the struct is readable for the size given; fields that the kernel does not know yet must be zero, which it checks.
     let made =
@@ -208,7 +228,7 @@ pub(crate) fn landlock_ruleset(attributes: &RulesetAttributes) -> io::Result<Own
 }
 
 /// Allows `rights` on a file, or on everything below a directory.
-pub(crate) fn landlock_allow(ruleset: BorrowedFd<'_>, path: BorrowedFd<'_>, rights: u64) -> io::Result<()> {
+pub fn landlock_allow(ruleset: BorrowedFd<'_>, path: BorrowedFd<'_>, rights: u64) -> io::Result<()> {
     /// struct landlock_path_beneath_attr
     #[repr(C, packed)]
     struct PathBeneath {
@@ -224,7 +244,7 @@ pub(crate) fn landlock_allow(ruleset: BorrowedFd<'_>, path: BorrowedFd<'_>, righ
 }
 
 /// From here on the process is held to the ruleset.
-pub(crate) fn landlock_restrict(ruleset: i32) -> io::Result<()> {
+pub fn landlock_restrict(ruleset: i32) -> io::Result<()> {
     // SAFETY: the arguments are integers.
     check(unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset, 0u32) })
 }

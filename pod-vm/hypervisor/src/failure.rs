@@ -4,9 +4,11 @@ use podvisor_proto::hypervisor::{self as proto, ErrorCode};
 
 /// Why a request failed, as the monitor is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Failure {
-    pub(crate) code: ErrorCode,
-    pub(crate) detail: String,
+pub struct Failure {
+    /// What kind of failure.
+    pub code: ErrorCode,
+    /// What was attempted and what happened, in one line.
+    pub detail: String,
 }
 
 impl Failure {
@@ -14,24 +16,28 @@ impl Failure {
         Self { code, detail: one_line(&detail.into()) }
     }
 
-    pub(crate) fn unsupported(detail: impl Into<String>) -> Self {
+    /// This hypervisor, or the machine that it has started, cannot do it.
+    pub fn unsupported(detail: impl Into<String>) -> Self {
         Self::new(ErrorCode::Unsupported, detail)
     }
 
-    pub(crate) fn invalid(detail: impl Into<String>) -> Self {
+    /// The request contradicts itself.
+    pub fn invalid(detail: impl Into<String>) -> Self {
         Self::new(ErrorCode::Invalid, detail)
     }
 
-    pub(crate) fn not_found(detail: impl Into<String>) -> Self {
+    /// There is no such device.
+    pub fn not_found(detail: impl Into<String>) -> Self {
         Self::new(ErrorCode::NotFound, detail)
     }
 
-    pub(crate) fn wrong_state(detail: impl Into<String>) -> Self {
+    /// Not started yet, started already, or ended.
+    pub fn wrong_state(detail: impl Into<String>) -> Self {
         Self::new(ErrorCode::WrongState, detail)
     }
 
     /// Something could not be done: what was attempted, and the cause.
-    pub(crate) fn failed(attempt: impl std::fmt::Display, cause: impl std::fmt::Display) -> Self {
+    pub fn failed(attempt: impl std::fmt::Display, cause: impl std::fmt::Display) -> Self {
         Self::new(ErrorCode::Failed, format!("{attempt}: {cause}"))
     }
 }
@@ -43,7 +49,7 @@ impl From<Failure> for proto::Error {
 }
 
 /// Text of several lines, QEMU's perhaps, as one without control characters.
-pub(crate) fn one_line(text: &str) -> String {
+pub fn one_line(text: &str) -> String {
     let lines: Vec<String> = text
         .lines()
         .map(|line| line.chars().filter(|character| !character.is_control()).collect::<String>())
@@ -54,7 +60,7 @@ pub(crate) fn one_line(text: &str) -> String {
 }
 
 /// An error with its causes.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
