@@ -8,6 +8,7 @@ mod check;
 mod default;
 mod document;
 mod error;
+pub mod import;
 mod load;
 mod nearest;
 mod print;

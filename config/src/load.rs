@@ -19,17 +19,9 @@ impl Config {
     /// out). A later file overrides key by key. A missing `file` is an error only when `required`; its drop-ins
     /// count in either case. All mistakes of all files are reported at once.
     pub fn load(file: &Path, required: bool) -> Result<Self, ConfigError> {
-        let mut texts = Vec::new();
-        match read_file(file) {
-            Ok(text) => texts.push((file.to_owned(), text)),
-            Err(ConfigError::Read { source, .. })
-                if !required && source.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
-        for drop_in in drop_ins(file)? {
-            let text = read_file(&drop_in)?;
-            texts.push((drop_in, text));
-        }
+        // Editors keep their unfinished copies in hidden files.
+        let texts =
+            with_drop_ins(file, required, |name| name.ends_with(b".toml") && !name.starts_with(b"."))?;
         build(file, &texts)
     }
 
@@ -40,8 +32,27 @@ impl Config {
     }
 }
 
-/// Drop-ins of `file` in the order in which they count.
-fn drop_ins(file: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+/// `file`, which may be missing unless it is `required`, and the files in `<file>.d/` whose names are `wanted`, in the order in which they
+/// count.
+pub(crate) fn with_drop_ins(
+    file: &Path,
+    required: bool,
+    wanted: fn(&[u8]) -> bool,
+) -> Result<Vec<(PathBuf, Vec<u8>)>, ConfigError> {
+    let mut texts = Vec::new();
+    match read_file(file) {
+        Ok(text) => texts.push((file.to_owned(), text)),
+        Err(ConfigError::Read { source, .. }) if !required && source.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    for drop_in in drop_ins(file, wanted)? {
+        let text = read_file(&drop_in)?;
+        texts.push((drop_in, text));
+    }
+    Ok(texts)
+}
+
+fn drop_ins(file: &Path, wanted: fn(&[u8]) -> bool) -> Result<Vec<PathBuf>, ConfigError> {
     let mut directory = file.as_os_str().to_owned();
     directory.push(".d");
     let directory = PathBuf::from(directory);
@@ -54,16 +65,14 @@ fn drop_ins(file: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     let mut names = BTreeSet::new();
     for entry in entries {
         let name = entry.map_err(failed)?.file_name();
-        let bytes = name.as_encoded_bytes();
-        // Editors keep their unfinished copies in hidden files.
-        if bytes.ends_with(b".toml") && !bytes.starts_with(b".") {
+        if wanted(name.as_encoded_bytes()) {
             names.insert(name);
         }
     }
     Ok(names.into_iter().map(|name| directory.join(name)).collect())
 }
 
-fn read_file(path: &Path) -> Result<Vec<u8>, ConfigError> {
+pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>, ConfigError> {
     let mut text = Vec::new();
     File::open(path)
         .and_then(|file| file.take(LARGEST_FILE + 1).read_to_end(&mut text))

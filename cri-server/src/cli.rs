@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use podvisor_config::Config;
+use podvisor_config::import::From;
 
 /// Where the configuration is unless `--config` says otherwise.
 const CONFIG: &str = "/etc/podvisor/config.toml";
@@ -57,6 +58,19 @@ enum ConfigCommand {
     Validate,
     /// Prints the configuration in force: the file, its drop-ins and the defaults.
     Show,
+    /// Makes a configuration from CRI-O's or containerd's: printed to standard output, a report of every key to standard error.
+    Import(ImportArguments),
+}
+
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+struct ImportArguments {
+    /// From CRI-O's file and what lies in the directory of the same name with `.d` added.
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = From::Crio.default_file().as_os_str())]
+    from_crio: Option<PathBuf>,
+    /// From containerd's file and what it imports.
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = From::Containerd.default_file().as_os_str())]
+    from_containerd: Option<PathBuf>,
 }
 
 pub(crate) fn main() -> ExitCode {
@@ -83,11 +97,23 @@ fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             println!("{}: valid", arguments.config.as_deref().unwrap_or(Path::new(CONFIG)).display());
         }
         Command::Config { command: ConfigCommand::Show } => print!("{}", load()?.to_toml()),
+        Command::Config { command: ConfigCommand::Import(arguments) } => import(arguments)?,
         Command::Guest { command } => return crate::guest::run(command, &load()?),
         Command::Shell { pod } => return crate::shell::run(pod, &load()?),
         Command::Version => println!("podvisor {}", env!("CARGO_PKG_VERSION")),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn import(arguments: &ImportArguments) -> anyhow::Result<()> {
+    let crio = arguments.from_crio.iter().map(|file| (From::Crio, file));
+    let containerd = arguments.from_containerd.iter().map(|file| (From::Containerd, file));
+    for (from, file) in crio.chain(containerd) {
+        let imported = podvisor_config::import::import(from, file)?;
+        eprintln!("{}", imported.report());
+        print!("{}", imported.toml);
+    }
+    Ok(())
 }
 
 /// Reads the configuration. A file that was named must be there; the default one may be missing.
