@@ -6,6 +6,12 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::mount::MountPropagationFlags;
 
+const READ_ONLY: u64 = 0x1;
+const NO_SET_ID: u64 = 0x2;
+const NO_DEVICES: u64 = 0x4;
+const NO_PROGRAMS: u64 = 0x8;
+const ID_MAPPED: u64 = 0x0010_0000;
+
 /// What a tree of mounts is to be.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Attributes<'u> {
@@ -26,25 +32,33 @@ struct MountAttr {
     user: u64,
 }
 
-/// Changes the tree of mounts that `tree` (from open_tree(2), at no path yet) is.
+/// Changes the tree of mounts that `tree` (from open_tree(2), at no path yet) is. Its files are mere data here: no programs, no devices.
 pub(crate) fn set(
     tree: BorrowedFd<'_>,
     attributes: Attributes<'_>,
     propagation: MountPropagationFlags,
 ) -> io::Result<()> {
-    const MOUNT_ATTR_RDONLY: u64 = 1;
-    const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
-    let read_only = if attributes.read_only { MOUNT_ATTR_RDONLY } else { 0 };
+    let read_only = if attributes.read_only { READ_ONLY } else { 0 };
+    let recursive = if attributes.recursive { read_only } else { 0 };
     let all = MountAttr {
-        set: if attributes.recursive { read_only } else { 0 },
+        set: recursive | NO_SET_ID | NO_DEVICES | NO_PROGRAMS,
         propagation: u64::from(propagation.bits()),
         ..MountAttr::default()
     };
     change(tree, &all, libc::AT_RECURSIVE)?;
-    let ids = if attributes.user.is_some() { MOUNT_ATTR_IDMAP } else { 0 };
+    let ids = if attributes.user.is_some() { ID_MAPPED } else { 0 };
     let user = attributes.user.map_or(0, |user| user.as_raw_fd().cast_unsigned().into());
     let top = MountAttr { set: read_only | ids, user, ..MountAttr::default() };
     if top.set != 0 { change(tree, &top, 0) } else { Ok(()) }
+}
+
+/// Makes a mount read-only or writable, alone.
+///
+/// # Errors
+/// EBUSY for read-only while a file of it is open for writing.
+pub(crate) fn set_read_only(mount: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
+    let (set, clear) = if read_only { (READ_ONLY, 0) } else { (0, READ_ONLY) };
+    change(mount, &MountAttr { set, clear, ..MountAttr::default() }, 0)
 }
 
 fn change(tree: BorrowedFd<'_>, attributes: &MountAttr, flags: i32) -> io::Result<()> {

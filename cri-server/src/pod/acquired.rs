@@ -9,7 +9,8 @@ use podvisor_network::namespace::Namespaces;
 use serde::{Deserialize, Serialize};
 
 use super::record::{PinnedRuntime, ProcessIdentity};
-use super::runtime_state;
+use super::{runtime_state, share, shared_volumes};
+use crate::id::PodId;
 use crate::node::Node;
 
 /// One thing held.
@@ -27,8 +28,14 @@ pub(crate) enum Acquisition {
     SandboxContainer { runtime: Box<PinnedRuntime>, id: String },
     /// A cgroup of ours, by its path below the mount point; with the systemd driver a scope.
     Cgroup(String),
-    /// What the guest of a virtual machine sees of a container, in its file server.
-    Share { server: ProcessIdentity, container: String },
+    /// What the guest of a virtual machine sees of a container, in its file server. Records of podvisor 0.1.0 have no pod, and their
+    /// containers no volumes that others use too.
+    Share {
+        server: ProcessIdentity,
+        #[serde(default)]
+        pod: Option<PodId>,
+        container: String,
+    },
     /// A writable layer in the image store.
     Snapshot(String),
 }
@@ -112,13 +119,14 @@ impl Acquisition {
                 blocking(move || cgroup.remove().map_err(|source| ReleaseError::Cgroup { path, source }))
                     .await
             }
-            Acquisition::Share { server, container } => {
+            Acquisition::Share { server, pod, container } => {
                 let (server, container) = (*server, container.clone());
-                blocking(move || {
-                    super::share::remove_container(server, &container)
-                        .map_err(|error| ReleaseError::Share(Box::new(error)))
-                })
-                .await
+                let volumes = pod.as_ref().map(|pod| shared_volumes::directory(node, pod));
+                let release = move || {
+                    share::remove_container(server, &container)?;
+                    volumes.map_or(Ok(()), |volumes| shared_volumes::release(volumes, server, &container))
+                };
+                blocking(move || release().map_err(|error| ReleaseError::Share(Box::new(error)))).await
             }
             Acquisition::Snapshot(key) => node
                 .images

@@ -50,6 +50,7 @@ pub(crate) mod resize;
 mod runtime_state;
 mod sandbox_container;
 mod share;
+mod shared_volumes;
 pub(crate) mod signal;
 pub(crate) mod slot;
 mod specify;

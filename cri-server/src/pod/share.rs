@@ -6,11 +6,11 @@
 //!     files/hostname, hosts, resolv.conf
 //!     <container>/                   tmpfs; to unmount it unmounts all below
 //!         rootfs                     the container's root file system
-//!         mounts/<n>                 the source of its n-th mount
+//!     volumes/<name>                 sources of containers' mounts, see `shared_volumes.rs`
 //! ```
 //!
 //! What belongs to containers is mounted in the file server's mount namespace alone: in the host's it would keep directories below volumes
-//! busy that kubelet wants to remove. A mount that the container may only read is read-only there already: a guest is not trusted to keep
+//! busy that kubelet wants to remove. What no container of the pod may write to is read-only there already: a guest is not trusted to keep
 //! to it.
 
 use std::fs::File;
@@ -25,6 +25,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::acquired::Acquisition;
 use super::record::{PodRecord, ProcessIdentity};
+use super::shared_volumes;
 use crate::error::PodError;
 use crate::id::{ContainerId, PodId};
 use crate::monitor::process;
@@ -38,7 +39,7 @@ pub(super) const TAG: &str = "pod";
 const IN_GUEST: &str = "/run/podvisor/shares";
 
 /// Bytes of the tmpfs: three files that the guest may write to, and mount points.
-const SIZE: &std::ffi::CStr = c"mode=0755,size=4m";
+pub(super) const SIZE: &std::ffi::CStr = c"mode=0755,size=4m";
 
 /// The share of a pod.
 pub(super) fn directory(node: &Node, pod: &PodId) -> PathBuf {
@@ -63,15 +64,15 @@ pub(super) fn in_guest(relative: impl AsRef<Path>) -> PathBuf {
 /// What is held for a container.
 pub(super) fn acquisition(pod: &PodRecord, container: &ContainerId) -> Option<Acquisition> {
     let server = pod.machine.as_ref()?.file_server;
-    Some(Acquisition::Share { server, container: container.to_string() })
+    Some(Acquisition::Share { server, pod: Some(pod.id.clone()), container: container.to_string() })
 }
 
-fn failed(operation: &'static str, path: &Path) -> impl FnOnce(rustix::io::Errno) -> PodError {
+pub(super) fn failed(operation: &'static str, path: &Path) -> impl FnOnce(rustix::io::Errno) -> PodError {
     let path = path.to_owned();
     move |error| PodError::File { operation, path, source: error.into() }
 }
 
-fn make_directory(path: &Path) -> Result<(), PodError> {
+pub(super) fn make_directory(path: &Path) -> Result<(), PodError> {
     std::fs::create_dir_all(path).map_err(|source| PodError::File {
         operation: "make",
         path: path.to_owned(),
@@ -94,7 +95,7 @@ pub(super) fn make(node: &Node, pod: &PodId) -> Result<(), PodError> {
 }
 
 /// Runs `work` in the file server's mount namespace; `None`: the server is gone, and everything in it. Blocking.
-fn in_server<T: Send>(
+pub(super) fn in_server<T: Send>(
     server: ProcessIdentity,
     work: impl FnOnce() -> Result<T, PodError> + Send,
 ) -> Result<Option<T>, PodError> {
@@ -123,7 +124,7 @@ fn in_server<T: Send>(
 }
 
 /// The same where the server has to be there.
-fn in_living_server<T: Send>(
+pub(super) fn in_living_server<T: Send>(
     pod: &PodRecord,
     work: impl FnOnce() -> Result<T, PodError> + Send,
 ) -> Result<T, PodError> {
@@ -173,29 +174,14 @@ pub(super) struct Access<'u> {
     pub(super) follows: bool,
 }
 
-/// Shows `source` as the container's mount `index`; gives the path that the guest sees it at. Blocking.
-pub(super) fn add_mount(
-    pod: &PodRecord,
-    container: &ContainerId,
-    index: usize,
-    source: &Path,
-    access: Access<'_>,
-) -> Result<PathBuf, PodError> {
-    let relative = Path::new("mounts").join(index.to_string());
-    let tree = copy(source, access.attributes, access.follows)?;
-    let target = part(container.as_str()).join(&relative);
-    in_living_server(pod, || tree.attach(&target))?;
-    Ok(in_guest(Path::new(container.as_str()).join(relative)))
-}
-
 /// A copy of the mounts at a path, which nobody can see yet.
-struct Tree {
+pub(super) struct Tree {
     mount: OwnedFd,
     is_directory: bool,
 }
 
 /// Complete with its attributes.
-fn copy(source: &Path, attributes: Attributes<'_>, follows: bool) -> Result<Tree, PodError> {
+pub(super) fn copy(source: &Path, attributes: Attributes<'_>, follows: bool) -> Result<Tree, PodError> {
     let is_directory = std::fs::metadata(source)
         .map_err(|error| PodError::File { operation: "look at", path: source.to_owned(), source: error })?
         .is_dir();
@@ -213,16 +199,12 @@ fn copy(source: &Path, attributes: Attributes<'_>, follows: bool) -> Result<Tree
 }
 
 impl Tree {
-    fn attach(&self, target: &Path) -> Result<(), PodError> {
+    pub(super) fn attach(&self, target: &Path) -> Result<(), PodError> {
         if self.is_directory {
             make_directory(target)?;
         } else {
             make_directory(target.parent().unwrap_or(target))?;
-            File::create(target).map_err(|source| PodError::File {
-                operation: "make",
-                path: target.to_owned(),
-                source,
-            })?;
+            shared_volumes::make_file(target)?;
         }
         move_mount(self.mount.as_fd(), "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
             .map_err(failed("mount at", target))

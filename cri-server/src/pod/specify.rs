@@ -46,7 +46,8 @@ pub(super) fn specify(
     let devices = devices::resolve(&config.devices)?;
 
     let in_vm = pod.runtime.vm().is_some();
-    let below = if in_vm { vm::share_mounts(pod, record, &config.mounts, &mut mounts)? } else { Vec::new() };
+    let below =
+        if in_vm { vm::share_mounts(node, pod, record, &config.mounts, &mut mounts)? } else { Vec::new() };
     let host = if in_vm { &node.guest } else { &node.host };
     let held = |name: &str| pod.acquired.contains(&Acquisition::Mount(directory.join(name)));
     let shm = if held("shm") { directory.join("shm") } else { PathBuf::from("/dev/shm") };

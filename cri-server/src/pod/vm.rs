@@ -22,8 +22,8 @@ use podvisor_spec::{Ids, NamespacePaths, ResolvedMount, UserNamespace};
 use super::acquired::Acquisition;
 use super::record::{ContainerRecord, Machine, PinnedVm, PodRecord, ProcessIdentity};
 use super::request::{cgroup_parent, hostname, user_namespace};
-use super::share;
 use super::view::namespace_options;
+use super::{share, shared_volumes};
 use crate::error::PodError;
 use crate::id::{ContainerId, PodId};
 use crate::monitor::process::identify;
@@ -90,6 +90,7 @@ pub(super) fn root(container: &ContainerId) -> PathBuf {
 /// Shows the sources of a container's mounts in the pod's share; `resolved` are the guest's paths afterwards. Gives what is mounted below
 /// those that are read-only by themselves alone. Blocking.
 pub(super) fn share_mounts(
+    node: &Node,
     pod: &PodRecord,
     record: &ContainerRecord,
     mounts: &[cri::Mount],
@@ -129,25 +130,32 @@ pub(super) fn share_mounts(
             follows: mount.propagation == cri::MountPropagation::PropagationHostToContainer as i32,
         };
         let host = std::mem::take(&mut resolved.source);
-        resolved.source = share::add_mount(pod, &record.id, index, &host, access)?;
+        let mounts_below = mounts_below(&host);
+        resolved.source =
+            shared_volumes::add(node, pod, &record.id, &host, access, !mounts_below.is_empty())?;
         if attributes.read_only && !attributes.recursive {
-            below.extend(writable_below(&host, &resolved.source, &mount.container_path));
+            below.extend(writable_below(mounts_below, &resolved.source, &mount.container_path));
         }
     }
     Ok(below)
 }
 
-/// Mounts below a volume that is read-only itself. In a guest they would be found one by one as a program comes to them, and take over the
-/// volume's attributes (kernel, `fs/fuse/dir.c`, `fuse_dentry_automount`); so each is mounted by name.
-fn writable_below(host: &Path, shared: &Path, container: &str) -> Vec<Mount> {
+/// Places below a path where something is mounted, relative to it.
+fn mounts_below(path: &Path) -> Vec<PathBuf> {
     let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(unescaped);
     let mut below: Vec<PathBuf> = points
-        .filter_map(|point| point.strip_prefix(host).ok().map(Path::to_owned))
+        .filter_map(|point| point.strip_prefix(path).ok().map(Path::to_owned))
         .filter(|relative| !relative.as_os_str().is_empty())
         .collect();
     below.sort();
     below.dedup();
+    below
+}
+
+/// Mounts below a volume that is read-only itself. In a guest they would be found one by one as a program comes to them, and take over the
+/// volume's attributes (kernel, `fs/fuse/dir.c`, `fuse_dentry_automount`); so each is mounted by name.
+fn writable_below(below: Vec<PathBuf>, shared: &Path, container: &str) -> Vec<Mount> {
     let options = ["rbind", "rprivate", "rw"].map(str::to_owned);
     let mounts = below.into_iter().filter_map(|relative| {
         MountBuilder::default()

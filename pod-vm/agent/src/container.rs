@@ -23,7 +23,7 @@ use rustix::process::{Pid, Signal, pidfd_send_signal};
 use crate::agent::Agent;
 use crate::failure::Failure;
 use crate::init::{Init, NAME};
-use crate::storage;
+use crate::storage::{self, Storage};
 use crate::streams::Standard;
 use crate::sys;
 use crate::verbs::Answered;
@@ -60,6 +60,8 @@ pub(crate) struct Container {
     pub(crate) state: State,
     pub(crate) cgroup: Cgroup,
     pub(crate) standard: Standard,
+    /// Places of shares that it mounts.
+    shared: Vec<PathBuf>,
     /// `memory.events`, which the kernel marks when it changes.
     memory: Option<File>,
     oom_kills: u64,
@@ -195,18 +197,22 @@ impl Agent {
         let (io, standard) = connect(terminal, wanted.stdin)?;
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().clone()).unwrap_or_default();
         let cgroup = Cgroup::create(self.cgroups.cgroup(&format!("{PARENT}/{id}")), &resources)?;
+        let shared = storage::shared(spec.mounts().as_ref());
+        Storage::reach(&shared);
         let pending = match podvisor_container::create(&plan, &cgroup, &io) {
             Ok(pending) => pending,
             Err(error) => {
                 let _ = cgroup.place().kill();
                 let _ = cgroup.place().remove();
+                self.leave(shared);
                 return Err(error.into());
             }
         };
         let memory = cgroup.place().directory("memory").map(|directory| directory.join("memory.events"));
         let memory = memory.and_then(|path: PathBuf| File::open(path).ok());
         let state = State::Creating { pending, request };
-        self.containers.insert(id.clone(), Container { state, cgroup, standard, memory, oom_kills: 0 });
+        let container = Container { state, cgroup, standard, shared, memory, oom_kills: 0 };
+        self.containers.insert(id.clone(), container);
         Ok(None)
     }
 
@@ -383,7 +389,14 @@ impl Agent {
             let _ = container.cgroup.place().kill();
             // Its processes are ours to reap, and a cgroup with zombies can be removed.
             let _ = container.cgroup.place().remove();
+            self.leave(container.shared);
         }
+    }
+
+    /// Unmounts places of shares, except those that another container uses.
+    fn leave(&self, mut shared: Vec<PathBuf>) {
+        shared.retain(|place| self.containers.values().all(|other| !other.shared.contains(place)));
+        Storage::leave(&shared);
     }
 
     pub(crate) fn update_container(&mut self, update: &UpdateContainer) -> Result<(), Failure> {

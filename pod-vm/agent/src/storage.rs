@@ -5,10 +5,13 @@ use std::ffi::CString;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
+use oci_spec::runtime::Mount;
 use podvisor_proto::agent::add_root::{Lower, Upper};
 use podvisor_proto::agent::{AddRoot, AddShare};
+use rustix::fs::CWD;
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, unmount};
+use rustix::mount::{MountFlags, OpenTreeFlags, UnmountFlags};
+use rustix::mount::{mount, mount_bind_recursive, open_tree, unmount};
 
 use crate::boot::RUN;
 use crate::container::check_id;
@@ -26,6 +29,13 @@ pub(crate) struct Storage {
 /// Where a container's root file system is mounted.
 pub(crate) fn root_of(container: &str) -> PathBuf {
     Path::new(RUN).join("roots").join(container)
+}
+
+/// Sources of a container's mounts that are places of shares.
+pub(crate) fn shared(mounts: Option<&Vec<Mount>>) -> Vec<PathBuf> {
+    let shares = Path::new(RUN).join("shares");
+    let sources = mounts.into_iter().flatten().filter_map(|mount| mount.source().clone());
+    sources.filter(|source| source.starts_with(&shares)).collect()
 }
 
 fn share(tag: &str) -> PathBuf {
@@ -91,6 +101,22 @@ impl Storage {
             return Err(Failure::invalid(format!("{path:?} is not in a share that is mounted")));
         }
         Ok(share(tag).join(rest))
+    }
+
+    /// Mounts what the file server has mounted at these places, where all containers get it from: in the mount namespace of a container it
+    /// would be a file system of its own, with locks of its own. What is not there is for the container to miss.
+    pub(crate) fn reach(sources: &[PathBuf]) {
+        for source in sources {
+            // Unlike most calls this one waits for an automount.
+            let _ = open_tree(CWD, source, OpenTreeFlags::OPEN_TREE_CLOEXEC);
+        }
+    }
+
+    /// Lets go of what no container uses any more, so that the file server can.
+    pub(crate) fn leave(sources: &[PathBuf]) {
+        for source in sources {
+            let _ = unmount(source, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        }
     }
 
     /// `false` when a disk is not there.

@@ -24,6 +24,7 @@ mod telemetry;
 mod userns;
 mod version;
 mod vm;
+mod vm_volumes;
 
 use std::process::ExitCode;
 
@@ -50,6 +51,7 @@ fn main() -> Result<ExitCode> {
     recovery::add(&mut tests);
     gvisor::add(&mut tests);
     vm::add(&mut tests);
+    vm_volumes::add(&mut tests);
     security::add(&mut tests);
     userns::add(&mut tests);
     nri::add(&mut tests);
