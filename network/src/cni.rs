@@ -78,6 +78,12 @@ enum Status {
     },
 }
 
+impl Status {
+    fn is_fresh(&self) -> bool {
+        matches!(self, Self::Asked { at, .. } if at.elapsed() <= STATUS_AGE)
+    }
+}
+
 /// CNI with one directory of configurations.
 #[derive(Debug)]
 pub(crate) struct Cni {
@@ -202,7 +208,7 @@ impl Cni {
             Status::Unknown => {
                 (Err(format!("the plugins of CNI network {} are being asked for STATUS", list.name)), true)
             }
-            Status::Asked { at, outcome } => (outcome.clone(), at.elapsed() > STATUS_AGE),
+            asked @ Status::Asked { outcome, .. } => (outcome.clone(), !asked.is_fresh()),
         }
     }
 
@@ -210,7 +216,8 @@ impl Cni {
     pub(crate) async fn ask_status(&self) {
         let Ok(_asking) = self.asking.try_lock() else { return };
         let Ok(list) = self.current() else { return };
-        if list.version < Version::STATUS {
+        // Whoever was asking until now may have had the answer.
+        if list.version < Version::STATUS || self.loaded().status.is_fresh() {
             return;
         }
         let session =
