@@ -43,13 +43,20 @@ pub(crate) struct Found {
     pub(crate) without_checkpoints: Option<String>,
 }
 
-/// Calls the program once. `version` is what it has said to `--version`.
-pub(crate) fn of_program(program: &Path, version: &str, kernel: &Kernel) -> Found {
+/// Calls the program once. `version` is what it has said to `--version`; `sandbox_container` is the handler's.
+pub(crate) fn of_program(program: &Path, version: &str, sandbox_container: bool, kernel: &Kernel) -> Found {
     let said = output(program, "features");
     let mut found = said_by(program, said.as_deref().ok(), kernel, kernel_version());
     // crun says it there, also where it is older than its features.
     if version.split_whitespace().any(|word| word == "+CRIU") {
         found.without_checkpoints = None;
+    }
+    if sandbox_container && found.without_user_namespaces.is_none() {
+        // runsc makes user namespaces and says so, but joins none: setns(2) lets no program with several threads into one, and a pod's
+        // is there before its containers.
+        let why = "a runtime with a kernel of its own (sandbox_container) joins no user namespace";
+        found.without_user_namespaces = Some(why.to_owned());
+        found.features.user_namespaces = false;
     }
     found
 }

@@ -257,7 +257,7 @@ impl Handlers {
                     continue;
                 }
             };
-            let can = crate::features::of_program(&program, &version, kernel);
+            let can = crate::features::of_program(&program, &version, *sandbox_container, kernel);
             found.features.insert(name.clone(), can.features);
             found.without_checkpoints.extend(can.without_checkpoints.map(|why| (name.clone(), why)));
             found.without_user_namespaces.extend(can.without_user_namespaces.map(|why| (name.clone(), why)));

@@ -159,5 +159,10 @@ async fn refuses_the_host(f: &mut Fixture) -> Result<()> {
     let refused = f.cri.run_pod(&config).await.err().context("it has the host's network")?;
     ensure!(refused.code() == tonic::Code::InvalidArgument, "{refused}");
     ensure!(refused.message().contains("runtime class"), "{refused}");
+    // Nor can it be in a user namespace that others have made.
+    let mut config = f.ask_pod("pod");
+    ask::with_user_namespace(ask::pod_namespaces(&mut config));
+    let refused = f.cri.run_pod(&config).await.err().context("it has a user namespace")?;
+    ensure!(refused.message().contains("joins no user namespace"), "{refused}");
     Ok(())
 }
