@@ -10,8 +10,9 @@ use std::process::Command;
 use lab::client::{stream, sync};
 use lab::{Pod, Spec, run, until};
 use podvisor_proto::monitor::{
-    DeleteContainer, Error, ErrorCode, ProcessState, StartContainer, reply, request::Verb,
+    DeleteContainer, Error, ErrorCode, KillContainer, ProcessState, StartContainer, reply, request::Verb,
 };
+use rustix::process::{Pid, Signal, kill_process};
 
 fn create_refused(pod: &mut Pod, id: &str) -> (ErrorCode, Error) {
     let request = pod.container(id, &Spec::waiting());
@@ -126,19 +127,66 @@ fn a_runtime_that_hangs_is_killed() {
         assert_eq!(pod.daemon.result(create).unwrap_err().code(), ErrorCode::WrongState);
         until("what it started is gone", || !alive("5555"));
 
-        // A start that hangs leaves the container as it was.
-        pod.timeout_ms = 300;
+        // A start that hangs leaves the container as it was. The limit is for all calls, and those that do not hang need to keep to it.
         pod.runtime = lab.script(
             "hang2",
             &format!("{PASS_ON}\nif [ $verb = start ]; then sleep 6666; fi; exec {runc} \"$@\""),
         );
-        pod.create("c3", &Spec::waiting());
+        pod.timeout_ms = 300;
+        while let Err(error) = pod.daemon.ask(Verb::CreateContainer(pod.container("c3", &Spec::waiting()))) {
+            assert_eq!(error.code(), ErrorCode::Timeout, "{error:?}");
+            pod.timeout_ms *= 2;
+        }
         let start = Verb::StartContainer(StartContainer { container_id: "c3".into() });
         assert_eq!(pod.daemon.refused(start).0, ErrorCode::Timeout);
         assert_eq!(pod.state("c3"), Some(ProcessState::Created));
-        for id in ["c1", "c3"] {
-            pod.delete(id);
+        while let Err(error) = pod.daemon.ask(delete("c3")) {
+            assert_eq!(error.code(), ErrorCode::Timeout, "{error:?}");
         }
+        pod.delete("c1");
+        assert_eq!(known_to_runc(), "");
+    });
+}
+
+#[test]
+fn a_start_that_hangs_ends_with_its_container() {
+    run(|lab| {
+        let mut pod = lab.pod();
+        let runc = pod.runtime.clone();
+        pod.runtime = lab.script(
+            "hang",
+            &format!("{PASS_ON}\nif [ $verb = start ]; then sleep 7777; fi; exec {runc} \"$@\""),
+        );
+        let kill = |id: &str, signal| {
+            Verb::KillContainer(KillContainer { container_id: id.into(), signal, all: signal == 9 })
+        };
+        for id in ["killed", "deleted", "gone"] {
+            let created = pod.create(id, &Spec::waiting());
+            let start = pod.daemon.send(Verb::StartContainer(StartContainer { container_id: id.into() }));
+            until("it hangs", || alive("7777"));
+            let mut client = pod.connect();
+            match id {
+                "killed" => client.done(kill(id, 9)),
+                "deleted" => client.done(delete(id)),
+                _ => {
+                    // Its process ended by itself: that alone does not end a start, which may have run a program.
+                    kill_process(Pid::from_raw(created.pid).unwrap(), Signal::KILL).unwrap();
+                    until("it is reaped", || !Path::new(&format!("/proc/{}", created.pid)).exists());
+                    assert!(alive("7777"));
+                    client.done(kill(id, 9));
+                }
+            }
+            let error = pod.daemon.result(start).unwrap_err();
+            assert_eq!(error.code(), ErrorCode::WrongState, "{error:?}");
+            until("what hung is gone", || !alive("7777"));
+            if id != "deleted" {
+                assert_eq!(pod.exit(id).code, 137);
+                let start = Verb::StartContainer(StartContainer { container_id: id.into() });
+                assert_eq!(pod.daemon.refused(start).0, ErrorCode::WrongState);
+                pod.delete(id);
+            }
+        }
+        assert_eq!(pod.list(), []);
         assert_eq!(known_to_runc(), "");
     });
 }

@@ -87,7 +87,7 @@ pub(super) fn container(pod: &PodRecord, view: &ContainerView, spec: &Value) -> 
     let mut annotations: std::collections::BTreeMap<_, _> = config.annotations.clone().into_iter().collect();
     annotations.append(&mut described.annotations);
     let (state, exit) = match &view.state {
-        State::Creating | State::Created | State::Starting => (ContainerState::ContainerCreated, None),
+        State::Creating | State::Created | State::Starting { .. } => (ContainerState::ContainerCreated, None),
         State::Running | State::Stopping { .. } => (ContainerState::ContainerRunning, None),
         State::Exited(exit) => (ContainerState::ContainerStopped, Some(exit.clone())),
         State::Removing { exit } => (ContainerState::ContainerStopped, exit.clone()),

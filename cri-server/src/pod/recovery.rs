@@ -437,7 +437,7 @@ async fn compare(task: &mut Task, processes: &[wire::Process]) {
             // A start was asked for, and may be under way: it goes on (the monitor joins the two). Called off, the container could
             // still begin to run while kubelet, which was told of a failure, makes another one.
             ProcessState::Created if slot.record.phase == ContainerPhase::Started => {
-                slot.state = State::Starting;
+                slot.state = State::Starting { stop: false };
                 slot.resumed = true;
                 task.perform(&id, Effect::Start);
             }

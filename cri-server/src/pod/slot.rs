@@ -72,7 +72,7 @@ impl Slot {
 
     pub(super) fn view(&self) -> Arc<ContainerView> {
         let state = match &self.state {
-            State::Starting if self.resumed => State::Running,
+            State::Starting { .. } if self.resumed => State::Running,
             state => state.clone(),
         };
         Arc::new(ContainerView { record: self.record.clone(), state, told: self.told.clone() })
@@ -82,7 +82,7 @@ impl Slot {
     pub(super) fn phase(&self) -> Option<ContainerPhase> {
         match &self.state {
             State::Created => Some(ContainerPhase::Created),
-            State::Starting | State::Running => Some(ContainerPhase::Started),
+            State::Starting { .. } | State::Running => Some(ContainerPhase::Started),
             State::Exited(exit) => Some(ContainerPhase::Exited(exit.clone())),
             // A creation that is being undone was never there: the next start undoes it again.
             State::Removing { .. } if self.record.phase == ContainerPhase::Creating => None,

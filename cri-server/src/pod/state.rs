@@ -35,7 +35,11 @@ pub(crate) struct Exit {
 pub(crate) enum State {
     Creating,
     Created,
-    Starting,
+    /// `stop`: its grace period runs already. Before the runtime's answer there may be no program that could heed a signal, so it gets
+    /// its stop signal with the answer; SIGKILL waits for none, as the answer may never come.
+    Starting {
+        stop: bool,
+    },
     Running,
     /// Told to stop. `killed`: with SIGKILL.
     Stopping {
@@ -111,7 +115,7 @@ impl State {
         match self {
             State::Creating => "being created",
             State::Created => "created",
-            State::Starting => "being started",
+            State::Starting { .. } => "being started",
             State::Running => "running",
             State::Stopping { .. } => "being stopped",
             State::Exited(_) => "exited",
@@ -126,7 +130,7 @@ impl State {
         match self {
             State::Creating
             | State::Created
-            | State::Starting
+            | State::Starting { .. }
             | State::Running
             | State::Stopping { .. }
             | State::Unknown { .. } => true,
@@ -153,16 +157,23 @@ pub(crate) fn step(state: &State, event: Event) -> Result<(State, Vec<Effect>), 
         (S::Creating, Event::CreateFailed) => Ok((S::Removing { exit: None }, vec![Effect::Delete])),
         // The process died between the runtime's create and our hearing of it: Created first, then Exited.
         (
-            S::Creating | S::Created | S::Stopping { .. } | S::Running | S::Unknown { .. },
+            S::Creating
+            | S::Created
+            | S::Starting { .. }
+            | S::Stopping { .. }
+            | S::Running
+            | S::Unknown { .. },
             Event::Exited(exit),
         ) => Ok((S::Exited(exit), vec![])),
-        (S::Starting, Event::Exited(exit)) => Ok((S::Exited(exit), vec![])),
 
-        (S::Created, Event::Start) => Ok((S::Starting, vec![Effect::Start])),
-        (S::Starting, Event::StartDone) => Ok((S::Running, vec![])),
+        (S::Created, Event::Start) => Ok((S::Starting { stop: false }, vec![Effect::Start])),
+        (S::Starting { stop: false }, Event::StartDone) => Ok((S::Running, vec![])),
+        (S::Starting { stop: true }, Event::StartDone) => {
+            Ok((S::Stopping { killed: false }, vec![Effect::Signal]))
+        }
         // It ended before the runtime's start had answered: it did run.
         (S::Exited(exit), Event::StartDone) => Ok((S::Exited(exit.clone()), vec![])),
-        (S::Starting, Event::StartFailed(exit)) => Ok((S::Exited(exit), vec![Effect::Kill])),
+        (S::Starting { .. }, Event::StartFailed(exit)) => Ok((S::Exited(exit), vec![Effect::Kill])),
         (S::Running | S::Stopping { .. } | S::Exited(_) | S::Unknown { .. }, Event::Start) => {
             Err(Denied::NotCreated(state.name()))
         }
@@ -172,6 +183,12 @@ pub(crate) fn step(state: &State, event: Event) -> Result<(State, Vec<Effect>), 
             Ok((S::Stopping { killed: true }, vec![Effect::Kill]))
         }
         (S::Running | S::Stopping { killed: false }, Event::Stop { grace }) => Ok(stopping(grace)),
+        (S::Starting { .. }, Event::Stop { grace }) if !grace.is_zero() => {
+            Ok((S::Starting { stop: true }, vec![Effect::Arm(grace)]))
+        }
+        (S::Starting { .. }, Event::Stop { .. }) | (S::Starting { stop: true }, Event::Deadline) => {
+            Ok((S::Stopping { killed: true }, vec![Effect::Kill]))
+        }
         (S::Stopping { killed: true }, Event::Stop { .. }) => {
             Ok((S::Stopping { killed: true }, vec![Effect::Kill]))
         }
@@ -183,6 +200,10 @@ pub(crate) fn step(state: &State, event: Event) -> Result<(State, Vec<Effect>), 
         (S::Created | S::Running | S::Stopping { .. } | S::Unknown { .. }, Event::Remove) => {
             Ok((S::Removing { exit: None }, vec![Effect::Delete]))
         }
+        // The deletion waits for the start's end, which SIGKILL brings about.
+        (S::Starting { .. }, Event::Remove) => {
+            Ok((S::Removing { exit: None }, vec![Effect::Kill, Effect::Delete]))
+        }
         (S::Exited(exit), Event::Remove) => {
             Ok((S::Removing { exit: Some(exit.clone()) }, vec![Effect::Delete]))
         }
@@ -193,10 +214,8 @@ pub(crate) fn step(state: &State, event: Event) -> Result<(State, Vec<Effect>), 
         (S::Removing { exit: None }, Event::RemoveFailed { why }) => Ok((S::Unknown { why }, vec![])),
         (S::Removing { exit: None }, Event::Exited(exit)) => Ok((S::Removing { exit: Some(exit) }, vec![])),
 
-        (
-            S::Creating | S::Starting | S::Removing { .. },
-            Event::Start | Event::Stop { .. } | Event::Remove,
-        ) => Err(Denied::Later),
+        (S::Creating | S::Removing { .. }, Event::Start | Event::Stop { .. } | Event::Remove)
+        | (S::Starting { .. }, Event::Start) => Err(Denied::Later),
 
         (_, Event::Deadline | Event::Exited(_)) => Err(Denied::Stale),
         (
@@ -225,7 +244,8 @@ mod tests {
         vec![
             State::Creating,
             State::Created,
-            State::Starting,
+            State::Starting { stop: false },
+            State::Starting { stop: true },
             State::Running,
             State::Stopping { killed: false },
             State::Stopping { killed: true },
@@ -274,7 +294,7 @@ mod tests {
         }
         for state in states() {
             let Ok((once, effects)) = step(&state, Event::Remove) else { continue };
-            assert_eq!(effects, [Effect::Delete]);
+            assert_eq!(effects.last(), Some(&Effect::Delete));
             assert_eq!(step(&once, Event::Remove), Err(Denied::Later), "remove from {state:?}");
         }
     }

@@ -115,7 +115,7 @@ impl Task {
             Err(Denied::Later) => {
                 if matches!((&slot.state, &event), (State::Removing { .. }, Event::Remove)) {
                     slot.removing.push(reply);
-                } else if slot.state == State::Starting && event == Event::Start {
+                } else if matches!(slot.state, State::Starting { .. }) && event == Event::Start {
                     slot.starting.push(reply);
                 } else {
                     slot.queued.push_back(match event {
@@ -146,9 +146,11 @@ impl Task {
         let (next, effects) = match step(&slot.state, event.clone()) {
             Ok(done) => done,
             Err(denied) => {
-                if let (Event::StartFailed(_), Some(failure)) = (&event, failure) {
-                    // It ended otherwise meanwhile, e.g. with its monitor; whoever started it still waits.
-                    answer(&mut slot.starting, &Err(failure));
+                // It is being stopped or removed meanwhile, or has ended, e.g. with its monitor; whoever started it still waits.
+                match (&event, failure) {
+                    (Event::StartFailed(_), Some(failure)) => answer(&mut slot.starting, &Err(failure)),
+                    (Event::StartDone, _) => answer(&mut slot.starting, &Ok(())),
+                    _ => {}
                 }
                 tracing::debug!(%container, state = slot.state.name(), ?denied, "an event came to nothing");
                 return;
@@ -227,7 +229,7 @@ impl Task {
                     outcome = Err(failure);
                 }
                 // The exit of a container whose start is still in flight: its answer comes with the start's.
-                if matches!(event, Event::StartFailed(_)) || !matches!(before, State::Starting) {
+                if matches!(event, Event::StartFailed(_)) {
                     waiting.1 = std::mem::take(&mut slot.starting);
                 }
                 waiting.2 = std::mem::take(&mut slot.stopping);
@@ -259,10 +261,15 @@ impl Task {
                 }
                 waiting.3 = std::mem::take(&mut slot.removing);
             }
-            State::Creating | State::Starting | State::Stopping { .. } => {}
+            // Told to stop before its start had an answer.
+            State::Stopping { .. } if *event == Event::StartDone => {
+                waiting.1 = std::mem::take(&mut slot.starting);
+                kind = Some(cri::ContainerEventType::ContainerStartedEvent);
+            }
+            State::Creating | State::Starting { .. } | State::Stopping { .. } => {}
         }
         let queued = match &slot.state {
-            State::Creating | State::Starting | State::Removing { .. } => VecDeque::new(),
+            State::Creating | State::Starting { .. } | State::Removing { .. } => VecDeque::new(),
             _ => std::mem::take(&mut slot.queued),
         };
         let removed = slot.state == State::Removed;
@@ -440,7 +447,7 @@ impl Task {
         };
         match &slot.state {
             // Made or started with what it has: the change comes after it.
-            State::Creating | State::Starting => {
+            State::Creating | State::Starting { .. } => {
                 let resources = Box::new(resources);
                 slot.queued.push_back(Command::Update { container, resources, reply });
                 return;
@@ -503,8 +510,10 @@ impl Task {
         };
         slot.updating = true;
         // Also while it is being started: that may wait for plugins, who wait for this.
-        let applies =
-            matches!(slot.state, State::Created | State::Starting | State::Running | State::Stopping { .. });
+        let applies = matches!(
+            slot.state,
+            State::Created | State::Starting { .. } | State::Running | State::Stopping { .. }
+        );
         let (monitor, mailbox) = (self.monitor.clone(), self.mailbox.clone());
         tokio::spawn(async move {
             let outcome = match monitor {

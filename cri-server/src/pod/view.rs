@@ -108,12 +108,14 @@ impl ContainerView {
     }
 
     pub(crate) fn is_running(&self) -> bool {
-        matches!(self.state, State::Running | State::Stopping { .. } | State::Starting)
+        matches!(self.state, State::Running | State::Stopping { .. } | State::Starting { .. })
     }
 
     pub(crate) fn cri_state(&self) -> cri::ContainerState {
         match &self.state {
-            State::Creating | State::Created | State::Starting => cri::ContainerState::ContainerCreated,
+            State::Creating | State::Created | State::Starting { .. } => {
+                cri::ContainerState::ContainerCreated
+            }
             State::Running => cri::ContainerState::ContainerRunning,
             // Killed before its start, it was never running.
             State::Stopping { .. } if self.record.started_at == 0 => cri::ContainerState::ContainerCreated,

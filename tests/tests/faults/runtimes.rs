@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use podvisor_proto::cri::{ContainerState, LinuxContainerResources, PodSandboxState};
+use podvisor_proto::cri::{ContainerState, LinuxContainerResources, NamespaceMode, PodSandboxState};
 use podvisor_tests::fixture::Pod;
 use podvisor_tests::images::BUSYBOX;
 use podvisor_tests::wrapper::{Fault, Wrapper};
@@ -25,6 +25,7 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add("runtimes::that_never_delete_keep_no_pod", never_delete);
     tests.add("runtimes::that_hang_hold_up_nobody_else", hold_up_nobody);
     tests.add("runtimes::that_hang_keep_no_sandbox", hanging_create_is_cancelled);
+    tests.add("runtimes::that_hang_at_start_keep_no_container", hanging_start_is_cancelled);
 }
 
 /// What can go wrong with one call. Hanging costs the time limit, so the short form has it in two tests of its own.
@@ -233,5 +234,62 @@ async fn hanging_create_is_cancelled(f: &mut Fixture) -> Result<()> {
     bounded("StopPodSandbox", f.cri.stop_pod(&pod.id)).await??;
     let error = bounded("CreateContainer", hanging).await??.err().context("created in spite of it")?;
     ensure!(error.message().contains("cancelled"), "{error:?}");
+    Ok(())
+}
+
+/// A container that is to stop has its own time for it, and one that is to go has none: neither waits for the time limit of a start.
+async fn hanging_start_is_cancelled(f: &mut Fixture) -> Result<()> {
+    let (wrapper, pod) = pod(f, "start-cancelled").await?;
+    f.configure("limit", "[limits]\nruntime_timeout = 600\n")?;
+    for how in ["stop", "stop-now", "remove", "stop-pod"] {
+        let id = pod.create(&ask::waiting(how)).await?;
+        wrapper.plan("start", 0, Fault::Hang)?;
+        let hanging = {
+            let (cri, id) = (f.cri.clone(), id.clone());
+            tokio::spawn(async move { cri.start(&id).await })
+        };
+        eventually("the runtime hangs", || async {
+            ensure!(wrapper.calls("start") == 1);
+            Ok(())
+        })
+        .await?;
+        match how {
+            "stop" => bounded("StopContainer", f.cri.stop(&id, 1)).await??,
+            "stop-now" => bounded("StopContainer", f.cri.stop(&id, 0)).await??,
+            "remove" => bounded("RemoveContainer", f.cri.remove(&id)).await??,
+            _ => bounded("StopPodSandbox", f.cri.stop_pod(&pod.id)).await??,
+        }
+        let error = bounded("StartContainer", hanging).await??.err().context("started in spite of it")?;
+        ensure!(error.message().contains("cancelled"), "{error:?}");
+        if how == "remove" {
+            ensure!(f.cri.status(&id).await.is_err_and(|error| error.code() == Code::NotFound));
+        } else {
+            let status = f.cri.status(&id).await?;
+            let ended = status.state() == ContainerState::ContainerExited && status.exit_code == 137;
+            ensure!(ended, "after {how}: {status:?}");
+        }
+    }
+    // A stop that comes during a start that takes its time is as polite as any. (SIGTERM is lost on a namespace's first process.)
+    let mut config = f.ask_pod("polite");
+    ask::pod_namespaces(&mut config).pid = NamespaceMode::Pod.into();
+    std::fs::create_dir_all(&config.log_directory)?;
+    let pod = Pod::known(&f.cri.run_pod_by(&config, "faulty").await?, &config, &f.cri);
+    let mut config = ask::container("polite", &["sleep", "1000"]);
+    ask::container_namespaces(&mut config).pid = NamespaceMode::Pod.into();
+    let id = pod.create(&config).await?;
+    wrapper.plan("start", 1, Fault::Slow)?;
+    let slow = {
+        let (cri, id) = (f.cri.clone(), id.clone());
+        tokio::spawn(async move { cri.start(&id).await })
+    };
+    eventually("the runtime takes its time", || async {
+        ensure!(wrapper.calls("start") == 1);
+        Ok(())
+    })
+    .await?;
+    bounded("StopContainer", f.cri.stop(&id, 60)).await??;
+    bounded("StartContainer", slow).await???;
+    let status = f.cri.status(&id).await?;
+    ensure!(status.state() == ContainerState::ContainerExited && status.exit_code == 143, "{status:?}");
     Ok(())
 }

@@ -90,6 +90,7 @@ impl Monitor {
             oom_kills: 0,
             removal: Removal::NotBegun,
             started: false,
+            killed: false,
             starts: Vec::new(),
             checkpoint: None,
             deletes: Vec::new(),

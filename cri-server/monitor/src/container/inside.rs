@@ -21,6 +21,11 @@ use crate::verbs::{Answer, Answered, ReplyTo};
 const KILLED: i32 = 128 + libc::SIGKILL;
 
 impl Monitor {
+    /// Its start was cancelled: whatever came of it, nobody waits for it, and it goes with the `delete` that follows.
+    pub(super) fn never_began(&mut self, key: u64) {
+        self.container_ended(key, KILLED);
+    }
+
     /// From now on somebody waits for the container's end.
     pub(super) fn begin_wait(&mut self, key: u64) {
         let file = self.run_file(&format!("{key}.wait"));

@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use super::{Maker, State};
 use crate::failure::Failure;
 use crate::monitor::Monitor;
-use crate::runtime::{Purpose, Stopped};
+use crate::runtime::{Call, Purpose, Stopped};
 use crate::sys;
 use crate::verbs::{Answer, Answered, ReplyTo};
 
@@ -18,6 +18,9 @@ impl Monitor {
         let key = self.find_container(id).ok_or_else(|| Failure::no_container(id))?;
         let Some(container) = self.containers.get_mut(&key) else { return Err(Failure::no_container(id)) };
         match container.state {
+            State::Created { starting: false, .. } if container.killed => {
+                return Err(Failure::wrong_state(format!("container {id} is being killed")));
+            }
             State::Created { starting: false, .. } => {}
             // A daemon that was started again repeats what the one before it had begun.
             State::Created { starting: true, .. } => {
@@ -63,8 +66,14 @@ impl Monitor {
         for to in waiting {
             self.reply(to, outcome.clone().map(|()| reply::Result::Done(proto::Done {})));
         }
-        if started && self.containers.get(&key).is_some_and(|it| it.maker.place() == Some(Place::Inside)) {
-            self.begin_wait(key);
+        if let Some(container) = self.containers.get(&key)
+            && container.maker.place() == Some(Place::Inside)
+        {
+            if started {
+                self.begin_wait(key);
+            } else if container.killed {
+                self.never_began(key);
+            }
         }
         self.advance_ending(key);
     }
@@ -79,7 +88,12 @@ impl Monitor {
                 self.signal_container(key, signal, request.all, Some(to))
             }
             // What it was to reach is reached.
-            State::Ending(_) | State::Exited { .. } => Ok(Answer::DONE),
+            State::Ending(_) | State::Exited { .. } => {
+                if signal == Signal::KILL {
+                    self.cancel_start(key);
+                }
+                Ok(Answer::DONE)
+            }
             State::Opening { .. } | State::Creating { .. } | State::Failed { .. } => {
                 Err(container.wrong_state("created"))
             }
@@ -90,8 +104,10 @@ impl Monitor {
     fn signal_container(&mut self, key: u64, signal: Signal, all: bool, to: Option<ReplyTo>) -> Answered {
         if signal == Signal::KILL {
             self.give_up_checkpoint(key);
+            self.cancel_start(key);
         }
-        let Some(container) = self.containers.get(&key) else { return Ok(Answer::DONE) };
+        let Some(container) = self.containers.get_mut(&key) else { return Ok(Answer::DONE) };
+        container.killed |= signal == Signal::KILL;
         let Some(child) = container.child() else { return Ok(Answer::DONE) };
         match &container.maker {
             Maker::Guest(_) => self.signal_in_guest(key, signal, all, to),
@@ -111,13 +127,23 @@ impl Monitor {
         }
     }
 
+    /// Ends the runtime's `start`: with its container killed there is nothing left for it to do, and it may hang. (An agent cannot be
+    /// stopped half-way.)
+    fn cancel_start(&mut self, key: u64) {
+        let starts = |call: &&mut Call| matches!(call.purpose, Purpose::Start(started, _) if started == key);
+        if let Some(call) = self.calls.values_mut().find(starts) {
+            call.stop(Stopped::Cancelled);
+        }
+    }
+
     pub(crate) fn delete_container(&mut self, to: ReplyTo, request: &DeleteContainer) -> Answer {
         let Some(key) = self.find_container(&request.container_id) else { return Answer::DONE };
         let Some(container) = self.containers.get_mut(&key) else { return Answer::DONE };
         container.deletes.push(to);
         match &container.state {
             // log_opened sees the delete.
-            State::Opening { .. } | State::Failed { .. } | State::Ending(_) => {}
+            State::Opening { .. } | State::Failed { .. } => {}
+            State::Ending(_) => self.cancel_start(key),
             State::Creating { call, .. } => {
                 // An agent cannot be stopped half-way: its answer sees the delete.
                 if let Some(call) = call.and_then(|call| self.calls.get_mut(&call)) {

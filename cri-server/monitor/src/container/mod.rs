@@ -60,6 +60,8 @@ pub(crate) struct Container {
     pub(crate) removal: Removal,
     /// Its program has been started.
     started: bool,
+    /// It got SIGKILL: it will not be started any more.
+    killed: bool,
     /// Who waits for the `start` that is under way, besides the first who asked.
     starts: Vec<ReplyTo>,
     /// It is being written down.
