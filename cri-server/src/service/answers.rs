@@ -76,7 +76,8 @@ fn virtual_machine(view: &PodView) -> Option<serde_json::Value> {
 }
 
 /// What `crictl inspectp` shows beside the status.
-pub(super) fn sandbox_info(view: &PodView) -> HashMap<String, String> {
+/// `network`: what its network answers to CHECK.
+pub(super) fn sandbox_info(view: &PodView, network: Option<&str>) -> HashMap<String, String> {
     let sizes = resize::of(view);
     let init = view.record.init.map(|process| process.pid);
     let info = serde_json::json!({
@@ -89,6 +90,7 @@ pub(super) fn sandbox_info(view: &PodView) -> HashMap<String, String> {
         "why": view.why(),
         "hostname": request::hostname(view.config()),
         "cniResult": view.record.cni_result,
+        "networkCheck": network,
         "overhead": sizes.overhead.map(|overhead| limits(&overhead.0)),
         "resources": sizes.resources.map(|resources| limits(&resources.0)),
     });

@@ -114,7 +114,9 @@ impl RuntimeService for Cri {
         &self,
         request: Request<cri::PodSandboxStatusRequest>,
     ) -> Answer<cri::PodSandboxStatusResponse> {
-        pod_sandbox_status::pod_sandbox_status(&self.pods, request.get_ref()).map(Response::new)
+        pod_sandbox_status::pod_sandbox_status(&self.pods, &self.node, request.get_ref())
+            .await
+            .map(Response::new)
     }
 
     async fn list_pod_sandbox(

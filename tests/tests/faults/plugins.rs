@@ -10,7 +10,7 @@ use podvisor_tests::wrapper::{Fault, Wrapper, quoted};
 use podvisor_tests::{Fixture, Tests, ask, eventually};
 use tonic::Status;
 
-/// Two calls of a second each, a release that tries again, and much patience with a busy machine.
+/// Two calls of two seconds each, a release that tries again, and much patience with a busy machine.
 const BOUND: Duration = Duration::from_secs(30);
 
 const FAULTS: [Fault; 4] = [Fault::Fail, Fault::Hang, Fault::Die, Fault::Garbage];
@@ -20,6 +20,7 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add("plugins::that_do_not_disconnect", that_do_not_disconnect);
     tests.add("plugins::that_do_neither_leave_a_pod_to_remove", that_do_neither);
     tests.add("plugins::that_hang_do_not_hold_up_the_start", that_hang_at_the_start);
+    tests.add("plugins::that_find_a_pod_unconnected", that_find_a_pod_unconnected);
 }
 
 fn plugin(f: &mut Fixture) -> Result<Wrapper> {
@@ -33,7 +34,7 @@ fn plugin(f: &mut Fixture) -> Result<Wrapper> {
     )?;
     f.configure(
         "cni",
-        &format!("[network]\nmode = \"cni\"\ncni_timeout = 1\ncni_bin_dirs = [{}]\n", quoted(&place)),
+        &format!("[network]\nmode = \"cni\"\ncni_timeout = 2\ncni_bin_dirs = [{}]\n", quoted(&place)),
     )?;
     Ok(wrapper)
 }
@@ -173,4 +174,28 @@ async fn that_hang_at_the_start(f: &mut Fixture) -> Result<()> {
         Ok(())
     })
     .await
+}
+
+/// What a plugin answers to CHECK is for people, and changes nothing.
+async fn that_find_a_pod_unconnected(f: &mut Fixture) -> Result<()> {
+    let wrapper = plugin(f)?;
+    let pod = f.pod("connected").await?;
+    ensure!(wrapper.calls("CHECK") == 0, "nobody has asked");
+    for (fault, words) in [
+        (None, "as it was made"),
+        (
+            Some(Fault::Fail),
+            "CNI plugin told failed at CHECK with exit status 1: \"told to fail at CHECK\\n\"",
+        ),
+        (Some(Fault::Hang), "CNI plugin told did not answer CHECK within 2 s and was killed"),
+    ] {
+        if let Some(fault) = fault {
+            wrapper.plan("CHECK", 0, fault)?;
+        }
+        let info: serde_json::Value =
+            serde_json::from_str(&bounded("PodSandboxStatus", f.cri.pod_info(&pod.id)).await??)?;
+        ensure!(info["networkCheck"] == words, "with {fault:?}: {}", info["networkCheck"]);
+        ensure!(f.cri.pod_status(&pod.id).await?.state() == PodSandboxState::SandboxReady);
+    }
+    Ok(())
 }
