@@ -83,7 +83,7 @@ critest-lab: deps images lab
 	$(IN_LAB) -- $(CRITEST) sandbox -- $(CRITEST) run --expected critest/expected/lab-cgroupfs.txt $(ARGUMENTS)
 	$(IN_LAB) --systemd -- $(CRITEST) machine -- $(CRITEST) run --expected critest/expected/lab-systemd.txt $(ARGUMENTS)
 
-# What only it can show: limits of cgroup v2, the daemon as a unit of systemd's, a loss of power.
+# What only it can show: limits of cgroup v2, checkpoints by CRIU, the daemon as a unit of systemd's, a loss of power.
 test-lab: deps images lab
 	tests/lab/test
 

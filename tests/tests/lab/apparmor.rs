@@ -67,7 +67,7 @@ async fn confines(fixture: &Fixture) -> Result<()> {
     ask::pod_namespaces(&mut config).pid = NamespaceMode::Pod.into();
     ask::pod_context(&mut config).privileged = true;
     let pod = fixture.run(config).await?;
-    let mut victim = ask::waiting("victim");
+    let mut victim = ask::script("victim", ": the-victim; while :; do sleep 1000 & wait; done");
     ask::container_namespaces(&mut victim).pid = NamespaceMode::Pod.into();
     let victim = pod.start(&victim).await?;
     let mut other = ask::waiting("other");
@@ -75,7 +75,9 @@ async fn confines(fixture: &Fixture) -> Result<()> {
     let other = pod.start(&other).await?;
     let output = fixture.cri.output(&other, &["cat", "/proc/self/attr/current"]).await?;
     ensure!(output == "podvisor-default (enforce)\n", "exec runs under {output:?}");
-    let find = "for p in /proc/[0-9]*; do grep -q trap $p/cmdline && kill -KILL ${p#/proc/}; done; true";
+    // A pattern that does not match the command line that it stands in.
+    let find =
+        "for p in /proc/[0-9]*; do grep -q 'the-[v]ictim' $p/cmdline && kill -KILL ${p#/proc/}; done; true";
     fixture.cri.exec(&other, &["sh", "-c", find], 20).await?;
     fixture.cri.wait_exited(&victim).await?;
 

@@ -5,6 +5,7 @@
 #![allow(clippy::large_futures, clippy::assigning_clones)]
 
 mod apparmor;
+mod checkpoint;
 mod limits;
 mod reboot;
 mod selinux;
