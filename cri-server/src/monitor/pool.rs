@@ -59,7 +59,7 @@ impl Pool {
     /// Keeps `size` (at least one) monitors ready from now on.
     pub(crate) fn start(template: Template, size: u32) -> Self {
         if let Place::Below(parent) = &template.place {
-            sweep(parent);
+            tokio::spawn(sweep_again(sweep(leaves(parent))));
         }
         // The channel holds all but the one that its feeder holds in its hands.
         let (sender, ready) = mpsc::channel(size.max(1) as usize);
@@ -103,14 +103,31 @@ impl Pool {
     }
 }
 
-/// Takes away the leaves of monitors that have gone. A cgroup that still has a process cannot be removed, which is what protects the
-/// others; none of this daemon's own has been started yet.
-fn sweep(parent: &Cgroup) {
-    for directory in parent.directories() {
-        let Ok(entries) = std::fs::read_dir(directory) else { continue };
-        for entry in entries.flatten().filter(|entry| entry.path().is_dir()) {
-            let _ = std::fs::remove_dir(entry.path());
+fn leaves(parent: &Cgroup) -> Vec<PathBuf> {
+    let entries = parent.directories().into_iter().filter_map(|directory| std::fs::read_dir(directory).ok());
+    entries.flatten().flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
+}
+
+/// Takes away the leaves of monitors that have gone; returns the others. A cgroup that still has a process cannot be removed, which is
+/// what protects them.
+fn sweep(mut leaves: Vec<PathBuf>) -> Vec<PathBuf> {
+    leaves.retain(|leaf| {
+        matches!(std::fs::remove_dir(leaf), Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy)
+    });
+    leaves
+}
+
+/// The leaves of an earlier daemon: its idle monitors may be about to end, and recovery ends those of pods that were not yet recorded.
+async fn sweep_again(mut leaves: Vec<PathBuf>) {
+    const TRIES: u32 = 10;
+    let mut pause = Duration::from_millis(100);
+    for _ in 0..TRIES {
+        if leaves.is_empty() {
+            return;
         }
+        tokio::time::sleep(pause).await;
+        pause *= 2;
+        leaves = sweep(leaves);
     }
 }
 
@@ -126,6 +143,7 @@ impl Pool {
             self.place.remove(&cgroup).await;
         }
         if let Place::Below(parent) = &self.place {
+            sweep(leaves(parent));
             for directory in parent.directories() {
                 // Not empty: pods go on.
                 let _ = std::fs::remove_dir(directory);
