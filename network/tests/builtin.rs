@@ -14,7 +14,7 @@ use podvisor_network::{
     BuiltinError, BuiltinOptions, CniOptions, Kind, Network, NetworkError, Options, Protocol, namespace,
 };
 
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(60);
 const NODE: &str = "198.51.100.1";
 const WORLD: &str = "198.51.100.2";
 const NODE6: &str = "2001:db8::1";

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 /// Where Debian's package containernetworking-plugins puts them.
 const REFERENCE_PLUGINS: &str = "/usr/lib/cni";
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn open_with(timeout: Duration) -> Network {
     fs::create_dir_all("/run/conf").unwrap();

@@ -12,7 +12,7 @@ use super::cgroups::MOUNT_POINT;
 use super::mounts::{ASIDE, COVERED, EMPTY, VOLATILE, mount_points};
 
 /// Processes and mounts go away a moment after the call that ended them.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Everything that is looked at, one line each.
 #[derive(Debug, Default)]

@@ -13,7 +13,7 @@ use podvisor_network::tap::GuestInterface;
 
 use super::Pod;
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 const ETHERNET: usize = 14;
 const ICMP: u8 = 1;
 const ICMP6: u8 = 58;

@@ -42,11 +42,11 @@ pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
     out.into_owned()
 }
 
-/// Polls until `condition` holds; panics after ten seconds.
+/// Polls until `condition` holds; panics after a minute.
 pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !condition() {
-        assert!(Instant::now() < deadline, "{what}: not within ten seconds");
+        assert!(Instant::now() < deadline, "{what}: not within a minute");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
