@@ -426,6 +426,8 @@ fn guest_facts() -> HostFacts {
         swap: false,
         hugetlb: true,
         hugepage_sizes: vec!["2MB".to_owned(), "1GB".to_owned()],
+        last_cpu: None,
+        last_memory_node: None,
     }
 }
 
@@ -459,6 +461,8 @@ fn host_facts(cgroups: &Layout) -> HostFacts {
         swap,
         hugetlb: cgroups.has("hugetlb"),
         hugepage_sizes: hugepage_sizes(Path::new("/sys/kernel/mm/hugepages")),
+        last_cpu: last_number(Path::new("/sys/devices/system/cpu/possible")),
+        last_memory_node: last_number(Path::new("/sys/devices/system/node/possible")),
     }
 }
 
@@ -490,6 +494,11 @@ fn hugepage_sizes(directory: &Path) -> Vec<String> {
         kilobytes => format!("{kilobytes}KB"),
     };
     sizes.into_iter().map(name).collect()
+}
+
+/// The highest number of a list such as `0-7` (Documentation/admin-guide/cputopology.rst): what the kernel can have never changes.
+fn last_number(file: &Path) -> Option<u32> {
+    std::fs::read_to_string(file).ok()?.trim().rsplit([',', '-']).next()?.parse().ok()
 }
 
 /// Device nodes below /dev, for privileged containers. What belongs to terminals, queues and other mounts in /dev is left out.
@@ -526,6 +535,11 @@ mod tests {
         }
         assert_eq!(hugepage_sizes(directory.path()), ["64KB", "2MB", "1GB"]);
         assert!(hugepage_sizes(Path::new("/never-there")).is_empty());
+        let list = directory.path().join("possible");
+        for (text, last) in [("0\n", Some(0)), ("0-63\n", Some(63)), ("0,2-5\n", Some(5)), ("\n", None)] {
+            std::fs::write(&list, text).unwrap();
+            assert_eq!(last_number(&list), last);
+        }
     }
 
     #[test]

@@ -182,6 +182,10 @@ pub struct HostFacts {
     pub hugetlb: bool,
     /// Sizes of huge pages that the kernel has, as its cgroup files name them: `2MB`, `1GB`.
     pub hugepage_sizes: Vec<String>,
+    /// Highest number of a CPU that the kernel can have; `None` where that is not known.
+    pub last_cpu: Option<u32>,
+    /// The same of a memory node.
+    pub last_memory_node: Option<u32>,
 }
 
 fn security(config: &cri::ContainerConfig) -> Option<&cri::LinuxContainerSecurityContext> {

@@ -66,7 +66,7 @@ fn merge(
     host: &HostFacts,
 ) -> Result<()> {
     merge_unified(field, resources, &requested.unified, host)?;
-    merge_cpu(field, resources, requested)?;
+    merge_cpu(field, resources, requested, host)?;
     merge_memory(field, resources, requested, host)?;
     merge_hugepages(field, resources, requested, host)
 }
@@ -75,6 +75,7 @@ fn merge_cpu(
     field: &str,
     resources: &mut LinuxResources,
     requested: &cri::LinuxContainerResources,
+    host: &HostFacts,
 ) -> Result<()> {
     let mut cpu = resources.cpu().clone().unwrap_or_default();
     let (period, quota, shares) = (requested.cpu_period, requested.cpu_quota, requested.cpu_shares);
@@ -98,12 +99,22 @@ fn merge_cpu(
         }
         cpu.set_shares(Some(shares.clamp(*CPU_SHARES.start(), *CPU_SHARES.end()).unsigned_abs()));
     }
-    for (name, list) in [("cpuset_cpus", &requested.cpuset_cpus), ("cpuset_mems", &requested.cpuset_mems)] {
+    for (name, list, last) in [
+        ("cpuset_cpus", &requested.cpuset_cpus, host.last_cpu),
+        ("cpuset_mems", &requested.cpuset_mems, host.last_memory_node),
+    ] {
         if list.is_empty() {
             continue;
         }
         if !is_cpu_list(list) {
             let why = format!("{list:?} is not a list of numbers and ranges such as \"0-2,7\"");
+            return Err(SpecError::invalid(format!("{field}.{name}"), why));
+        }
+        // An OCI runtime that changes a container notices only after it has changed other things, and need not take those back.
+        if let Some(last) = last
+            && numbers(list).any(|number| number > last)
+        {
+            let why = format!("{list:?} is more than this node can have: the last number is {last}");
             return Err(SpecError::invalid(format!("{field}.{name}"), why));
         }
         if name == "cpuset_cpus" {
@@ -114,6 +125,11 @@ fn merge_cpu(
     }
     resources.set_cpu(Some(cpu).filter(|cpu| *cpu != LinuxCpu::default()));
     Ok(())
+}
+
+/// All numbers that a list names, as single ones or as ends of ranges.
+fn numbers(list: &str) -> impl Iterator<Item = u32> {
+    list.split([',', '-']).filter_map(|number| number.parse().ok())
 }
 
 /// cpuset(7), "List format". The length bounds what a runtime has to parse.

@@ -81,6 +81,8 @@ impl Default for Case {
                 swap: true,
                 hugetlb: true,
                 hugepage_sizes: vec!["2MB".to_owned(), "1GB".to_owned()],
+                last_cpu: Some(7),
+                last_memory_node: Some(1),
             },
             namespaces: NamespacePaths {
                 net: Some("/run/netns/pod".into()),

@@ -122,6 +122,8 @@ fn spec(bundle: &Bundle, command: &[&str]) -> Spec {
         swap: false,
         hugetlb: false,
         hugepage_sizes: Vec::new(),
+        last_cpu: None,
+        last_memory_node: None,
     };
     let capabilities = podvisor_spec::capabilities(&config, &host).unwrap();
     podvisor_spec::container(&Input {

@@ -147,6 +147,8 @@ fn refused() {
         (with(|request| request.cpuset_cpus = "+1".into()), "cpuset_cpus"),
         (with(|request| request.cpuset_cpus = "3-1".into()), "cpuset_cpus"),
         (with(|request| request.cpuset_mems = "0,".into()), "cpuset_mems"),
+        (with(|request| request.cpuset_cpus = "0-8".into()), "cpuset_cpus"),
+        (with(|request| request.cpuset_mems = "2".into()), "cpuset_mems"),
         (with(|request| request.memory_limit_in_bytes = -2), "memory_limit_in_bytes"),
         (with(|request| request.memory_swap_limit_in_bytes = 5), "memory_swap_limit_in_bytes"),
         (with(|request| { request.memory_limit_in_bytes = 9; request.memory_swap_limit_in_bytes = 5; }),
