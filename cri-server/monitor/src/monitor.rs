@@ -199,7 +199,7 @@ impl Monitor {
             Timer::Machine(key) => self.machine_time_is_over(key),
             Timer::Dial(key) => self.dial_time_is_over(key),
             Timer::Request(id) => self.request_time_is_over(id),
-            Timer::Clock => self.correct_clock(),
+            Timer::Pulse => self.pulse_is_due(),
             Timer::Accept => self.listen(true),
             Timer::Farewell => self.connections.clear(),
         }

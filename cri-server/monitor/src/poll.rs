@@ -209,8 +209,8 @@ pub(crate) enum Timer {
     Dial(u64),
     /// The agent does not answer a request.
     Request(u64),
-    /// The guest's clock is to be corrected.
-    Clock,
+    /// The guest is to be given the time, or looked at.
+    Pulse,
     /// Clients can be accepted again, perhaps.
     Accept,
     /// The last replies before the monitor ends should have been taken by now.

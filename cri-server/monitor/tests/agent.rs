@@ -5,6 +5,7 @@ mod lab;
 
 use std::collections::BTreeSet;
 use std::io::Write;
+use std::time::Duration;
 
 use lab::agent::{Agent, Instead, event_frame, exit, frame};
 use lab::client::{stream, sync};
@@ -17,6 +18,7 @@ use podvisor_proto::monitor::{
     Attach, DeleteContainer, ErrorCode, GuestStats, KillContainer, ProcessState, Shutdown, StartContainer,
     event as news, request::Verb,
 };
+use rustix::process::{Pid, Signal, kill_process};
 
 /// Other tests' hypervisor.
 #[test]
@@ -38,8 +40,8 @@ fn distrusted(pod: &mut Pod, events: &mut lab::Client, reason: &str) {
             assert!(why.starts_with(reason), "{why}");
             break;
         }
-        // Everything that was in it has been told before.
-        assert_eq!(why, "");
+        // Everything that was in it has been told before, and for what reason it ended.
+        assert!(why.starts_with(&format!("the pod's virtual machine has ended: {reason}")), "{why}");
     }
     assert!(pod.containers().iter().all(|it| it.state() == ProcessState::Exited));
     until("nothing of it is kept", || private_memory(pod.child.id()) < 3 << 20);
@@ -491,8 +493,50 @@ fn a_guest_that_answers_nothing_holds_nothing_up() {
         agent.instead(|_| Some(Instead::Say(Vec::new())));
         // Killing it goes unanswered, and then it ends with its machine.
         pod.delete("c1");
-        assert_eq!(events.end(), ("c1".into(), 137, String::new()));
+        let (id, code, why) = events.end();
+        assert_eq!((id.as_str(), code), ("c1", 137));
+        assert!(why.contains("the agent did not signal the container within 20 s"), "{why}");
         distrusted(&mut pod, &mut events, "the agent did not signal the container within 20 s");
+    });
+}
+
+#[test]
+fn a_guest_whose_kernel_is_silent_too_stands_still() {
+    run(|lab| {
+        let (mut pod, agent) = lab.with_agent("run");
+        let mut events = pod.subscribe();
+        created(&mut pod, &agent, "c1");
+        std::fs::write(agent.directory.join(lab::fake::DEAF), "").unwrap();
+        // As long as it says something its kernel is not asked.
+        agent.until_asked("it is given the time", |verb| matches!(verb, Asked::SetTime(_)));
+        agent.instead(|_| Some(Instead::Say(Vec::new())));
+        distrusted(&mut pod, &mut events, "the guest stands still: neither its kernel nor its agent answers");
+    });
+}
+
+#[test]
+fn a_machine_that_is_kept_from_running_is_waited_for() {
+    run(|lab| {
+        let (mut pod, agent) = lab.with_agent("run");
+        created(&mut pod, &agent, "c1");
+        let machine = Pid::from_raw(pod.list()[0].pid).unwrap();
+        std::fs::write(agent.directory.join(lab::fake::DEAF), "").unwrap();
+        kill_process(machine, Signal::STOP).unwrap();
+        agent.instead(|_| Some(Instead::Say(Vec::new())));
+        let asked = |agent: &Agent| {
+            let is_time = |verb: &&Asked| matches!(verb, Asked::SetTime(_));
+            agent.state().asked.iter().filter(is_time).count()
+        };
+        let before = asked(&agent);
+        until("it is given the time", || asked(&agent) > before);
+        // Far longer than a silent guest would have.
+        std::thread::sleep(Duration::from_secs(6));
+        assert_eq!(pod.state(POD), Some(ProcessState::Running));
+        std::fs::remove_file(agent.directory.join(lab::fake::DEAF)).unwrap();
+        agent.state().instead = None;
+        kill_process(machine, Signal::CONT).unwrap();
+        agent.say(&event_frame(1, event::Kind::Oom(wire::OomKill { container_id: "c1".into() })));
+        assert_eq!(pod.state("c1"), Some(ProcessState::Running));
     });
 }
 

@@ -406,11 +406,16 @@ async fn compare(task: &mut Task, processes: &[wire::Process]) {
         match by_id.get(task.record.id.as_str()) {
             Some(found) if found.state() != ProcessState::Exited => {}
             Some(_) | None if process::lives(init) => {}
-            _ if matches!(task.record.phase, Phase::Ready) => {
+            Some(found) => {
+                let exit = found.exit.unwrap_or_default();
+                let id = found.id.clone();
+                task.ended(&id, exit_of(exit.code, exit.finished_at, exit.oom_killed, &found.reason)).await;
+            }
+            None if matches!(task.record.phase, Phase::Ready) => {
                 let what = init_name(&task.record);
                 task.fail(format!("{what} ended while the daemon was away")).await;
             }
-            _ => {}
+            None => {}
         }
     }
     let ids: Vec<_> = task.containers.keys().cloned().collect();

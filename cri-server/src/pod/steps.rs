@@ -21,7 +21,7 @@ use super::view::Status;
 use crate::error::{Failure, PodError};
 use crate::hooks::Subject;
 use crate::id::ContainerId;
-use crate::monitor::Connection;
+use crate::monitor::{Connection, process};
 use crate::node::{Node, now};
 
 /// After SIGKILL a process is gone at once, unless it hangs in the kernel.
@@ -424,9 +424,22 @@ impl Task {
     }
 
     pub(super) fn unkillable(&mut self, container: &ContainerId) {
+        let (wanted, machine) =
+            (self.is_to_end(), self.record.init.filter(|_| self.record.runtime.vm().is_some()));
         let Some(slot) = self.containers.get_mut(container) else { return };
         if !matches!(slot.state, State::Stopping { killed: true }) {
             return;
+        }
+        if let Some(machine) = machine.filter(|machine| wanted && process::lives(*machine)) {
+            // A guest that does not do as it is told is not needed any more: its containers end with it.
+            tracing::warn!(%container, "a container in a virtual machine does not end, so the machine is killed");
+            process::kill(machine);
+            let (mailbox, container) = (self.mailbox.clone(), container.clone());
+            let clock = tokio::spawn(async move {
+                tokio::time::sleep(UNKILLABLE).await;
+                let _ = mailbox.send(Command::Unkillable { container });
+            });
+            return slot.set_timer(Some(clock.abort_handle()));
         }
         let failure: Failure =
             Arc::new(PodError::WillNotDie { id: container.to_string(), seconds: UNKILLABLE.as_secs() });

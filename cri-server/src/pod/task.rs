@@ -432,10 +432,14 @@ impl Task {
         self.try_release().await;
     }
 
+    /// Somebody wants the sandbox to be stopped or removed.
+    pub(super) fn is_to_end(&self) -> bool {
+        !self.stopping.is_empty() || !self.removing.is_empty() || self.resume_removal
+    }
+
     /// Gives the sandbox's things back once no container needs them. Called after every change while somebody waits for it.
     pub(super) async fn try_release(&mut self) {
-        let wanted = !self.stopping.is_empty() || !self.removing.is_empty() || self.resume_removal;
-        if !wanted || self.releasing {
+        if !self.is_to_end() || self.releasing {
             return;
         }
         if matches!(self.record.phase, Phase::Stopped | Phase::Removing) {

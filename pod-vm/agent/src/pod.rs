@@ -18,7 +18,6 @@ use crate::container::PARENT;
 use crate::failure::Failure;
 use crate::init::Init;
 use crate::interface::{self, Interface};
-use crate::stats::kilobytes;
 use crate::storage::Storage;
 use crate::sys;
 
@@ -144,7 +143,8 @@ impl Agent {
         let parent = self.cgroups.cgroup(PARENT);
         parent.create().map_err(|error| Failure::system("make the pod's cgroup", error))?;
         if in_guest && let Some(directory) = parent.directory("memory") {
-            let limit = memory_total().saturating_sub(wanted.reserve);
+            let limit = machine_memory(&fs::read_to_string("/proc/iomem").unwrap_or_default());
+            let limit = limit.saturating_sub(wanted.reserve);
             fs::write(directory.join("memory.max"), limit.to_string())
                 .map_err(|error| Failure::system("limit the containers' memory", error))?;
         }
@@ -153,8 +153,15 @@ impl Agent {
     }
 }
 
-fn memory_total() -> u64 {
-    kilobytes(&fs::read_to_string("/proc/meminfo").unwrap_or_default(), "MemTotal:")
+/// Bytes that the machine has, from what /proc/iomem says. Not `MemTotal`, which lacks what the kernel took before it began to count, and
+/// that is the guest's own part.
+fn machine_memory(iomem: &str) -> u64 {
+    let ranges = iomem.lines().filter_map(|line| line.strip_suffix(" : System RAM")?.split_once('-'));
+    let bytes = ranges.filter_map(|(first, last)| {
+        let (first, last) = (u64::from_str_radix(first, 16).ok()?, u64::from_str_radix(last, 16).ok()?);
+        Some(last.checked_sub(first)? + 1)
+    });
+    bytes.sum()
 }
 
 /// A small difference is slewed, a large one set.
@@ -195,4 +202,17 @@ fn connect(port: u32) -> Result<OwnedFd, Failure> {
     }
     let error = refused.unwrap_or_else(|| std::io::ErrorKind::AddrNotAvailable.into());
     Err(Failure::system(&format!("connect to port {port}"), error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_machines_memory_is_all_of_its_ram() {
+        let iomem = "00000000-00000fff : Reserved\n00001000-0009fbff : System RAM\n000f0000-000fffff : System ROM\n\
+            00100000-09ffffff : System RAM\n  01000000-01c031d0 : Kernel code\n100000000-10fffffff : System RAM (kmem)\n";
+        assert_eq!(machine_memory(iomem), 0x9ec00 + 0x9f0_0000);
+        assert_eq!(machine_memory(""), 0);
+    }
 }

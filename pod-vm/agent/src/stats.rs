@@ -113,7 +113,7 @@ fn guest() -> GuestStats {
 }
 
 /// Bytes of a line like `MemTotal:  123 kB`.
-pub(crate) fn kilobytes(text: &str, name: &str) -> u64 {
+fn kilobytes(text: &str, name: &str) -> u64 {
     let line = text.lines().find_map(|line| line.strip_prefix(name));
     line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
 }

@@ -108,7 +108,7 @@ impl Machine {
             (None, _) => Err(Failure::unsupported("this hypervisor does not know that request")),
             (Some(_), State::Idle) => Err(Failure::wrong_state("the machine was not started yet")),
             (Some(verb), State::Up(up)) => {
-                up.change(request.id, verb);
+                up.request(request.id, verb);
                 return;
             }
         };

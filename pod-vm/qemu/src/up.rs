@@ -1,11 +1,12 @@
 //! A machine whose QEMU runs: what QEMU says of it, and its end.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use podvisor_hypervisor::console::Tail;
 use podvisor_hypervisor::failure::{Failure, one_line};
-use podvisor_proto::hypervisor::{Ended, Started, reply, request::Verb};
+use podvisor_proto::hypervisor::{Done, Ended, Started, reply, request::Verb};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
 
@@ -33,6 +34,8 @@ pub(crate) struct Up {
     words: Tail,
     evidence: Evidence,
     changes: Changes,
+    /// Questions whether it runs: QEMU's numbers and the monitor's.
+    checks: BTreeMap<u64, u64>,
     /// When its patience with QEMU's end is over.
     deadline: Option<Instant>,
 }
@@ -48,6 +51,7 @@ impl Up {
             version: String::new(),
             words: Tail::default(),
             evidence: Evidence::default(),
+            checks: BTreeMap::new(),
             deadline: None,
         })
     }
@@ -73,12 +77,20 @@ impl Up {
 
     /// Requests that wait for their answers.
     pub(crate) fn unanswered(&self) -> Vec<u64> {
-        self.starting.into_iter().chain(self.changes.unanswered()).collect()
+        let checks = self.checks.values().copied();
+        self.starting.into_iter().chain(checks).chain(self.changes.unanswered()).collect()
     }
 
-    /// Takes a request to change the machine, which is answered later.
-    pub(crate) fn change(&mut self, request: u64, verb: Verb) {
-        self.changes.push(request, verb);
+    /// Takes a request about the machine, which is answered later.
+    pub(crate) fn request(&mut self, request: u64, verb: Verb) {
+        if matches!(verb, Verb::Check(_)) {
+            // If it cannot be sent QEMU has ended, which is seen too, or does not read, and so does not work.
+            if let Ok(number) = self.begun.qmp.execute("query-status", Value::Null, None) {
+                self.checks.insert(number, request);
+            }
+        } else {
+            self.changes.push(request, verb);
+        }
     }
 
     /// Reads what there is to read, and goes on with changes; gives the answers that are ready.
@@ -118,7 +130,10 @@ impl Up {
                 let request = self.starting.take()?;
                 return Some((request, Ok(reply::Result::Started(self.started()))));
             }
-            Message::Answer(number, result) => self.changes.answered(number, result.map(drop)),
+            Message::Answer(number, result) => match self.checks.remove(&number) {
+                Some(request) => return Some((request, runs(result))),
+                None => self.changes.answered(number, result.map(drop)),
+            },
             Message::Event(name, data) => match name.as_str() {
                 "GUEST_PANICKED" => self.evidence.panicked = true,
                 "SHUTDOWN" => {
@@ -182,5 +197,14 @@ impl Up {
         let console = self.begun.console.tail();
         let (reason, detail) = verdict(&self.evidence, status, &console, &self.words.text());
         Ended { reason: reason.into(), detail: one_line(&detail), console }
+    }
+}
+
+/// What QEMU says of its virtual processors (QMP, `query-status`).
+fn runs(status: Result<Value, String>) -> Result<reply::Result, Failure> {
+    match status {
+        Ok(status) if status["running"] == true => Ok(reply::Result::Done(Done {})),
+        Ok(status) => Err(Failure::wrong_state(format!("the machine is held: {}", status["status"]))),
+        Err(why) => Err(Failure::failed("ask QEMU whether the machine runs", why)),
     }
 }

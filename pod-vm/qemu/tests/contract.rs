@@ -14,7 +14,7 @@ use std::path::Path;
 
 use lab::{Hypervisor, Suite, eventually};
 use podvisor_proto::hypervisor::{
-    Disk, EndReason, ErrorCode, Network, SetCpus, SetMemory, Share, Start, Stop, request::Verb,
+    Check, Disk, EndReason, ErrorCode, Network, SetCpus, SetMemory, Share, Start, Stop, request::Verb,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -109,9 +109,11 @@ fn garbage_ends_the_machine() {
 fn requests_have_their_time() {
     let mut hypervisor = Hypervisor::new(&[]);
     assert_eq!(hypervisor.refused(Verb::SetCpus(SetCpus { count: 2 })).0, ErrorCode::WrongState);
+    assert_eq!(hypervisor.refused(Verb::Check(Check {})).0, ErrorCode::WrongState);
     let start = hypervisor.start(Suite::Bookworm);
     let started = hypervisor.begin(start.clone());
     assert_eq!(hypervisor.refused(Verb::Start(start)).0, ErrorCode::WrongState);
+    hypervisor.done(Verb::Check(Check {}));
     assert_eq!(hypervisor.refused(Verb::SetCpus(SetCpus { count: 2 })).0, ErrorCode::Invalid);
     let bytes = 512 << 20;
     assert_eq!(hypervisor.refused(Verb::SetMemory(SetMemory { bytes })).0, ErrorCode::Unsupported);

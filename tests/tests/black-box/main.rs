@@ -24,6 +24,7 @@ mod telemetry;
 mod userns;
 mod version;
 mod vm;
+mod vm_ends;
 mod vm_volumes;
 
 use std::process::ExitCode;
@@ -51,6 +52,7 @@ fn main() -> Result<ExitCode> {
     recovery::add(&mut tests);
     gvisor::add(&mut tests);
     vm::add(&mut tests);
+    vm_ends::add(&mut tests);
     vm_volumes::add(&mut tests);
     security::add(&mut tests);
     userns::add(&mut tests);

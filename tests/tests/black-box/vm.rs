@@ -34,7 +34,7 @@ pub(crate) fn add(tests: &mut Tests) {
 }
 
 /// What `crictl inspectp` shows.
-async fn info(f: &Fixture, pod: &str) -> Result<serde_json::Value> {
+pub(crate) async fn info(f: &Fixture, pod: &str) -> Result<serde_json::Value> {
     Ok(serde_json::from_str(&f.cri.pod_info(pod).await?)?)
 }
 
@@ -44,7 +44,7 @@ async fn machine(f: &Fixture, pod: &str) -> Result<serde_json::Value> {
 }
 
 /// A process of the pod's: its monitor, or one of the machine's.
-async fn process(f: &Fixture, pod: &str, which: &str) -> Result<Pid> {
+pub(crate) async fn process(f: &Fixture, pod: &str, which: &str) -> Result<Pid> {
     let info = info(f, pod).await?;
     let found = info[which].as_i64().or_else(|| info["virtualMachine"][which].as_i64());
     let pid = found.and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
@@ -221,18 +221,32 @@ async fn does_not_notice_the_daemon(f: &mut Fixture) -> Result<()> {
 
 async fn dies_and_says_why(f: &mut Fixture) -> Result<()> {
     let (other, untouched) = f.running("other", &ask::waiting("c")).await?;
-    for which in ["hypervisorPid", "fileServerPid", "monitorPid"] {
+    for (which, why) in [
+        ("hypervisorPid", "the pod's virtual machine ended: podvisor-qemu was killed by signal 9"),
+        ("fileServerPid", "the pod's virtual machine ended: podvisor-fs was killed by signal 9"),
+        (
+            "pid",
+            "the pod's virtual machine ended: the machine's process was killed: QEMU was killed by SIGKILL",
+        ),
+        ("monitorPid", "the pod's monitor died"),
+    ] {
         let pod = f.pod(&format!("pod-{}", which.to_lowercase())).await?;
         let container = pod.start(&ask::waiting("c")).await?;
         kill_process(process(f, &pod.id, which).await?, Signal::KILL)?;
         let status = f.cri.wait_exited(&container).await.with_context(|| which.to_owned())?;
-        ensure!(status.exit_code == 137, "{which}: {status:?}");
+        let (first, _) = why.split_once(": ").unwrap_or((why, ""));
+        ensure!(
+            status.exit_code == 137 && status.message.contains(first.trim_end_matches(" ended")),
+            "{which}: {status:?}"
+        );
         eventually("the pod is not ready", || async {
             let state = f.cri.pod_status(&pod.id).await?.state();
             ensure!(state == PodSandboxState::SandboxNotready, "it is {state:?}");
             Ok(())
         })
         .await?;
+        let told = info(f, &pod.id).await?;
+        ensure!(told["why"].as_str().is_some_and(|told| told.starts_with(why)), "{which}: {told}");
         f.cri.stop_pod(&pod.id).await?;
         f.cri.remove_pod(&pod.id).await?;
     }

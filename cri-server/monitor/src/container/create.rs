@@ -88,6 +88,7 @@ impl Monitor {
             attached: Vec::new(),
             memory: None,
             oom_kills: 0,
+            because: String::new(),
             removal: Removal::NotBegun,
             started: false,
             killed: false,

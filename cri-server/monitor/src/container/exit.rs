@@ -94,7 +94,7 @@ impl Monitor {
         if drained && !ending.drained {
             ending.drained = true;
             self.timers.cancel(ending.patience);
-            let record = ExitRecord::new(&container.id, &ending.exit);
+            let record = ExitRecord::new(&container.id, &ending.exit).because(&container.because);
             self.disk.send(Job::Finish { key, record, directory: pod.state_dir.clone() });
         }
         if ending.starting || !ending.drained {
@@ -136,12 +136,8 @@ impl Monitor {
         let exit = ending.exit;
         container.state = State::Exited { pid: ending.pid, start_time: ending.start_time, exit };
         let attached = std::mem::take(&mut container.attached);
-        let id = container.id.clone();
-        self.broadcast(event::Kind::Exited(proto::ProcessExit {
-            id,
-            exit: Some(exit),
-            reason: String::new(),
-        }));
+        let (id, reason) = (container.id.clone(), container.because.clone());
+        self.broadcast(event::Kind::Exited(proto::ProcessExit { id, exit: Some(exit), reason }));
         for attached in attached {
             self.send_frame(attached.connection, Frame::Exit(exit));
             if let Some(connection) = self.connections.get_mut(&attached.connection) {

@@ -57,6 +57,8 @@ pub(crate) struct Container {
     attached: Vec<Attached>,
     memory: Option<MemoryWatch>,
     pub(crate) oom_kills: u64,
+    /// Of its end, what the code does not say.
+    pub(crate) because: String,
     pub(crate) removal: Removal,
     /// Its program has been started.
     started: bool,
@@ -203,7 +205,7 @@ impl Container {
             pid,
             start_time,
             exit,
-            reason: String::new(),
+            reason: if exit.is_some() { self.because.clone() } else { String::new() },
         }
     }
 }

@@ -2,7 +2,7 @@
 //! lives answers it.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use podvisor_proto::agent::{self as wire, ErrorCode, MAX_FRAME, Reply, Request, reply, request::Verb};
 use prost::Message;
@@ -22,6 +22,9 @@ pub(super) type Outcome = Result<reply::Result, Failure>;
 
 /// Bytes that may wait for an agent: two requests of the largest size. Who lets more pile up does not read.
 pub(super) const QUEUE_LIMIT: usize = 2 * MAX_FRAME;
+/// How much longer somebody waits who wants something of a machine that does not get to run; then it is of no use to him. With the time
+/// that there is for a signal it is less than the two minutes that kubelet has for a pod's end.
+const EXTRA: Duration = Duration::from_secs(40);
 /// Elements in one reply. Decoded, each takes up to a few hundred bytes, however few it had on the way.
 const ELEMENTS: usize = 4096;
 
@@ -42,8 +45,7 @@ pub(super) struct Agent {
     /// Of terminals, by container or exec.
     pub(super) sizes: BTreeMap<u64, super::exec::Sizes>,
     pub(super) losses: super::link::Losses,
-    /// When the guest's clock is corrected next.
-    pub(super) clock: Option<TimerId>,
+    pub(super) pulse: super::pulse::Pulse,
 }
 
 /// A request that has not been answered.
@@ -52,6 +54,7 @@ pub(super) struct Asked {
     pub(super) purpose: Purpose,
     /// What is asked again when the connection is lost: it does not matter how often it is done.
     pub(super) again: Option<Verb>,
+    pub(super) at: Instant,
     /// `None`: the start of the machine has a time limit of its own.
     pub(super) timer: Option<TimerId>,
 }
@@ -115,6 +118,8 @@ impl Purpose {
                 Some(Duration::from_secs(120))
             }
             Self::Greet | Self::Compare => Some(super::link::PATIENCE),
+            // Nobody waits for it.
+            Self::Time => Some(Duration::from_secs(60)),
             _ => Some(Duration::from_secs(20)),
         }
     }
@@ -168,7 +173,7 @@ impl Monitor {
             agent.waiting.push((id, frame));
         }
         let timer = purpose.patience().map(|patience| timers.set(patience, Timer::Request(id)));
-        agent.asked.insert(id, Asked { purpose, again, timer });
+        agent.asked.insert(id, Asked { purpose, again, at: Instant::now(), timer });
         Ok(())
     }
 
@@ -181,8 +186,20 @@ impl Monitor {
         let Some(asked) = self.machine.as_ref().and_then(|machine| machine.agent.asked.get(&id)) else {
             return;
         };
-        let limit = asked.purpose.patience().unwrap_or_default().as_secs();
-        let what = asked.purpose.what();
+        let (at, patience) = (asked.at, asked.purpose.patience().unwrap_or_default());
+        let (limit, what) = (patience.as_secs(), asked.purpose.what());
+        let asked_for_somebody = asked.purpose != Purpose::Time;
+        let mut left = self.patience_left(at, patience);
+        if asked_for_somebody {
+            left = left.min((patience + EXTRA).saturating_sub(at.elapsed()));
+        }
+        if !left.is_zero() {
+            let timer = self.timers.set(left, Timer::Request(id));
+            if let Some(asked) = self.machine.as_mut().and_then(|it| it.agent.asked.get_mut(&id)) {
+                asked.timer = Some(timer);
+            }
+            return;
+        }
         self.end_machine(super::end::Cause::guest(format!("the agent did not {what} within {limit} s")));
     }
 
@@ -228,6 +245,7 @@ impl Monitor {
     }
 
     fn agent_said(&mut self, reply: Reply) {
+        self.agent_lives();
         if reply.id == 0 {
             if let Some(reply::Result::Event(event)) = reply.result {
                 self.agent_told(event);

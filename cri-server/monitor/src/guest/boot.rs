@@ -279,7 +279,7 @@ impl Monitor {
             machine.stage = Stage::Running(Box::new(answer.clone()));
             machine.agent.greeted = true;
         }
-        self.set_clock_timer();
+        self.feel_pulse();
         for to in waiting {
             self.reply(to, Ok(proto::reply::Result::VmStarted(answer.clone())));
         }

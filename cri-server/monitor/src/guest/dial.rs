@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::bounds::line;
+use super::pulse::NOBODYS_PORT;
 use crate::console::connect_to;
 use crate::failure::Failure;
 use crate::frame::frame;
@@ -47,6 +48,8 @@ pub(super) enum Goal {
     Control,
     /// A standard stream of a container or exec; `None`: its input.
     Standard { owner: u64, which: Option<Stream>, open: Open },
+    /// Nothing: the guest's kernel is to refuse it.
+    Kernel,
     /// A port in the pod.
     Port { to: ReplyTo, number: u16, open: Open },
 }
@@ -84,7 +87,7 @@ impl Dial {
 
     fn opens(&self) -> Option<&Open> {
         match &self.goal {
-            Goal::Control => None,
+            Goal::Control | Goal::Kernel => None,
             Goal::Standard { open, .. } | Goal::Port { open, .. } => Some(open),
         }
     }
@@ -104,7 +107,11 @@ impl Monitor {
     fn attempt(&mut self, key: u64) {
         let Some(machine) = &mut self.machine else { return };
         let Some(dial) = machine.dials.get_mut(&key) else { return };
-        let port = if dial.goal == Goal::Control { CONTROL_PORT } else { STREAM_PORT };
+        let port = match dial.goal {
+            Goal::Control => CONTROL_PORT,
+            Goal::Kernel => NOBODYS_PORT,
+            Goal::Standard { .. } | Goal::Port { .. } => STREAM_PORT,
+        };
         let mut watch = Watch::new(Token::Dial(key));
         let connected = connect_to(&machine.vsock).and_then(|socket| {
             let line = format!("CONNECT {port}\n");
@@ -174,7 +181,7 @@ impl Monitor {
         match outcome {
             Ok(None) => {}
             Ok(Some(())) => self.dial_advances(key),
-            Err(DialError::Nobody) => {
+            Err(DialError::Nobody) if dial.goal != Goal::Kernel => {
                 self.timers.cancel(dial.timer);
                 self.pause(key, DialError::Nobody);
             }
@@ -213,6 +220,7 @@ impl Monitor {
         self.timers.cancel(dial.timer);
         match dial.goal {
             Goal::Control => self.control_dialled(outcome),
+            Goal::Kernel => self.kernel_dialled(&outcome),
             Goal::Standard { owner, which, .. } => self.stream_dialled(owner, which, outcome),
             Goal::Port { to, number, .. } => self.port_dialled(to, number, outcome),
         }
@@ -242,7 +250,7 @@ impl Monitor {
         self.hang_up(|_| true);
         for goal in goals {
             match goal {
-                Goal::Control => {}
+                Goal::Control | Goal::Kernel => {}
                 Goal::Standard { owner, .. } => self.streams_failed(owner, failure.clone()),
                 Goal::Port { to, .. } => self.reply(to, Err(failure.clone())),
             }

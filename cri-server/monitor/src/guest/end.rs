@@ -29,6 +29,9 @@ const STOPPING: Duration = Duration::from_secs(2);
 const LEAVING: Duration = Duration::from_secs(1);
 const DYING: Duration = Duration::from_secs(5);
 
+/// Of the console, with the end of each container, which is kept for each of them.
+const SHORT: usize = 1024;
+
 /// Why a machine ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Cause {
@@ -131,9 +134,7 @@ impl Monitor {
         let asked = std::mem::take(&mut machine.agent.asked);
         let doubtful = std::mem::take(&mut machine.agent.doubtful);
         machine.agent.waiting = Vec::new();
-        if let Some(clock) = machine.agent.clock.take() {
-            timers.cancel(clock);
-        }
+        self.stop_pulse();
         for (_, asked) in asked {
             if let Some(timer) = asked.timer {
                 self.timers.cancel(timer);
@@ -272,6 +273,10 @@ impl Monitor {
     fn end_with_machine(&mut self) {
         let failure =
             self.machine.as_ref().map_or_else(|| Failure::wrong_state("gone"), |machine| machine.gone());
+        let because = match plain_end(&failure.runtime_log, SHORT) {
+            console if console.is_empty() => failure.detail.clone(),
+            console => format!("{}\n{console}", failure.detail),
+        };
         let execs: Vec<u64> =
             self.execs.iter().filter_map(|(key, exec)| exec.in_guest().is_some().then_some(*key)).collect();
         for key in execs {
@@ -280,8 +285,9 @@ impl Monitor {
         let in_guest = self.containers.iter().filter(|(_, it)| matches!(it.maker, Maker::Guest(_)));
         let containers: Vec<u64> = in_guest.map(|(key, _)| *key).collect();
         for key in containers {
-            let Some(container) = self.containers.get(&key) else { continue };
+            let Some(container) = self.containers.get_mut(&key) else { continue };
             if container.is_alive() {
+                container.because.clone_from(&because);
                 self.container_ended(key, KILLED);
             } else if container.is_being_created() {
                 self.creation_failed(key, failure.clone(), false);

@@ -54,6 +54,8 @@ pub(super) struct Size {
 enum Ask {
     Start,
     Stop,
+    /// Whether the machine runs.
+    Check,
     /// The first part of a resize, with what is to follow, and the second.
     Memory {
         to: ReplyTo,
@@ -90,6 +92,10 @@ impl Hypervisor {
 
     pub(super) fn start(&mut self, start: wire::Start, poller: &Poller) {
         self.ask(Verb::Start(start), Ask::Start, poller);
+    }
+
+    pub(super) fn check(&mut self, poller: &Poller) {
+        self.ask(Verb::Check(wire::Check {}), Ask::Check, poller);
     }
 
     /// Asks it to end the machine; `false`: it cannot be asked.
@@ -205,6 +211,11 @@ impl Monitor {
             (Ask::Start, Err(error)) => self.end_machine(Cause::guest(line(&error.detail, 512))),
             // The rest is seen when it is reaped.
             (Ask::Stop, _) => {}
+            (Ask::Check, Ok(_)) => self.hypervisor_checked(true),
+            // One that does not know the question has answered, too.
+            (Ask::Check, Err(error)) => {
+                self.hypervisor_checked(error.code() == ErrorCode::Unsupported);
+            }
             (Ask::Memory { to, wanted }, Ok(_)) if wanted.cpus != hypervisor.size.cpus => {
                 hypervisor.ask(
                     Verb::SetCpus(SetCpus { count: wanted.cpus }),

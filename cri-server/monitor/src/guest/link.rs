@@ -7,26 +7,23 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use podvisor_proto::agent::{
-    Hello, List, MAX_FRAME, PROTOCOL_VERSION, ProcessState, Processes, SetTime, reply, request::Verb,
+    Hello, List, MAX_FRAME, PROTOCOL_VERSION, ProcessState, Processes, reply, request::Verb,
 };
 
+use super::Stage;
 use super::agent::{Asked, Outcome, Purpose, QUEUE_LIMIT};
 use super::bounds::Budget;
 use super::dial::{DialError, Goal};
 use super::end::{Cause, KILLED};
-use super::{Machine, Stage};
 use crate::channel::Channel;
 use crate::container::Maker;
 use crate::disk::chain;
 use crate::failure::Failure;
 use crate::monitor::Monitor;
-use crate::output::timestamp;
-use crate::poll::{Timer, Token};
+use crate::poll::Token;
 
 /// How long an agent may be out of reach before its machine is given up.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
-/// How often the guest's clock is corrected.
-const CLOCK: Duration = Duration::from_secs(60);
 
 /// Connections that were lost.
 #[derive(Debug)]
@@ -108,7 +105,7 @@ impl Monitor {
             .filter(|id| agent.waiting.iter().all(|(waiting, _)| waiting != id))
             .collect();
         let sent: Vec<Asked> = sent.iter().filter_map(|id| agent.asked.remove(id)).collect();
-        for Asked { purpose, again, timer } in sent {
+        for Asked { purpose, again, timer, .. } in sent {
             if let Some(timer) = timer {
                 self.timers.cancel(timer);
             }
@@ -172,31 +169,8 @@ impl Monitor {
         for exec in missing {
             self.exec_ended_in_guest(exec, KILLED);
         }
-        self.correct_clock();
+        self.feel_pulse();
         self.acknowledge();
-    }
-
-    /// Corrects the guest's clock now and once a minute.
-    pub(crate) fn correct_clock(&mut self) {
-        let Some(machine) = &mut self.machine else { return };
-        if !machine.is_running() {
-            return;
-        }
-        let under_way =
-            |machine: &Machine| machine.agent.asked.values().any(|it| it.purpose == Purpose::Time);
-        if machine.agent.greeted && !under_way(machine) {
-            self.tell_agent(Verb::SetTime(SetTime { time_ns: timestamp::nanoseconds() }), Purpose::Time);
-        }
-        self.set_clock_timer();
-    }
-
-    pub(super) fn set_clock_timer(&mut self) {
-        let timer = self.timers.set(CLOCK, Timer::Clock);
-        if let Some(machine) = &mut self.machine
-            && let Some(old) = machine.agent.clock.replace(timer)
-        {
-            self.timers.cancel(old);
-        }
     }
 }
 

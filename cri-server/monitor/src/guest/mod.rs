@@ -22,9 +22,10 @@
 //! | `dial.rs` | connections to ports of the guest |
 //! | `agent.rs`, `link.rs` | requests to the agent, what each was for; losing it and coming back |
 //! | `news.rs` | what the agent tells unasked |
+//! | `pulse.rs`, `threads.rs` | whether the guest lives, and its clock; what the host lets the machine do |
 //! | `container.rs`, `exec.rs`, `streams.rs` | the guest's side of the verbs for containers and execs |
 //! | `bounds.rs` | how much of the guest's words is taken, and how often |
-//! | `pod.rs` | verbs for the whole guest: ports, figures, time |
+//! | `pod.rs` | verbs for the whole guest: ports, figures |
 //!
 //! The guest is hostile: what it sends is bounded before it is believed, and whatever is not as agreed ends the machine, nothing else.
 
@@ -41,7 +42,9 @@ mod link;
 mod news;
 mod pod;
 mod program;
+mod pulse;
 mod streams;
+mod threads;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
-use podvisor_proto::agent::CONTROL_PORT;
+use podvisor_proto::agent::{CONTROL_PORT, STREAM_PORT};
 use podvisor_proto::hypervisor::{
     Done, EndReason, Ended, Error, ErrorCode, Event, Reply, Request, Start, Started, event, reply,
     request::Verb,
@@ -26,6 +26,9 @@ use podvisor_proto::hypervisor::{
 use prost::Message;
 
 use super::Lab;
+
+/// Where this file is, beside the agent's sockets, the guest's kernel does not answer.
+pub const DEAF: &str = "deaf";
 
 const ROLE: &str = "PODVISOR_MONITOR_FAKE";
 
@@ -135,6 +138,7 @@ impl Hypervisor {
                 Verb::SetCpus(wanted) if wanted.count > limits.1 => error(ErrorCode::Failed, "too many CPUs"),
                 Verb::SetMemory(wanted) => note(&words, &format!("memory {}", wanted.bytes)),
                 Verb::SetCpus(wanted) => note(&words, &format!("cpus {}", wanted.count)),
+                Verb::Check(_) => reply::Result::Done(Done {}),
                 other => panic!("unexpected: {other:?}"),
             };
             self.write(&Reply { id: request.id, result: Some(result) });
@@ -247,7 +251,13 @@ fn join(mut ours: UnixStream, directory: &Path) {
     }
     let line = String::from_utf8(line).expect("text");
     let port: u32 = line.strip_prefix("CONNECT ").expect("CONNECT").parse().expect("a port");
-    let name = if port == CONTROL_PORT { "control.sock" } else { "stream.sock" };
+    let name = match port {
+        CONTROL_PORT => "control.sock",
+        STREAM_PORT => "stream.sock",
+        // Nobody listens there.
+        _ if !directory.join(DEAF).exists() => return,
+        _ => return std::mem::forget(ours),
+    };
     let Ok(theirs) = UnixStream::connect(directory.join(name)) else { return };
     if ours.write_all(b"OK 4711\n").is_err() {
         return;

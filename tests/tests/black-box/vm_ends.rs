@@ -1,0 +1,170 @@
+//! Pods in virtual machines that come to no good: how that is told, and that the pods beside them notice nothing.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use podvisor_critest::node::{Options, VM};
+use podvisor_proto::cri::{ContainerState, PodSandboxConfig, PodSandboxState};
+use podvisor_tests::fixture::Pod;
+use podvisor_tests::images::BUSYBOX;
+use podvisor_tests::{Fixture, ask, eventually};
+use rustix::process::{Signal, kill_process};
+
+use super::Tests;
+use super::vm::{info, process};
+
+/// A neighbour whose container must be there as it was.
+struct Neighbour {
+    pod: Pod,
+    container: String,
+}
+
+impl Neighbour {
+    async fn new(f: &Fixture) -> Result<Self> {
+        let (pod, container) = f.running("neighbour", &ask::waiting("c")).await?;
+        Ok(Self { pod, container })
+    }
+
+    async fn has_noticed_nothing(&self, f: &Fixture) -> Result<()> {
+        ensure!(f.cri.output(&self.container, &["echo", "here"]).await? == "here\n");
+        ensure!(f.cri.pod_status(&self.pod.id).await?.state() == PodSandboxState::SandboxReady);
+        ensure!(f.cri.status(&self.container).await?.state() == ContainerState::ContainerRunning);
+        Ok(())
+    }
+}
+
+pub(crate) fn add(tests: &mut Tests) {
+    let options = || Options { handler: VM.to_owned(), ..Options::default() };
+    tests.add_with("vm_ends::panics_and_hangs_are_told", options(), panics_and_hangs_are_told);
+    tests.add_with("vm_ends::memory_that_is_used_up_costs_a_container", options(), memory_costs_a_container);
+    tests.add_with("vm_ends::bombs_and_floods_stay_inside", options(), bombs_and_floods_stay_inside);
+    tests.add_with("vm_ends::silence_holds_nothing_up", options(), silence_holds_nothing_up);
+}
+
+/// A pod that may do everything in its guest.
+async fn privileged(f: &Fixture, name: &str) -> Result<(Pod, String)> {
+    let mut config = f.ask_pod(name);
+    ask::pod_context(&mut config).privileged = true;
+    std::fs::create_dir_all(&config.log_directory)?;
+    let id = f.cri.run_pod_by(&config, VM).await?;
+    let pod = Pod::known(&id, &config, &f.cri);
+    let mut container = ask::waiting("c");
+    ask::context(&mut container).privileged = true;
+    let container = pod.start(&container).await?;
+    Ok((pod, container))
+}
+
+async fn panics_and_hangs_are_told(f: &mut Fixture) -> Result<()> {
+    let neighbour = Neighbour::new(f).await?;
+    let ends = [
+        (
+            "echo c >/proc/sysrq-trigger",
+            "the guest's kernel panicked: Kernel panic - not syncing: sysrq triggered crash",
+            "Kernel panic - not syncing",
+        ),
+        // Its processor runs one program and nothing else, not even the kernel's own.
+        (
+            "echo -1 >/proc/sys/kernel/sched_rt_runtime_us; exec chrt -f 99 sh -c 'while :; do :; done'",
+            "the guest hangs: neither its kernel nor its agent has answered",
+            "",
+        ),
+    ];
+    for (number, (script, reason, console)) in ends.into_iter().enumerate() {
+        let (pod, container) = privileged(f, &format!("pod{number}")).await?;
+        let later = format!("(sleep 0.5; {script}) >/dev/null 2>&1 </dev/null &");
+        f.cri.output(&container, &["sh", "-c", &later]).await?;
+        let status = f.cri.wait_exited(&container).await.with_context(|| script.to_owned())?;
+        ensure!(status.exit_code == 137 && status.reason == "Error", "{status:?}");
+        // What kubelet shows of the container, and crictl of the pod.
+        ensure!(status.message.contains(reason) && status.message.contains(console), "{status:?}");
+        eventually("the pod is not ready", || async {
+            let state = f.cri.pod_status(&pod.id).await?.state();
+            ensure!(state == PodSandboxState::SandboxNotready, "it is {state:?}");
+            Ok(())
+        })
+        .await?;
+        let told = info(f, &pod.id).await?;
+        let why = told["why"].as_str().unwrap_or_default();
+        ensure!(why.starts_with(&format!("the pod's virtual machine ended: {reason}")), "{why}");
+        ensure!(why.contains(console), "{why}");
+        f.cri.stop_pod(&pod.id).await?;
+        f.cri.remove_pod(&pod.id).await?;
+        neighbour.has_noticed_nothing(f).await?;
+    }
+    Ok(())
+}
+
+/// A pod whose containers may use so much together, as kubelet says it. Nothing is declared for the machine.
+fn sized(f: &Fixture, name: &str, memory: i64) -> PodSandboxConfig {
+    let mut config = f.ask_pod(name);
+    let resources = config.linux.get_or_insert_default().resources.get_or_insert_default();
+    resources.memory_limit_in_bytes = memory;
+    config
+}
+
+async fn memory_costs_a_container(f: &mut Fixture) -> Result<()> {
+    f.cri.pull(BUSYBOX).await?;
+    for memory in [32 << 20, 160 << 20] {
+        let name = format!("pod{}", memory >> 20);
+        let pod = f.run(sized(f, &name, memory)).await?;
+        let beside = pod.start(&ask::waiting("beside")).await?;
+        // One within a limit of its own; one without, which fills all that the pod has.
+        for (name, limit) in [("limited", memory / 2), ("unlimited", 0), ("again", 0)] {
+            let mut hungry = ask::script(name, "x=0123456789abcdef; while :; do x=$x$x; done");
+            ask::resources(&mut hungry).memory_limit_in_bytes = limit;
+            let id = pod.start(&hungry).await?;
+            let status = f.cri.wait_exited(&id).await?;
+            ensure!(status.exit_code == 137 && status.reason == "OOMKilled", "{memory} {name}: {status:?}");
+        }
+        ensure!(f.cri.pod_status(&pod.id).await?.state() == PodSandboxState::SandboxReady);
+        ensure!(f.cri.status(&beside).await?.state() == ContainerState::ContainerRunning);
+        ensure!(f.cri.output(&beside, &["echo", "here"]).await? == "here\n");
+    }
+    Ok(())
+}
+
+async fn bombs_and_floods_stay_inside(f: &mut Fixture) -> Result<()> {
+    let neighbour = Neighbour::new(f).await?;
+    let pod = f.pod("pod").await?;
+    let mut bomb = ask::script("bomb", "f() { f | f & }; f; while :; do sleep 1; done");
+    ask::resources(&mut bomb).memory_limit_in_bytes = 128 << 20;
+    pod.start(&bomb).await?;
+    let flood = pod.start(&ask::script("flood", "exec yes 0123456789abcdef")).await?;
+    let beside = pod.start(&ask::waiting("beside")).await?;
+    eventually("much is written", || async {
+        let log = std::path::Path::new(&pod.config.log_directory).join("flood.log");
+        let length = std::fs::metadata(log)?.len();
+        ensure!(length > 4 << 20, "{length}");
+        Ok(())
+    })
+    .await?;
+    neighbour.has_noticed_nothing(f).await?;
+    ensure!(f.cri.pod_status(&pod.id).await?.state() == PodSandboxState::SandboxReady);
+    f.cri.stop(&beside, 5).await?;
+    f.cri.stop(&flood, 0).await?;
+    let status = f.cri.status(&flood).await?;
+    ensure!(status.exit_code == 137, "{status:?}");
+    f.cri.stop_pod(&pod.id).await?;
+    f.cri.remove_pod(&pod.id).await?;
+    neighbour.has_noticed_nothing(f).await
+}
+
+/// StopPodSandbox and RemovePodSandbox have two minutes in kubelet (`--runtime-request-timeout`).
+const KUBELETS_PATIENCE: Duration = Duration::from_secs(120);
+
+async fn silence_holds_nothing_up(f: &mut Fixture) -> Result<()> {
+    let neighbour = Neighbour::new(f).await?;
+    let (pod, container) = f.running("pod", &ask::waiting("c")).await?;
+    // The whole machine stands, which nobody takes for the guest's fault.
+    kill_process(process(f, &pod.id, "pid").await?, Signal::STOP)?;
+    neighbour.has_noticed_nothing(f).await?;
+    // Somebody waits for it in vain.
+    let vain = tokio::time::timeout(Duration::from_secs(1), f.cri.exec(&container, &["true"], 1)).await;
+    ensure!(vain.is_err(), "{vain:?}");
+    ensure!(f.cri.pod_status(&pod.id).await?.state() == PodSandboxState::SandboxReady);
+    let began = Instant::now();
+    f.cri.stop_pod(&pod.id).await?;
+    f.cri.remove_pod(&pod.id).await?;
+    ensure!(began.elapsed() < KUBELETS_PATIENCE, "{:?}", began.elapsed());
+    neighbour.has_noticed_nothing(f).await
+}
