@@ -14,6 +14,8 @@ use rustix::process::{Pid, WaitOptions, WaitStatus, wait};
 
 use crate::awaited::Awaited;
 use crate::boot::Duties;
+use crate::clock::Clock;
+use crate::connect::Connecting;
 use crate::container::Container;
 use crate::control::Control;
 use crate::events::Events;
@@ -41,10 +43,12 @@ pub(crate) struct Agent {
     pub(crate) awaited: Awaited,
     pub(crate) events: Events,
     pub(crate) streams: Streams,
+    pub(crate) connecting: Connecting,
     pub(crate) cgroups: Layout,
     pub(crate) pod: Pod,
     pub(crate) containers: BTreeMap<String, Container>,
     pub(crate) execs: BTreeMap<String, Exec>,
+    pub(crate) clock: Clock,
     pub(crate) ending: bool,
 }
 
@@ -57,6 +61,8 @@ enum Source {
     StreamListener,
     Control,
     Stream(u64),
+    /// A connection to a port of the pod that is being made.
+    Connecting(u64),
     /// What a container's or exec's process says while it is being prepared.
     Preparation(String),
     ExecPreparation(String),
@@ -102,10 +108,12 @@ impl Agent {
             awaited: Awaited::default(),
             events: Events::default(),
             streams: Streams::default(),
+            connecting: Connecting::default(),
             cgroups: Layout::V2 { mount: cgroups },
             pod: Pod::default(),
             containers: BTreeMap::new(),
             execs: BTreeMap::new(),
+            clock: Clock::default(),
             ending: false,
         })
     }
@@ -124,6 +132,7 @@ impl Agent {
             if self.awaited.are_due(news) {
                 self.retry();
             }
+            self.give_up_connecting();
             for (source, flags) in ready {
                 self.handle(source, flags, &mut buffer);
             }
@@ -169,6 +178,9 @@ impl Agent {
             flags.set(PollFlags::OUT, wanted.write);
             watched.add(Source::Stream(wanted.key), wanted.descriptor, flags);
         }
+        for (key, socket) in self.connecting.watched() {
+            watched.add(Source::Connecting(key), socket, PollFlags::OUT);
+        }
         watched.wait(self.limit())
     }
 
@@ -177,7 +189,7 @@ impl Agent {
         if self.duties.as_ref().is_some_and(|duties| !duties.modules.is_empty()) {
             return Some(Duration::ZERO);
         }
-        self.awaited.interval()
+        self.awaited.interval().into_iter().chain(self.connecting.limit()).min()
     }
 
     fn handle(&mut self, source: Source, flags: PollFlags, buffer: &mut [u8]) {
@@ -214,7 +226,9 @@ impl Agent {
                     }
                 }
             }
+            Source::Connecting(key) => self.connected(key),
             Source::Stream(key) => match self.streams.opened(key) {
+                Some((connection, Stream::Connect(wanted))) => self.connect(connection, wanted.port),
                 Some((connection, open)) => {
                     let pump = self.open(&open);
                     self.streams.carry(connection, pump);
@@ -249,7 +263,7 @@ impl Agent {
             Stream::Standard(wanted) => {
                 streams::standard(self.standard(&wanted.id), &wanted.id, wanted.which)
             }
-            Stream::Connect(connect) => self.pod.connect(connect.port).map(Pump::connection),
+            Stream::Connect(_) => Err(Failure::state("a connection is made beside the loop")),
             Stream::Console(_) => crate::console::open(),
         }
     }

@@ -15,8 +15,10 @@
 //! | `container.rs` | a container's states and verbs |
 //! | `exec.rs` | one more process in a container |
 //! | `console.rs` | a shell of the guest itself, for the node's operator |
+//! | `connect.rs` | connections to the pod's ports |
 //! | `init.rs` | the first process of a pid namespace that containers share |
-//! | `pod.rs` | what a guest becomes a pod by: name, time, randomness, limits, ports |
+//! | `pod.rs` | what a guest becomes a pod by: name, randomness, limits |
+//! | `clock.rs` | the guest's clock |
 //! | `interface.rs` | network interfaces |
 //! | `netlink.rs` | the kernel's interface for those |
 //! | `awaited.rs` | requests about devices that have not appeared yet |
@@ -33,6 +35,8 @@
 mod agent;
 mod awaited;
 mod boot;
+mod clock;
+mod connect;
 mod console;
 mod container;
 mod control;

@@ -1,17 +1,16 @@
-//! What a booted guest becomes a pod by: name, time, randomness, limits, connections to its ports.
+//! What a booted guest becomes a pod by: name, randomness, limits.
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use podvisor_container::{IdRange, PodNamespaces};
 use podvisor_proto::agent::{Exit, Personalise};
 use rustix::process::Pid;
-use rustix::time::{ClockId, Timespec, clock_settime};
+use rustix::time::ClockId;
 
 use crate::agent::Agent;
 use crate::container::PARENT;
@@ -23,9 +22,6 @@ use crate::sys;
 
 /// Where a pod's namespaces are pinned when it has a user namespace (agent.proto, `Personalise`).
 const NAMESPACES: &str = "/run/podvisor/namespaces";
-
-/// How long a program of the pod may take to accept a connection: it is on the same machine.
-const CONNECT: Duration = Duration::from_secs(5);
 
 /// The pod that this guest is, once it is one.
 #[derive(Debug)]
@@ -95,11 +91,6 @@ impl Pod {
             (outcome, _) => outcome.map_err(failed),
         }
     }
-
-    /// A connection to a port of the pod, 127.0.0.1 first.
-    pub(crate) fn connect(&self, port: u32) -> Result<OwnedFd, Failure> {
-        self.inside(|| connect(port))?
-    }
 }
 
 impl Agent {
@@ -123,7 +114,7 @@ impl Agent {
         }
         let in_guest = std::process::id() == 1;
         if in_guest {
-            set_time(wanted.time_ns)?;
+            crate::clock::set(wanted.time_ns)?;
             let random = File::options().write(true).open("/dev/urandom");
             random
                 .and_then(|random| sys::credit_randomness(random.as_fd(), &wanted.seed))
@@ -164,17 +155,6 @@ fn machine_memory(iomem: &str) -> u64 {
     bytes.sum()
 }
 
-/// A small difference is slewed, a large one set.
-pub(crate) fn set_time(ns: i64) -> Result<(), Failure> {
-    const STEP: i64 = 500_000_000;
-    let difference = ns.saturating_sub(crate::agent::now());
-    if difference.abs() < STEP {
-        return sys::slew_clock(difference).map_err(|error| Failure::system("slew the clock", error));
-    }
-    let time = Timespec { tv_sec: ns.div_euclid(1_000_000_000), tv_nsec: ns.rem_euclid(1_000_000_000) };
-    clock_settime(ClockId::Realtime, time).map_err(|error| Failure::system("set the clock", error))
-}
-
 /// The file of a sysctl, whose name has dots or slashes.
 fn sysctl_file(name: &str) -> Result<PathBuf, Failure> {
     let path: String = name.chars().map(|c| if c == '.' { '/' } else { c }).collect();
@@ -182,26 +162,6 @@ fn sysctl_file(name: &str) -> Result<PathBuf, Failure> {
         return Err(Failure::invalid(format!("{name:?} is no name of a sysctl")));
     }
     Ok(Path::new("/proc/sys").join(path))
-}
-
-/// A connection to a port of the pod, 127.0.0.1 first.
-fn connect(port: u32) -> Result<OwnedFd, Failure> {
-    let port = u16::try_from(port).ok().filter(|port| *port != 0);
-    let port = port.ok_or_else(|| Failure::invalid("a port is 1 to 65535"))?;
-    let mut refused = None;
-    for address in
-        [SocketAddr::from((Ipv4Addr::LOCALHOST, port)), SocketAddr::from((Ipv6Addr::LOCALHOST, port))]
-    {
-        match TcpStream::connect_timeout(&address, CONNECT) {
-            Ok(stream) => {
-                stream.set_nonblocking(true).map_err(|error| Failure::system("connect", error))?;
-                return Ok(stream.into());
-            }
-            Err(error) => refused = refused.or(Some(error)),
-        }
-    }
-    let error = refused.unwrap_or_else(|| std::io::ErrorKind::AddrNotAvailable.into());
-    Err(Failure::system(&format!("connect to port {port}"), error))
 }
 
 #[cfg(test)]

@@ -123,6 +123,35 @@ pub(crate) fn slew_clock(ns: i64) -> io::Result<()> {
     }
 }
 
+/// By how many ns the clock behind `device` is ahead of the system's, both read at the same moment (linux/ptp_clock.h,
+/// `PTP_SYS_OFFSET_PRECISE`).
+pub(crate) fn clock_difference(device: BorrowedFd<'_>) -> io::Result<i64> {
+    const PTP_SYS_OFFSET_PRECISE: libc::c_ulong = 0xc040_3d08;
+    #[repr(C)]
+    #[derive(Default)]
+    struct Time {
+        seconds: i64,
+        nanoseconds: u32,
+        reserved: u32,
+    }
+    #[repr(C)]
+    #[derive(Default)]
+    struct Offset {
+        device: Time,
+        realtime: Time,
+        monotonic_raw: Time,
+        reserved: [u32; 4],
+    }
+    let mut offset = Offset::default();
+    // SAFETY: the struct has the layout and the size, 64 bytes, that the request's number says; the kernel fills it.
+    if unsafe { libc::ioctl(device.as_raw_fd(), PTP_SYS_OFFSET_PRECISE, &raw mut offset) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let ns =
+        |time: &Time| time.seconds.saturating_mul(1_000_000_000).saturating_add(i64::from(time.nanoseconds));
+    Ok(ns(&offset.device).saturating_sub(ns(&offset.realtime)))
+}
+
 /// A signal by its number, the real-time ones too.
 pub(crate) fn signal(number: i32) -> Option<rustix::process::Signal> {
     use rustix::process::Signal;

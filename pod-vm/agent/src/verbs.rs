@@ -57,7 +57,7 @@ impl Agent {
         match verb {
             Verb::Hello(_) => Ok(None),
             Verb::Personalise(wanted) => done(self.personalise(&wanted)),
-            Verb::SetTime(time) => done(crate::pod::set_time(time.time_ns)),
+            Verb::SetTime(time) => done(self.clock.told(time.time_ns)),
             Verb::Acknowledge(acknowledged) => {
                 self.events.acknowledge(acknowledged.sequence);
                 done(Ok(()))

@@ -147,6 +147,8 @@ fn ports_of_the_pod() {
     echo.join().unwrap();
     let refused = guest.open(&Open { stream: Some(Stream::Connect(Connect { port })) });
     assert_eq!(code(refused.map(drop)), ErrorCode::System);
+    let refused = guest.open(&Open { stream: Some(Stream::Connect(Connect { port: 65_536 })) });
+    assert_eq!(code(refused.map(drop)), ErrorCode::Invalid);
 }
 
 #[test]
