@@ -58,7 +58,7 @@ pub(crate) mod state;
 mod steps;
 pub(crate) mod task;
 pub(crate) mod view;
-mod vm;
+pub(crate) mod vm;
 mod volumes;
 
 use std::collections::BTreeMap;

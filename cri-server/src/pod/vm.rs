@@ -288,6 +288,12 @@ fn parent(node: &Node, config: &cri::PodSandboxConfig) -> String {
     }
 }
 
+/// Where the processes of the pod's machine are, hypervisor and file server: what they use is what the machine costs the node.
+pub(crate) fn cgroup(node: &Node, record: &PodRecord) -> Option<String> {
+    record.machine.as_ref()?;
+    Some(node.driver.container_cgroup(&parent(node, &record.config.0), record.id.as_str()))
+}
+
 /// What is held for the machine.
 pub(super) fn acquisitions(node: &Node, pod: &PodId, config: &cri::PodSandboxConfig) -> [Acquisition; 2] {
     [

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use podvisor_critest::node::{Options, VM};
 use podvisor_proto::cri::{
     ListMetricDescriptorsRequest, ListPodSandboxMetricsRequest, ListPodSandboxStatsRequest, Metric,
     MetricType, PodSandboxMetrics, StreamContainersRequest, StreamPodSandboxMetricsRequest,
@@ -16,6 +17,8 @@ use super::Tests;
 
 pub(crate) fn add(tests: &mut Tests) {
     tests.add("metrics::of_a_pod_and_its_containers", of_a_pod_and_its_containers);
+    let options = Options { handler: VM.to_owned(), ..Options::default() };
+    tests.add_with("metrics::tell_what_a_machine_costs", options, tell_what_a_machine_costs);
     tests.add("metrics::fit_their_descriptors", fit_their_descriptors);
     tests.add("metrics::count_what_happens", count_what_happens);
     tests.add("stats::have_rates_and_pressure", rates_and_pressure);
@@ -62,6 +65,29 @@ fn one(name: &str, all: &[Metric], keys: &BTreeMap<String, Vec<String>>) -> Resu
     let mut found = samples(name, all, keys);
     ensure!(found.len() == 1, "{} samples of {name}: {found:?}", found.len());
     found.pop().context("none")
+}
+
+async fn tell_what_a_machine_costs(f: &mut Fixture) -> Result<()> {
+    f.running("pod", &ask::waiting("c")).await?;
+    let keys = descriptors(f).await?;
+    let told = metrics(f).await?.pop().context("no pod")?.metrics;
+    let machine = |name: &str| -> Result<u64> {
+        let mut found = samples(name, &told, &keys);
+        found.retain(|sample| sample.labels["container"] == "POD" && sample.labels["image"].is_empty());
+        ensure!(found.len() == 1, "{name}: {found:?}");
+        Ok(found[0].value)
+    };
+    let pod = |name: &str| -> Result<u64> {
+        let mut found = samples(name, &told, &keys);
+        found.retain(|sample| sample.labels["name"].is_empty());
+        ensure!(found.len() == 1, "{name}: {found:?}");
+        Ok(found[0].value)
+    };
+    // A booted guest has touched so much; a shell in it takes a small part of that.
+    let (whole, inside) = (machine("container_memory_usage_bytes")?, pod("container_memory_usage_bytes")?);
+    ensure!(whole > 64 << 20 && inside > 0 && inside < whole / 2, "{whole} {inside}");
+    ensure!(machine("container_cpu_usage_seconds_total")? > 0);
+    Ok(())
 }
 
 async fn of_a_pod_and_its_containers(f: &mut Fixture) -> Result<()> {

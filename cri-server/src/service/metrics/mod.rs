@@ -11,6 +11,9 @@
 //! whole there are two kinds of samples: of its cgroup, with neither `name` nor `image` nor `container` (queries that sum up containers ask for
 //! one of them not to be empty), and of its network, whose `name` is the sandbox's id, as of a pause container.
 //!
+//! Of a virtual machine there is a third: what it costs the node, the guest's memory included, as `container="POD"`. What the pod and its
+//! containers use is what the guest says.
+//!
 //! Per cgroup some thirty small files are read, whatever runs in it, on threads of their own (`crate::readings`).
 
 mod families;
@@ -29,7 +32,11 @@ use crate::node::{Node, now};
 use crate::pod::Pods;
 use crate::pod::request::cgroup_parent;
 use crate::pod::view::{ContainerView, PodView};
+use crate::pod::vm;
 use samples::{Filesystem, Samples};
+
+/// What cAdvisor calls the part of a pod that is none of its containers, and what queries leave out therefore.
+const MACHINE: &str = "POD";
 
 pub(super) fn descriptors() -> Vec<cri::MetricDescriptor> {
     families::ALL.iter().map(|family| family.descriptor()).collect()
@@ -60,7 +67,9 @@ fn of_pod(
         let mut samples = Samples::new(labels(&path, "", "", ""));
         samples.times(now(), view.record.created_at, view.record.created_at);
         let cgroup = node.cgroups.cgroup(&path);
-        if let Ok(stats) = cgroup.stats() {
+        if let Some(stats) = guest.and_then(|guest| guest.pod.as_ref()) {
+            samples.usage(stats, device_name);
+        } else if let Ok(stats) = cgroup.stats() {
             samples.usage(&stats, device_name);
         }
         if let Ok(details) = cgroup.details(&meters.page_sizes) {
@@ -68,6 +77,14 @@ fn of_pod(
         }
         if let Some(resources) = answers::sandbox_resources(view) {
             samples.spec(&resources);
+        }
+        metrics.append(&mut samples.done());
+    }
+    if let Some(path) = vm::cgroup(node, &view.record) {
+        let mut samples = Samples::new(labels(&path, view.record.id.as_str(), "", MACHINE));
+        samples.times(now(), view.record.created_at, view.record.created_at);
+        if let Ok(stats) = node.cgroups.cgroup(&path).stats() {
+            samples.usage(&stats, device_name);
         }
         metrics.append(&mut samples.done());
     }
