@@ -84,6 +84,44 @@ fn memory_with_a_machine() {
     });
 }
 
+/// How often a process's threads were woken up, and ns that they ran.
+fn woken(pid: i32) -> (u64, u64) {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    threads.fold((0, 0), |(woken, ran), thread| {
+        let read = |name: &str| std::fs::read_to_string(thread.path().join(name)).unwrap();
+        let status = read("status");
+        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
+        let time: u64 = read("schedstat").split(' ').next().unwrap().parse().unwrap();
+        (woken + line.trim().parse::<u64>().unwrap(), ran + time)
+    })
+}
+
+/// What the sign of life costs: with a real guest (`PODVISOR_GUEST`, `PODVISOR_PROGRAMS`).
+#[test]
+#[ignore = "measures"]
+fn idle_machine() {
+    const SECONDS: u64 = 30;
+    run(|lab| {
+        let mut pod = lab.machine_pod();
+        let machine = lab.start(&mut pod, "");
+        pod.run("c1", &Spec::waiting());
+        std::thread::sleep(Duration::from_secs(5));
+        let pids = [
+            ("monitor", i32::try_from(pod.child.id()).unwrap()),
+            ("hypervisor", machine.hypervisor_pid),
+            ("machine", machine.pid),
+        ];
+        let before = pids.map(|(_, pid)| woken(pid));
+        std::thread::sleep(Duration::from_secs(SECONDS));
+        for ((name, pid), (woken_before, ran_before)) in pids.into_iter().zip(before) {
+            let (woken, ran) = woken(pid);
+            let tenths = (woken - woken_before) * 10 / SECONDS;
+            let micros = (ran - ran_before) / SECONDS / 1000;
+            println!("{name}: woken {}.{} times a second, {micros} µs a second", tenths / 10, tenths % 10);
+        }
+    });
+}
+
 #[test]
 #[ignore = "measures"]
 fn latency() {

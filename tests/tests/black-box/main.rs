@@ -25,6 +25,7 @@ mod userns;
 mod version;
 mod vm;
 mod vm_ends;
+mod vm_shell;
 mod vm_volumes;
 
 use std::process::ExitCode;
@@ -53,6 +54,7 @@ fn main() -> Result<ExitCode> {
     gvisor::add(&mut tests);
     vm::add(&mut tests);
     vm_ends::add(&mut tests);
+    vm_shell::add(&mut tests);
     vm_volumes::add(&mut tests);
     security::add(&mut tests);
     userns::add(&mut tests);

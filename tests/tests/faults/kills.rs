@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use podvisor_critest::node::{Options, VM};
 use podvisor_proto::cri::{ContainerState, PodSandboxState};
 use podvisor_tests::cri::Cri;
 use podvisor_tests::fixture::{Pod, numbered};
@@ -21,11 +22,20 @@ use tonic::Status;
 
 use crate::scale;
 
+/// Pods that stay, and tasks in which others come and go.
 const STEADY: usize = 3;
 const WORKERS: usize = 7;
+/// A virtual machine takes seconds to start, so none come and go.
+const MACHINES: usize = 2;
 
 pub(crate) fn add(tests: &mut Tests) {
-    tests.add("kills::at_random_moments_lose_nothing", at_random_moments);
+    tests.add("kills::at_random_moments_lose_nothing", async |f: &mut Fixture| {
+        at_random_moments(f, scale(30, 300), STEADY, WORKERS).await
+    });
+    let options = Options { handler: VM.to_owned(), ..Options::default() };
+    tests.add_with("kills::at_random_moments_lose_no_virtual_machine", options, async |f: &mut Fixture| {
+        at_random_moments(f, scale(10, 100), MACHINES, 0).await
+    });
 }
 
 /// What all tasks of the test share.
@@ -66,15 +76,14 @@ impl Shared {
     }
 }
 
-async fn at_random_moments(f: &mut Fixture) -> Result<()> {
-    let kills = scale(30, 300);
+async fn at_random_moments(f: &mut Fixture, kills: u32, pods: usize, workers: usize) -> Result<()> {
     let mut random = Random::seeded("kills");
     let shared = Arc::new(Shared::default());
     f.cri.pull(BUSYBOX).await?;
     let counting =
         ask::script("c", "trap 'exit 0' TERM; i=0; while :; do echo $i; i=$((i+1)); sleep 0.01; done");
     let mut steady = Vec::new();
-    for number in 0..STEADY {
+    for number in 0..pods {
         let pod = f.pod(&format!("steady{number}")).await?;
         let container = pod.start(&counting).await?;
         let address = f.cri.pod_status(&pod.id).await?.network.context("no network")?.ip;
@@ -85,7 +94,7 @@ async fn at_random_moments(f: &mut Fixture) -> Result<()> {
     let mut tasks = tokio::task::JoinSet::new();
     let containers: Vec<String> = steady.iter().map(|(_, container, _)| container.clone()).collect();
     tasks.spawn(observe(f.cri.clone(), Arc::clone(&shared), containers));
-    for worker in 0..WORKERS {
+    for worker in 0..workers {
         let logs = f.logs();
         tasks.spawn(come_and_go(f.cri.clone(), Arc::clone(&shared), worker, logs, random.fork()));
     }
