@@ -3,7 +3,7 @@
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 CRITEST := $(TARGET)/release/podvisor-critest
 
-.PHONY: all packages deps build images kernels guest test lint critest lab critest-lab test-lab demo bench clean
+.PHONY: all packages deps build deb images kernels guest test lint critest lab critest-lab test-lab demo bench clean
 .PHONY: critest-vm critest-orders critest-peer test-gvisor bench-pull bench-fs test-faults bench-load
 
 all: build
@@ -20,6 +20,10 @@ deps: packages
 build: packages
 	cargo build --release -p podvisor -p podvisor-monitor -p podvisor-fs -p podvisor-qemu -p podvisor-critest
 	cargo rustc --release -p podvisor-agent --bin podvisor-agent -- -C target-feature=+crt-static
+
+# A Debian package: the programs, the systemd unit, and what a node has to be told; config/package says what is in it.
+deb: build
+	config/package/build
 
 # The images that the conformance suite pulls, and the suite itself, which names one of them by its digest.
 images: build

@@ -7,6 +7,7 @@
 mod apparmor;
 mod checkpoint;
 mod limits;
+mod package;
 mod reboot;
 mod selinux;
 mod systemd;

@@ -15,7 +15,7 @@ use podvisor_tests::fixture::Pod;
 use podvisor_tests::images::{BUSYBOX, HOST, TestImages};
 use podvisor_tests::{ask, eventually};
 
-const UNIT: &str = "podvisor.service";
+pub(crate) const UNIT: &str = "podvisor.service";
 const CGROUPS: &str = "/sys/fs/cgroup";
 
 #[test]
@@ -42,7 +42,7 @@ fn pods_outlive_the_unit() {
 
 /// The packaged unit, with nothing changed but the command.
 fn install(node: &Node) -> Result<()> {
-    let packaged = fs::read_to_string(project_dir().join("config/podvisor.service"))?;
+    let packaged = fs::read_to_string(project_dir().join("config/package/podvisor.service"))?;
     let command = format!(
         "ExecStart={} serve --config {}",
         daemon_program().display(),
@@ -54,14 +54,14 @@ fn install(node: &Node) -> Result<()> {
     systemctl(&["daemon-reload"]).map(drop)
 }
 
-fn systemctl(arguments: &[&str]) -> Result<String> {
+pub(crate) fn systemctl(arguments: &[&str]) -> Result<String> {
     let output = Command::new("systemctl").args(arguments).output().context("running systemctl")?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.success(), "systemctl {arguments:?}: {}: {said}", output.status);
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-fn main_pid() -> Result<u32> {
+pub(crate) fn main_pid() -> Result<u32> {
     let pid: u32 = systemctl(&["show", "--property=MainPID", "--value", UNIT])?.parse()?;
     ensure!(pid != 0, "the unit has no process");
     Ok(pid)
@@ -73,7 +73,7 @@ fn cgroup_of(pid: u32) -> Result<String> {
 }
 
 /// The only process of a cgroup, with when it was started.
-fn process_in(cgroup: &str) -> Result<(u32, String)> {
+pub(crate) fn process_in(cgroup: &str) -> Result<(u32, String)> {
     let path = PathBuf::from(format!("{CGROUPS}{cgroup}/cgroup.procs"));
     let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
     let first = text.lines().next().with_context(|| format!("no process in {cgroup}"))?;
@@ -84,7 +84,7 @@ fn process_in(cgroup: &str) -> Result<(u32, String)> {
 }
 
 /// Monitors, by the scope that each is in.
-fn monitors() -> Vec<String> {
+pub(crate) fn monitors() -> Vec<String> {
     let entries = fs::read_dir(format!("{CGROUPS}/podvisor.slice")).into_iter().flatten().flatten();
     let names = entries.map(|entry| entry.file_name().display().to_string());
     names.filter(|name| name.starts_with("podvisor-monitor-")).collect()
