@@ -1,12 +1,11 @@
 //! The Debian package as an administrator meets it: installed, configured by a drop-in, upgraded under a running pod, purged.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use podvisor_critest::project_dir;
 use podvisor_tests::cri::Cri;
 use podvisor_tests::fixture::Pod;
 use podvisor_tests::images::{BUSYBOX, HOST, TestImages};
@@ -28,9 +27,9 @@ fn is_installed_upgraded_and_purged() {
     });
 }
 
-/// A package that says it has this version.
-fn build(version: &str) -> Result<PathBuf> {
-    Ok(PathBuf::from(said(&project_dir().join("config/package/build"), &[version])?))
+/// The package that this variable of tests/lab/test names.
+fn package(variable: &str) -> Result<String> {
+    std::env::var(variable).with_context(|| format!("{variable} names no package"))
 }
 
 /// What a program says on its standard output.
@@ -48,10 +47,7 @@ fn dpkg(arguments: &[&str]) -> Result<String> {
 
 async fn lifetime() -> Result<()> {
     let images = Arc::new(TestImages::serve()?);
-    // Built beside the programs, where this machine may write.
-    let (first, next) = (build("0.1.0~first")?, build("0.1.0~next")?);
-
-    dpkg(&["--install", &first.display().to_string()])?;
+    dpkg(&["--install", &package("LAB_PACKAGE")?])?;
     ensure!(systemctl(&["is-active", UNIT])? == "active" && systemctl(&["is-enabled", UNIT])? == "enabled");
     let forward = fs::read_to_string("/proc/sys/net/ipv4/ip_forward")?;
     ensure!(forward.trim() == "1", "pods could not be reached: ip_forward = {forward}");
@@ -63,10 +59,13 @@ async fn lifetime() -> Result<()> {
     );
     fs::create_dir_all("/etc/podvisor/config.toml.d")?;
     fs::write("/etc/podvisor/registries.conf", registries)?;
-    fs::write(
-        "/etc/podvisor/config.toml.d/node.toml",
-        "[image]\nregistries_conf = \"/etc/podvisor/registries.conf\"\n[network]\nmode = \"builtin\"\n",
-    )?;
+    // The lab's own root is an overlay, which cannot be the upper layer of another.
+    let images_root = tempfile::tempdir_in("/run")?;
+    let node = format!(
+        "root = {:?}\n[image]\nregistries_conf = \"/etc/podvisor/registries.conf\"\n[network]\nmode = \"builtin\"\n",
+        images_root.path().display().to_string()
+    );
+    fs::write("/etc/podvisor/config.toml.d/node.toml", node)?;
     said(Path::new("/usr/bin/podvisor"), &["config", "validate"])?;
     systemctl(&["restart", UNIT])?;
     let cri = Cri::new(Path::new(SOCKET))?;
@@ -83,7 +82,7 @@ async fn lifetime() -> Result<()> {
 
     // The upgrade of a node that works: another daemon, the same pod.
     let before = main_pid()?;
-    dpkg(&["--install", &next.display().to_string()])?;
+    dpkg(&["--install", &package("LAB_NEXT_PACKAGE")?])?;
     eventually("another daemon serves", || async {
         ensure!(main_pid()? != before, "it is still process {before}");
         Ok(cri.version().await?)
@@ -109,5 +108,17 @@ async fn lifetime() -> Result<()> {
         ensure!(!Path::new(gone).exists(), "{gone} is left");
     }
     ensure!(systemctl(&["cat", UNIT]).is_err(), "the unit is left");
+    clear()
+}
+
+/// What a node keeps: others may use it.
+fn clear() -> Result<()> {
+    said(Path::new("ip"), &["link", "delete", "podvisor0"])?;
+    said(Path::new("nft"), &["delete", "table", "inet", "podvisor"])?;
+    for pinned in ["/run/netns", "/run/ipcns", "/run/utsns"] {
+        said(Path::new("umount"), &[pinned])?;
+        fs::remove_dir(pinned)?;
+    }
+    fs::remove_dir("/run/nri")?;
     Ok(())
 }
