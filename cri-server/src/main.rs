@@ -18,6 +18,7 @@ mod memory;
 mod meters;
 mod monitor;
 mod mount_attr;
+mod mount_table;
 mod node;
 mod pause_image;
 mod pause_program;

@@ -42,6 +42,10 @@ pub mod monitor {
 
     /// Longest frame either side accepts, in bytes. An ExecSync reply with both outputs at their cap fits.
     pub const MAX_FRAME: usize = 40 << 20;
+
+    /// Most bytes and files of a volume that a guest gets a copy of (`FollowedVolume`).
+    pub const FOLLOWED_BYTES: u64 = 4 << 20;
+    pub const FOLLOWED_FILES: usize = 1024;
 }
 
 /// The agent protocol: what a pod's monitor and the agent in its guest say to each other, on vsock.

@@ -13,6 +13,7 @@ mod disk;
 mod exec;
 mod exit_record;
 mod failure;
+mod follow;
 mod forward;
 mod frame;
 mod guest;
@@ -29,6 +30,7 @@ mod stdio;
 mod strays;
 mod sys;
 mod verbs;
+mod version;
 
 use std::io;
 use std::os::fd::AsFd;

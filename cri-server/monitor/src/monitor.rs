@@ -180,6 +180,7 @@ impl Monitor {
             Token::FilesReady(key) => self.files_ready(key),
             Token::Words(key) => self.program_speaks(key),
             Token::MachineGone(key) => self.machine_process_gone(key),
+            Token::Volumes => self.volumes_changed(),
         }
     }
 

@@ -42,6 +42,8 @@ pub(crate) enum Token {
     Words(u64),
     /// The process that is the machine has ended.
     MachineGone(u64),
+    /// There is news of a volume.
+    Volumes,
 }
 
 impl Token {
@@ -62,6 +64,7 @@ impl Token {
             Self::FilesReady(key) => key << 4 | 0xc,
             Self::Words(key) => key << 4 | 0xd,
             Self::MachineGone(key) => key << 4 | 0xe,
+            Self::Volumes => 0xf,
         }
     }
 
@@ -83,6 +86,7 @@ impl Token {
             0xc => Self::FilesReady(key),
             0xd => Self::Words(key),
             0xe => Self::MachineGone(key),
+            0xf => Self::Volumes,
             _ => return None,
         })
     }

@@ -23,7 +23,7 @@ use super::record::{
 use super::request::cgroup_parent;
 use super::signal::stop_signal;
 use super::slot::Slot;
-use super::specify::specify;
+use super::specify::{Specified, specify};
 use super::state::State;
 use super::task::Command;
 use super::volumes::volumes;
@@ -210,7 +210,7 @@ pub(crate) async fn build(
         node.images.prepare(record.id.as_str(), &image.id, false).await.map_err(PodError::Image)?;
     let prepared = image_volumes::prepare(node, &record.id, &record.image_volumes).await?;
     podvisor_fault::point("create.snapshot");
-    let (spec, user) = {
+    let Specified { spec, user, volumes } = {
         let (node, pod, record, image, bundle, rootfs) =
             (node.clone(), pod.clone(), record.clone(), image.clone(), bundle.clone(), rootfs.clone());
         tokio::task::spawn_blocking(move || {
@@ -222,9 +222,9 @@ pub(crate) async fn build(
                 share::add_container(&pod, &record.id, &rootfs)?;
             }
             podvisor_fault::point("create.mounted");
-            let (spec, user) = specify(&node, &pod, &record, &image, rootfs, target, selinux)?;
-            write_spec(&bundle, &spec)?;
-            Ok::<_, PodError>((spec, user))
+            let specified = specify(&node, &pod, &record, &image, rootfs, target, selinux)?;
+            write_spec(&bundle, &specified.spec)?;
+            Ok::<_, PodError>(specified)
         })
         .await
         .map_err(|_| PodError::TaskGone)??
@@ -242,7 +242,7 @@ pub(crate) async fn build(
 
     podvisor_fault::point("create.specified");
     let guest = match pod.runtime.vm() {
-        Some(_) => Some(super::vm::container(pod, &record, seccomp.as_ref())?),
+        Some(_) => Some(super::vm::container(pod, &record, seccomp.as_ref(), volumes)?),
         None => None,
     };
     let verb = Verb::CreateContainer(CreateContainer {

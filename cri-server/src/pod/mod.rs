@@ -41,6 +41,7 @@ pub(crate) mod build;
 pub(crate) mod devices;
 mod dismantle;
 mod files;
+mod guest_volumes;
 pub(crate) mod image_volumes;
 pub(crate) mod launch;
 pub(crate) mod record;

@@ -138,6 +138,9 @@ pub(crate) struct Machine {
     /// `uname -r`, as the agent says.
     pub(crate) kernel_release: String,
     pub(crate) agent: String,
+    /// Its agent, and its monitor, can have volumes in the guest's memory.
+    #[serde(default)]
+    pub(crate) keeps_volumes: bool,
     /// Bytes, and virtual CPUs.
     pub(crate) memory: u64,
     pub(crate) cpus: u32,

@@ -43,6 +43,13 @@ pub(super) fn directory(node: &Node, pod: &PodId) -> PathBuf {
     node.pod_directory(pod).join("volumes")
 }
 
+/// Whether containers of a pod have something of a file system in the share.
+pub(super) fn uses_device(node: &Node, pod: &PodId, device: u64) -> bool {
+    let names = fs::read_dir(directory(node, pod)).into_iter().flatten().flatten();
+    let prefix = format!("{device:x}-");
+    names.map(|name| name.file_name()).any(|name| name.to_string_lossy().starts_with(&prefix))
+}
+
 /// What a container writes down about its use of a volume.
 const WRITES: &str = "rw";
 const READS: &str = "ro";

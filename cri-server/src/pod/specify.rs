@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::Spec;
 use podvisor_image_store::Image;
 use podvisor_proto::cri::{self, NamespaceMode};
+use podvisor_proto::monitor::GuestVolume;
 use podvisor_spec::selinux::Confinement;
 use podvisor_spec::{Input, NamespacePaths, PodFiles, ResolvedMount};
 
@@ -22,6 +23,15 @@ use crate::error::PodError;
 use crate::node::Node;
 use crate::selinux::{LabelError, relabel};
 
+/// A container's spec, and what comes with it.
+#[derive(Debug)]
+pub(super) struct Specified {
+    pub(super) spec: Spec,
+    pub(super) user: podvisor_spec::User,
+    /// In the memory of the pod's guest.
+    pub(super) volumes: Vec<GuestVolume>,
+}
+
 /// The OCI spec, with everything on the host that it refers to looked up or made. Blocking.
 pub(super) fn specify(
     node: &Node,
@@ -31,7 +41,7 @@ pub(super) fn specify(
     rootfs: PathBuf,
     target: Option<PathBuf>,
     selinux: Confinement,
-) -> Result<(Spec, podvisor_spec::User), PodError> {
+) -> Result<Specified, PodError> {
     let config = &record.config.0;
     let sandbox = &pod.config.0;
     let directory = node.pod_directory(&pod.id);
@@ -46,8 +56,11 @@ pub(super) fn specify(
     let devices = devices::resolve(&config.devices)?;
 
     let in_vm = pod.runtime.vm().is_some();
-    let below =
-        if in_vm { vm::share_mounts(node, pod, record, &config.mounts, &mut mounts)? } else { Vec::new() };
+    let sources = if in_vm {
+        vm::share_mounts(node, pod, record, &config.mounts, &mut mounts)?
+    } else {
+        vm::Sources::default()
+    };
     let host = if in_vm { &node.guest } else { &node.host };
     let held = |name: &str| pod.acquired.contains(&Acquisition::Mount(directory.join(name)));
     let shm = if held("shm") { directory.join("shm") } else { PathBuf::from("/dev/shm") };
@@ -94,7 +107,7 @@ pub(super) fn specify(
     let mut spec = podvisor_spec::container(&input)?;
     let asked = cdi::asked(&config)?;
     if in_vm {
-        vm::in_guest(&mut spec, asked.first().map(ToString::to_string), below)?;
+        vm::in_guest(&mut spec, asked.first().map(ToString::to_string), sources.below)?;
     } else {
         cdi::inject(node, &mut spec, &asked)?;
     }
@@ -106,7 +119,7 @@ pub(super) fn specify(
         gid: 0,
         supplemental_groups: Vec::new(),
     });
-    Ok((spec, user))
+    Ok(Specified { spec, user, volumes: sources.volumes })
 }
 
 /// Gives volumes that ask for it the label of the container's files. Images are mounted with it.

@@ -15,7 +15,7 @@ use podvisor_proto::cri::{self, NamespaceMode};
 use podvisor_proto::hypervisor::{Network, Start};
 use podvisor_proto::monitor::reply::Result as Answer;
 use podvisor_proto::monitor::request::Verb;
-use podvisor_proto::monitor::{FileServer, GuestContainer, ResizeVm, StartVm, VmStarted};
+use podvisor_proto::monitor::{FileServer, GuestContainer, GuestVolume, ResizeVm, StartVm, VmStarted};
 use podvisor_seccomp::Compiled;
 use podvisor_spec::{Ids, NamespacePaths, ResolvedMount, UserNamespace};
 
@@ -23,12 +23,13 @@ use super::acquired::Acquisition;
 use super::record::{ContainerRecord, Machine, PinnedVm, PodRecord, ProcessIdentity};
 use super::request::{cgroup_parent, hostname, user_namespace};
 use super::view::namespace_options;
-use super::{share, shared_volumes};
+use super::{guest_volumes, share, shared_volumes};
 use crate::error::PodError;
 use crate::id::{ContainerId, PodId};
 use crate::monitor::process::identify;
 use crate::monitor::{Connection, MonitorError};
 use crate::mount_attr::Attributes;
+use crate::mount_table;
 use crate::node::Node;
 
 const FIELD: &str = "config.linux.security_context.namespace_options";
@@ -87,15 +88,23 @@ pub(super) fn root(container: &ContainerId) -> PathBuf {
     Path::new("/run/podvisor/roots").join(container.as_str())
 }
 
-/// Shows the sources of a container's mounts in the pod's share; `resolved` are the guest's paths afterwards. Gives what is mounted below
-/// those that are read-only by themselves alone. Blocking.
+/// What a container's mounts come to in a guest beside their sources.
+#[derive(Debug, Default)]
+pub(super) struct Sources {
+    /// What is mounted below those that are read-only by themselves alone.
+    pub(super) below: Vec<Mount>,
+    /// Those that are in the guest's memory.
+    pub(super) volumes: Vec<GuestVolume>,
+}
+
+/// Shows the sources of a container's mounts to the guest; `resolved` are its paths afterwards. Blocking.
 pub(super) fn share_mounts(
     node: &Node,
     pod: &PodRecord,
     record: &ContainerRecord,
     mounts: &[cri::Mount],
     resolved: &mut [ResolvedMount],
-) -> Result<Vec<Mount>, PodError> {
+) -> Result<Sources, PodError> {
     let user = match pod.namespaces().user {
         Some(path) => Some(std::fs::File::open(&path).map_err(|source| PodError::File {
             operation: "open user namespace",
@@ -105,7 +114,7 @@ pub(super) fn share_mounts(
         None => None,
     };
     let range = user_namespace(&pod.config.0)?;
-    let mut below = Vec::new();
+    let mut sources = Sources::default();
     for (index, (mount, resolved)) in mounts.iter().zip(resolved).enumerate() {
         let mapped = mapped(index, mount, range)?;
         let kind = std::fs::metadata(&resolved.source).map(|metadata| metadata.file_type());
@@ -130,22 +139,26 @@ pub(super) fn share_mounts(
             follows: mount.propagation == cri::MountPropagation::PropagationHostToContainer as i32,
         };
         let host = std::mem::take(&mut resolved.source);
+        if let Some(found) = guest_volumes::find(node, pod, mount, &host, range.filter(|_| mapped))? {
+            resolved.source = found.source;
+            sources.volumes.push(found.volume);
+            continue;
+        }
         let mounts_below = mounts_below(&host);
         resolved.source =
             shared_volumes::add(node, pod, &record.id, &host, access, !mounts_below.is_empty())?;
         if attributes.read_only && !attributes.recursive {
-            below.extend(writable_below(mounts_below, &resolved.source, &mount.container_path));
+            sources.below.extend(writable_below(mounts_below, &resolved.source, &mount.container_path));
         }
     }
-    Ok(below)
+    Ok(sources)
 }
 
 /// Places below a path where something is mounted, relative to it.
 fn mounts_below(path: &Path) -> Vec<PathBuf> {
-    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(unescaped);
-    let mut below: Vec<PathBuf> = points
-        .filter_map(|point| point.strip_prefix(path).ok().map(Path::to_owned))
+    let mut below: Vec<PathBuf> = mount_table::read()
+        .into_iter()
+        .filter_map(|mounted| mounted.point.strip_prefix(path).ok().map(Path::to_owned))
         .filter(|relative| !relative.as_os_str().is_empty())
         .collect();
     below.sort();
@@ -167,15 +180,6 @@ fn writable_below(below: Vec<PathBuf>, shared: &Path, container: &str) -> Vec<Mo
             .ok()
     });
     mounts.collect()
-}
-
-/// proc_pid_mountinfo(5): blanks and backslashes as octal numbers.
-fn unescaped(field: &str) -> PathBuf {
-    let mut text = field.to_owned();
-    for (escape, character) in [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")] {
-        text = text.replace(escape, character);
-    }
-    PathBuf::from(text)
 }
 
 /// Whether a volume's files are to have the ids of the pod's user namespace (KEP-127). Other ids than the pod's have no meaning in a guest.
@@ -253,6 +257,7 @@ pub(super) fn container(
     pod: &PodRecord,
     record: &ContainerRecord,
     seccomp: Option<&LinuxSeccomp>,
+    volumes: Vec<GuestVolume>,
 ) -> Result<GuestContainer, PodError> {
     let options = super::build::container_namespaces(&record.config.0);
     let shared = namespace_options(&pod.config.0).pid == NamespaceMode::Pod as i32;
@@ -271,6 +276,7 @@ pub(super) fn container(
         seccomp: compiled.map(|Compiled { program, flags }| Seccomp { program, flags }),
         share_pid: shared && options.pid == NamespaceMode::Pod as i32,
         target: if options.pid == NamespaceMode::Target as i32 { options.target_id } else { String::new() },
+        volumes,
     })
 }
 
@@ -386,6 +392,7 @@ pub(super) async fn start(
         emulated: machine.emulated,
         kernel_release: shortened(agent.kernel_release),
         agent: shortened(agent.build),
+        keeps_volumes: agent.volumes,
         memory,
         cpus,
         hypervisor_pid: started.hypervisor_pid,

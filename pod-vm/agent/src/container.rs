@@ -191,8 +191,9 @@ impl Agent {
         self.place_pid_namespace(&mut spec, wanted)?;
         let root = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
         let root = if root.is_absolute() { root } else { storage::root_of(id) };
-        let plan = Plan::new(&spec, root, seccomp(wanted.seccomp.as_ref()))
+        let mut plan = Plan::new(&spec, root, seccomp(wanted.seccomp.as_ref()))
             .map_err(|refused| Failure::invalid(refused.to_string()))?;
+        plan.distrust(&crate::volumes::directory());
         let terminal = spec.process().as_ref().and_then(Process::terminal).unwrap_or(false);
         let (io, standard) = connect(terminal, wanted.stdin)?;
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().clone()).unwrap_or_default();

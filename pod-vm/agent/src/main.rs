@@ -55,6 +55,7 @@ mod streams;
 mod sys;
 mod uevents;
 mod verbs;
+mod volumes;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -19,6 +19,7 @@ use crate::init::Init;
 use crate::interface::{self, Interface};
 use crate::storage::Storage;
 use crate::sys;
+use crate::volumes::Volumes;
 
 /// Where a pod's namespaces are pinned when it has a user namespace (agent.proto, `Personalise`).
 const NAMESPACES: &str = "/run/podvisor/namespaces";
@@ -29,6 +30,7 @@ pub(crate) struct Pod {
     began: Instant,
     personalised: bool,
     pub(crate) storage: Storage,
+    pub(crate) volumes: Volumes,
     /// With a user namespace of the pod's.
     pub(crate) namespaces: Option<PodNamespaces>,
     /// PID 1 of the namespace that containers share.
@@ -45,6 +47,7 @@ impl Default for Pod {
             began: Instant::now(),
             personalised: false,
             storage: Storage::default(),
+            volumes: Volumes::default(),
             namespaces: None,
             init: None,
             interfaces: Vec::new(),

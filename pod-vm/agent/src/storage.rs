@@ -47,11 +47,17 @@ fn parts_of(container: &str) -> PathBuf {
     Path::new(RUN).join("parts").join(container)
 }
 
-fn make(path: &Path) -> Result<(), Failure> {
+pub(crate) fn make(path: &Path) -> Result<(), Failure> {
     fs::create_dir_all(path).map_err(|error| Failure::system(&format!("make {}", path.display()), error))
 }
 
-fn mounted(kind: &str, source: &Path, place: &Path, flags: MountFlags, data: &str) -> Result<(), Failure> {
+pub(crate) fn mounted(
+    kind: &str,
+    source: &Path,
+    place: &Path,
+    flags: MountFlags,
+    data: &str,
+) -> Result<(), Failure> {
     let data = CString::new(data).map_err(|_| Failure::invalid("a path contains NUL"))?;
     mount(source, place, kind, flags, data.as_c_str())
         .map_err(|error| Failure::system(&format!("mount {kind} at {}", place.display()), error))
@@ -220,7 +226,7 @@ fn disk(serial: &str) -> Option<PathBuf> {
 }
 
 /// Unmounts and removes a place; fine when nothing is there.
-fn release(place: &Path) -> Result<(), Failure> {
+pub(crate) fn release(place: &Path) -> Result<(), Failure> {
     match unmount(place, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
         Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
         Err(error) => return Err(Failure::system(&format!("unmount {}", place.display()), error)),

@@ -70,6 +70,9 @@ impl Agent {
             Verb::RemoveShare(share) => done(self.pod.storage.remove_share(&share.tag)),
             Verb::AddRoot(root) => self.attempt(request, Wanted::Root(root)),
             Verb::RemoveRoot(root) => done(self.pod.storage.remove_root(&root.container_id)),
+            Verb::AddVolume(volume) => done(self.pod.volumes.add(&volume)),
+            Verb::WriteVersion(part) => done(self.pod.volumes.write(&part)),
+            Verb::RemoveVolume(volume) => done(self.pod.volumes.remove(&volume.name)),
             Verb::StartInit(_) => self.start_init(),
             Verb::CreateContainer(create) => self.create_container(request, &create),
             Verb::StartContainer(start) => self.start_container(request, &start.container_id),
@@ -99,6 +102,7 @@ impl Agent {
             kernel_release: rustix::system::uname().release().to_string_lossy().into_owned(),
             ready_ns: self.pod.ready_ns(),
             personalised: self.pod.is_personalised(),
+            volumes: true,
         }
     }
 

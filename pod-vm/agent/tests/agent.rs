@@ -5,9 +5,10 @@ mod guest;
 use guest::{Guest, Outcome, code, process, shell};
 use podvisor_proto::agent::request::Verb;
 use podvisor_proto::agent::{
-    Acknowledge, AddShare, Connect, CreateContainer, DeleteContainer, ErrorCode, Exec, KillContainer,
-    KillExec, List, Open, ProcessState, Resize, Standard, StandardStream, StartContainer, StartInit, Stats,
-    event, open::Stream, reply,
+    Acknowledge, AddShare, AddVolume, Attributes, Connect, CreateContainer, DeleteContainer, Directory,
+    Entry, ErrorCode, Exec, KillContainer, KillExec, List, Open, ProcessState, RemoveVolume, Resize,
+    Standard, StandardStream, StartContainer, StartInit, Stats, WriteVersion, entry::Kind, event,
+    open::Stream, reply,
 };
 
 #[test]
@@ -193,6 +194,76 @@ fn what_cannot_be_is_refused_with_a_reason() {
     let missing = Standard { id: "c9".into(), which: StandardStream::Stdout.into() };
     let missing = guest.open(&Open { stream: Some(Stream::Standard(missing)) });
     assert_eq!(code(missing.map(drop)), ErrorCode::NotFound);
+}
+
+#[test]
+fn a_volume_is_written_as_kubelet_writes_it() {
+    let mut guest = Guest::new();
+    let attributes = |mode| Some(Attributes { mode, gid: 2000, ..Attributes::default() });
+    let add = || AddVolume {
+        name: "written".into(),
+        size: 1 << 20,
+        attributes: attributes(0o2755),
+        ..AddVolume::default()
+    };
+    let file = |path: &str, content: &[u8]| Entry {
+        path: path.into(),
+        attributes: attributes(0o440),
+        kind: Some(Kind::Content(content.to_vec())),
+    };
+    let part = |version: &str, first, last, entries| {
+        Verb::WriteVersion(WriteVersion {
+            name: "written".into(),
+            version: version.into(),
+            attributes: attributes(0o755),
+            first,
+            entries,
+            last,
+        })
+    };
+    assert_eq!(code(guest.ask(part("..1", true, true, vec![]))), ErrorCode::NotFound);
+    for _ in 0..2 {
+        guest.done(Verb::AddVolume(add()));
+    }
+    let directory = Entry {
+        path: "sub".into(),
+        attributes: attributes(0o755),
+        kind: Some(Kind::Directory(Directory {})),
+    };
+    guest.done(part("..1", true, false, vec![file("value", b"on"), directory, file("sub/deep", b"deep\n")]));
+    guest.done(part("..1", false, true, vec![file("value", b"e\n"), file("goes", b"")]));
+    // What was told twice is there once.
+    guest.done(part("..1", true, false, vec![file("value", b"again")]));
+    let mut spec = shell("cd /v; ls; cat value sub/deep; stat -L -c '%a %g' value .; ls -A | wc -l");
+    spec["mounts"].as_array_mut().unwrap().push(serde_json::json!({
+        "destination": "/v", "source": "/run/podvisor/volumes/written", "options": ["bind", "ro"],
+    }));
+    let seen = |guest: &mut Guest, id: &str, spec: &serde_json::Value| {
+        guest.create(id, spec, false);
+        let stdout = guest.stream(id, StandardStream::Stdout);
+        guest.start(id);
+        let text = stdout.read_all();
+        assert_eq!(guest.exit_of(id).code, 0, "{text}");
+        text
+    };
+    // Its top: three links, ..data, and the version.
+    assert_eq!(seen(&mut guest, "c1", &spec), "goes\nsub\nvalue\none\ndeep\n440 2000\n2755 2000\n5\n");
+    // One that breaks off is begun anew, and nothing is left of it or of the one before.
+    guest.done(part("..2", true, false, vec![file("value", b"broken off")]));
+    guest.done(part("..2", true, true, vec![file("value", b"two\n")]));
+    spec["process"]["args"] = shell("cd /v; ls; cat value; ls -A | wc -l")["process"]["args"].take();
+    assert_eq!(seen(&mut guest, "c2", &spec), "value\ntwo\n3\n");
+    assert_eq!(code(guest.ask(part("..3", true, false, vec![file("../value", b"")]))), ErrorCode::Invalid);
+    for version in ["plain", "..", "../x", "..data", "..data_tmp"] {
+        assert_eq!(code(guest.ask(part(version, true, true, vec![]))), ErrorCode::Invalid, "{version}");
+    }
+    for _ in 0..2 {
+        guest.done(Verb::RemoveVolume(RemoveVolume { name: "written".into() }));
+    }
+    // Without a guest around it the agent has made its directory on this machine.
+    for directory in ["/run/podvisor/volumes", "/run/podvisor"] {
+        std::fs::remove_dir(directory).unwrap();
+    }
 }
 
 #[test]

@@ -2,13 +2,17 @@
 //! makes of its machine what it can.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use podvisor_critest::image::{Dialect, Image};
+use podvisor_critest::layer::{Compression, Files};
 use podvisor_critest::node::{Options, VM};
 use podvisor_proto::cri::{ContainerConfig, Mount};
+use podvisor_tests::images::HOST;
 use podvisor_tests::{Fixture, ask, eventually};
 
 use super::Tests;
@@ -16,6 +20,9 @@ use super::Tests;
 pub(crate) fn add(tests: &mut Tests) {
     let options = || Options { handler: VM.to_owned(), ..Options::default() };
     tests.add_with("vm_volumes::are_one_for_all_containers", options(), are_one_for_all_containers);
+    tests.add_with("vm_volumes::are_as_on_the_host", options(), are_as_on_the_host);
+    tests.add_with("vm_volumes::keep_memory_in_the_guest", options(), keep_memory_in_the_guest);
+    tests.add_with("vm_volumes::wake_who_watches_them", options(), wake_who_watches_them);
 }
 
 fn mount(host: &Path, inside: &str) -> Mount {
@@ -117,4 +124,234 @@ async fn are_one_for_all_containers(f: &mut Fixture) -> Result<()> {
     ensure!(run(&first, "cat /single").await? == "old\n");
     ensure!(run(&second, "cat /single").await? == "new\n");
     Ok(())
+}
+
+/// Mounts of kubelet's, gone with this.
+#[derive(Default)]
+struct Mounts(Vec<PathBuf>);
+
+impl Mounts {
+    fn tmpfs(&mut self, place: &Path, data: &std::ffi::CStr) -> Result<()> {
+        fs::create_dir_all(place)?;
+        rustix::mount::mount("tmpfs", place, "tmpfs", rustix::mount::MountFlags::empty(), data)?;
+        self.0.push(place.to_owned());
+        Ok(())
+    }
+
+    fn bind(&mut self, source: &Path, place: &Path) -> Result<()> {
+        fs::create_dir_all(place)?;
+        rustix::mount::mount_bind(source, place)?;
+        self.0.push(place.to_owned());
+        Ok(())
+    }
+}
+
+impl Drop for Mounts {
+    fn drop(&mut self) {
+        for place in self.0.iter().rev() {
+            let _ = rustix::mount::unmount(place, rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+}
+
+async fn are_as_on_the_host(f: &mut Fixture) -> Result<()> {
+    let mut mounts = Mounts::default();
+    let data = f.node.path("data");
+    fs::create_dir_all(data.join("below"))?;
+    mounts.tmpfs(&data.join("below"), c"size=1m")?;
+    fs::write(data.join("script"), "#!/bin/sh\necho it runs\n")?;
+    fs::set_permissions(data.join("script"), Permissions::from_mode(0o755))?;
+    let files = Files::new().file("dir/value", 0o640, "of the image\n").pack(Compression::Gzip)?;
+    let image = Image::new(vec![files], serde_json::json!({})).dialect(Dialect::Oci).single();
+    f.images.registry().push("test/vm-volume", &["1"], &image.bundle()?)?;
+    let name = format!("{HOST}/test/vm-volume:1");
+    let id = f.cri.pull(&name).await?;
+    let mut config = container("c", vec![mount(&data, "/rw"), read_only(mount(&data, "/ro"))]);
+    config.mounts.push(Mount { recursive_read_only: true, ..read_only(mount(&data, "/rro")) });
+    config.mounts.extend([ask::image_mount(&id, "", "/image"), ask::image_mount(&id, "dir", "/part")]);
+    let (pod, id) = f.running("pod", &config).await?;
+    let run = async |script: &str| f.cri.output(&id, &["sh", "-c", script]).await;
+
+    ensure!(run("/rw/script").await? == "it runs\n");
+    let writes = "for d in /rw /rw/below /ro /ro/below /rro /rro/below /image /part; do touch $d/x 2>/dev/null && echo $d; done; true";
+    ensure!(run(writes).await? == "/rw\n/rw/below\n/ro/below\n");
+    ensure!(
+        run("cat /image/dir/value /part/value; stat -c %a /part/value").await?
+            == "of the image\nof the image\n640\n"
+    );
+    // A mount below is a file system of its own there too.
+    ensure!(run("[ $(stat -c %d /rw) != $(stat -c %d /rw/below) ] && echo differ").await? == "differ\n");
+    // What the host changes is what the next look finds: names, attributes, content.
+    let file = data.join("file");
+    for size in 1..20 {
+        fs::write(&file, "x".repeat(size))?;
+        fs::set_permissions(&file, Permissions::from_mode(0o600 + u32::try_from(size % 8)?))?;
+        let seen = run("stat -c '%s %a' /ro/file; cat /rw/file | wc -c").await?;
+        ensure!(seen == format!("{size} 60{}\n{size}\n", size % 8), "{size}: {seen:?}");
+    }
+    fs::rename(&file, data.join("renamed"))?;
+    ensure!(run("cat /ro/file 2>/dev/null; cat /ro/renamed | wc -c").await? == "19\n");
+
+    let pipe = f.node.path("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0)?;
+    let refused =
+        pod.create(&container("pipe", vec![mount(&pipe, "/x")])).await.err().context("it was created")?;
+    ensure!(format!("{refused:#}").contains("mounts[0].host_path"), "{refused:#}");
+    Ok(())
+}
+
+async fn keep_memory_in_the_guest(f: &mut Fixture) -> Result<()> {
+    let mut mounts = Mounts::default();
+    let scratch = f.node.path("pods/uid/volumes/kubernetes.io~empty-dir/scratch");
+    mounts.tmpfs(&scratch, c"size=8m,mode=0777")?;
+    // As kubelet does it for fsGroup, and for a subPath.
+    let owned = |path: &Path, mode: u32| -> Result<()> {
+        chown(path, Some(1000), Some(2000))?;
+        Ok(fs::set_permissions(path, Permissions::from_mode(mode))?)
+    };
+    owned(&scratch, 0o2777)?;
+    fs::create_dir(scratch.join("sub"))?;
+    owned(&scratch.join("sub"), 0o2750)?;
+    let sub = f.node.path("pods/uid/volume-subpaths/scratch/second/0");
+    mounts.bind(&scratch.join("sub"), &sub)?;
+
+    let (pod, first) = f.running("pod", &container("first", vec![mount(&scratch, "/scratch")])).await?;
+    let with_sub =
+        |name: &str| container(name, vec![mount(&sub, "/sub"), read_only(mount(&scratch, "/scratch"))]);
+    let second = pod.start(&with_sub("second")).await?;
+    let run = async |f: &Fixture, container: &str, script: &str| {
+        f.cri.output(container, &["sh", "-c", script]).await
+    };
+    ensure!(run(f, &first, "stat -f -c %T /scratch").await? == "tmpfs\n");
+    ensure!(run(f, &first, "stat -c '%a %u %g' /scratch").await? == "2777 1000 2000\n");
+    ensure!(run(f, &second, "stat -c '%a %u %g' /sub").await? == "2750 1000 2000\n");
+    let size = run(f, &first, "df -k /scratch | tail -n 1 | awk '{print $2}'").await?;
+    ensure!(size == "8192\n", "{size}");
+    run(f, &first, "echo first >/scratch/file").await?;
+    run(f, &second, "echo second >/sub/file").await?;
+    ensure!(run(f, &first, "cat /scratch/sub/file").await? == "second\n");
+    ensure!(
+        run(f, &second, "cat /scratch/file; touch /scratch/x 2>&1 || echo refused")
+            .await?
+            .ends_with("refused\n")
+    );
+    ensure!(!scratch.join("file").exists(), "it is on the host");
+    let full =
+        run(f, &first, "dd if=/dev/zero of=/scratch/fill bs=1M count=9 2>&1; rm /scratch/fill").await?;
+    ensure!(full.contains("No space left"), "{full}");
+
+    // It stays when a container is made anew, and when the daemon is.
+    for container in [&first, &second] {
+        f.cri.stop(container, 1).await?;
+        f.cri.remove(container).await?;
+    }
+    f.kill()?;
+    f.start()?;
+    let again = pod.start(&container("again", vec![mount(&scratch, "/scratch")])).await?;
+    ensure!(run(f, &again, "cat /scratch/file /scratch/sub/file").await? == "first\nsecond\n");
+    // A link that a container puts in the way leads another one nowhere.
+    run(f, &again, "rm -r /scratch/sub && ln -s /etc /scratch/sub").await?;
+    let refused = pod.create(&with_sub("misled")).await.err().context("it was created")?;
+    ensure!(format!("{refused:#}").contains("/sub"), "{refused:#}");
+    Ok(())
+}
+
+/// What kubelet's atomic writer does.
+fn publish(volume: &Path, version: &str, files: &[(&str, &str)]) -> Result<()> {
+    let directory = volume.join(version);
+    fs::create_dir_all(&directory)?;
+    for (name, text) in files {
+        let path = directory.join(name);
+        fs::write(&path, text)?;
+        fs::set_permissions(&path, Permissions::from_mode(0o640))?;
+        chown(&path, Some(0), Some(2000))?;
+    }
+    let (data, new) = (volume.join("..data"), volume.join("..data_tmp"));
+    let old = fs::read_link(&data).ok();
+    symlink(version, &new)?;
+    fs::rename(new, data)?;
+    for (name, _) in files {
+        if !volume.join(name).is_symlink() {
+            symlink(Path::new("..data").join(name), volume.join(name))?;
+        }
+    }
+    for entry in fs::read_dir(volume)? {
+        let path = entry?.path();
+        if path.is_symlink() && !path.exists() {
+            fs::remove_file(path)?;
+        }
+    }
+    old.map_or(Ok(()), |old| Ok(fs::remove_dir_all(volume.join(old))?))
+}
+
+async fn wake_who_watches_them(f: &mut Fixture) -> Result<()> {
+    let tools = tools(f)?;
+    let mut mounts = Mounts::default();
+    let volume = f.node.path("pods/uid/volumes/kubernetes.io~secret/secret");
+    mounts.tmpfs(&volume, c"size=1m,mode=0755")?;
+    publish(&volume, "..1", &[("value", "old\n"), ("one", "1"), ("two", "1"), ("goes", "")])?;
+    // A subPath, which is of one version for ever.
+    let single = f.node.path("single");
+    fs::write(&single, "")?;
+    rustix::mount::mount_bind(volume.join("..data/value"), &single)?;
+    mounts.0.push(single.clone());
+    // Too large to be copied.
+    let large = f.node.path("pods/uid/volumes/kubernetes.io~configmap/large");
+    publish(&large, "..1", &[("value", &"x".repeat(5 << 20))])?;
+    let all = || {
+        vec![
+            read_only(mount(&tools, "/tools")),
+            read_only(mount(&volume, "/secret")),
+            read_only(mount(&single, "/single")),
+            read_only(mount(&large, "/large")),
+        ]
+    };
+    let (pod, first) = f.running("pod", &container("first", all())).await?;
+    let run = async |f: &Fixture, container: &str, script: &str| {
+        f.cri.output(container, &["sh", "-c", script]).await
+    };
+    ensure!(run(f, &first, "cat /secret/value /single").await? == "old\nold\n");
+    ensure!(run(f, &first, "stat -L -c '%a %u %g' /secret/value").await? == "640 0 2000\n");
+    ensure!(run(f, &first, "wc -c </large/value").await? == format!("{}\n", 5 << 20));
+    ensure!(f.node.log_tail(1000).contains("inotify does not tell them"));
+    run(f, &first, "/tools/v watch /secret 120 >/tmp/watch 2>&1 </dev/null &").await?;
+    run(f, &first, "/tools/v compare /secret last >/tmp/compare 2>&1 </dev/null &").await?;
+    eventually("it watches", || async {
+        ensure!(run(f, &first, "cat /tmp/watch").await? == "watching\n");
+        Ok(())
+    })
+    .await?;
+
+    // Nobody but the pod's monitor sees to it.
+    f.kill()?;
+    for version in 2..40 {
+        let text = version.to_string();
+        publish(&volume, &format!("..{version}"), &[("value", "new\n"), ("one", &text), ("two", &text)])?;
+    }
+    publish(&volume, "..last", &[("value", "new\n"), ("one", "last"), ("two", "last"), ("comes", "")])?;
+    f.start()?;
+    eventually("the last version is there", || async {
+        let seen = run(f, &first, "cat /tmp/watch /tmp/compare; ls /secret; cat /secret/value").await?;
+        ensure!(seen == "watching\nwoken\nalways whole\ncomes\none\ntwo\nvalue\nnew\n", "{seen}");
+        Ok(())
+    })
+    .await?;
+    ensure!(run(f, &first, "cat /single").await? == "old\n");
+
+    // Another container has the same; who comes after all have gone has what is there then.
+    let second = pod.start(&container("second", all())).await?;
+    ensure!(run(f, &second, "cat /secret/one /secret/value; touch /secret/x 2>&1").await.is_err());
+    for container in [&first, &second] {
+        f.cri.stop(container, 1).await?;
+        f.cri.remove(container).await?;
+    }
+    publish(&volume, "..after", &[("value", "after\n")])?;
+    let third = pod.start(&container("third", vec![read_only(mount(&volume, "/secret"))])).await?;
+    ensure!(run(f, &third, "ls /secret; cat /secret/value").await? == "value\nafter\n");
+    publish(&volume, "..end", &[("value", "end\n")])?;
+    eventually("it is followed again", || async {
+        ensure!(run(f, &third, "cat /secret/value").await? == "end\n");
+        Ok(())
+    })
+    .await
 }

@@ -62,7 +62,7 @@ impl Monitor {
         };
         let (maker, streams) = if let Some(guest) = guest {
             // Its streams are connections to the agent, which has them when it has made the container.
-            (Maker::Guest(InGuest { wanted: guest, ended: None }), Streams::default())
+            (Maker::Guest(InGuest { wanted: guest, volumes: 0, ended: None }), Streams::default())
         } else {
             let runtime = Runtime::parse(request.runtime)?;
             let (streams, ends) = Streams::open(key, wanted, &run_dir).map_err(|error| {
@@ -289,6 +289,7 @@ impl Monitor {
     pub(crate) fn creation_undone(&mut self, key: u64) {
         let _ = std::fs::remove_file(self.pid_file(key));
         let Some(container) = self.containers.remove(&key) else { return };
+        self.leave_volumes(key);
         self.disk.send(Job::Close { key });
         if let State::Failed { reply, failure } = container.state {
             self.reply(reply, Err(failure));

@@ -210,6 +210,7 @@ impl Monitor {
             Removal::Done => {
                 let _ = std::fs::remove_file(self.run_file(&format!("{}.pid", container.id)));
                 let Some(container) = self.containers.remove(&key) else { return };
+                self.leave_volumes(key);
                 if let Some(checkpoint) = container.checkpoint {
                     self.drop_checkpoint(checkpoint, &container.id);
                 }

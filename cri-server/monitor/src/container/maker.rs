@@ -30,6 +30,8 @@ pub(crate) struct OnHost {
 #[derive(Debug)]
 pub(crate) struct InGuest {
     pub(crate) wanted: GuestContainer,
+    /// How many of its volumes are there.
+    pub(crate) volumes: usize,
     /// The code of an end that came before its streams were there.
     pub(crate) ended: Option<i32>,
 }

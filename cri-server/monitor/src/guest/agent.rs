@@ -70,6 +70,10 @@ pub(super) enum Purpose {
     Time,
     Acknowledge(u64),
     AddRoot(u64),
+    /// For a container; a part of a version of a volume; for nobody.
+    AddVolume(u64),
+    Version(u64),
+    RemoveVolume,
     Create(u64),
     Start(u64, ReplyTo),
     Kill(u64, Option<ReplyTo>),
@@ -96,6 +100,9 @@ impl Purpose {
             Self::Time => "set the guest's time",
             Self::Acknowledge(_) => "take an acknowledgement",
             Self::AddRoot(_) => "mount the container's root file system",
+            Self::AddVolume(_) => "make a volume",
+            Self::Version(_) => "write a volume",
+            Self::RemoveVolume => "remove a volume",
             Self::Create(_) => "create the container",
             Self::Start(..) => "start the container",
             Self::Kill(..) => "signal the container",
@@ -132,8 +139,11 @@ fn is_repeatable(verb: &Verb) -> bool {
         Verb::KillExec(_)
         | Verb::DeleteContainer(_)
         | Verb::RemoveRoot(_)
+        | Verb::AddVolume(_)
+        | Verb::RemoveVolume(_)
         | Verb::UpdateContainer(_)
         | Verb::Stats(_) => true,
+        // A part of a version, for one, may have been written or not: the version is begun anew.
         _ => false,
     }
 }
@@ -276,7 +286,9 @@ impl Monitor {
             Purpose::Boot => self.boot_answered(outcome),
             Purpose::Greet => self.greeted(outcome),
             Purpose::Compare => self.compared(outcome),
-            Purpose::Time | Purpose::Resize(_) => {}
+            Purpose::Time | Purpose::Resize(_) | Purpose::RemoveVolume => {}
+            Purpose::AddVolume(container) => self.volume_added(container, done(outcome)),
+            Purpose::Version(volume) => self.version_answered(volume, done(outcome)),
             Purpose::Acknowledge(sequence) => self.acknowledged(sequence, outcome.is_ok()),
             Purpose::AddRoot(container) => self.root_added(container, done(outcome)),
             Purpose::Create(container) => self.created_in_guest(container, outcome),

@@ -150,6 +150,7 @@ impl Monitor {
             hypervisor,
             agent: Agent::default(),
             dials: Default::default(),
+            volumes: Default::default(),
             vsock: PathBuf::from(machine.vsock_path),
             console: PathBuf::from(machine.console_path),
             process: None,

@@ -54,15 +54,13 @@ impl Monitor {
     }
 
     pub(super) fn root_added(&mut self, key: u64, outcome: Result<(), Failure>) {
-        let asked = outcome
-            .and_then(|()| self.create_request(key))
-            .and_then(|request| self.ask_agent(Verb::CreateContainer(request), Purpose::Create(key)));
-        if let Err(failure) = asked {
-            self.creation_failed(key, failure, true);
+        match outcome {
+            Ok(()) => self.next_volume(key),
+            Err(failure) => self.creation_failed(key, failure, true),
         }
     }
 
-    fn create_request(&self, key: u64) -> Result<CreateContainer, Failure> {
+    pub(super) fn create_request(&self, key: u64) -> Result<CreateContainer, Failure> {
         let gone = || Failure::wrong_state("the container is gone");
         let container = self.containers.get(&key).ok_or_else(gone)?;
         let Maker::Guest(guest) = &container.maker else { return Err(gone()) };
@@ -239,6 +237,6 @@ impl Monitor {
     }
 }
 
-fn deleted(id: &str) -> Failure {
+pub(super) fn deleted(id: &str) -> Failure {
     Failure::wrong_state(format!("container {id} was deleted while it was being created"))
 }

@@ -24,6 +24,7 @@
 //! | `news.rs` | what the agent tells unasked |
 //! | `pulse.rs`, `threads.rs` | whether the guest lives, and its clock; what the host lets the machine do |
 //! | `container.rs`, `exec.rs`, `streams.rs` | the guest's side of the verbs for containers and execs |
+//! | `volumes.rs` | volumes in the guest's memory, and what is followed on the host |
 //! | `bounds.rs` | how much of the guest's words is taken, and how often |
 //! | `pod.rs` | verbs for the whole guest: ports, figures |
 //!
@@ -45,6 +46,7 @@ mod program;
 mod pulse;
 mod streams;
 mod threads;
+mod volumes;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -59,6 +61,7 @@ use hypervisor::Hypervisor;
 use podvisor_proto::monitor::{self as proto, Exit, ProcessState, VmStarted};
 use program::Program;
 use rustix::process::Pid;
+use volumes::Volumes;
 
 use crate::failure::Failure;
 use crate::monitor::Monitor;
@@ -75,6 +78,7 @@ pub(crate) struct Machine {
     hypervisor: Hypervisor,
     agent: Agent,
     dials: BTreeMap<u64, Dial>,
+    volumes: Volumes,
     /// Where the hypervisor listens for connections to the guest's ports.
     vsock: PathBuf,
     /// Where the hypervisor keeps the console; empty: nowhere.

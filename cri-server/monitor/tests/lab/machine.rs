@@ -134,5 +134,6 @@ pub fn guest_container(id: &str) -> GuestContainer {
         seccomp: None,
         share_pid: false,
         target: String::new(),
+        volumes: Vec::new(),
     }
 }

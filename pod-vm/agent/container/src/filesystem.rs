@@ -136,7 +136,15 @@ fn said_by(context: &OwnedFd) -> Option<String> {
 /// A copy of what a bind shows.
 pub(crate) fn source(plan: &MountPlan) -> Step<Option<OwnedFd>> {
     let failed = || format!("mount {} at {}", what(plan), plan.destination.display());
-    plan.options.bind.then(|| copy_of(&plan.source, plan.options.recursive).during(failed)).transpose()
+    let copied = || {
+        if !plan.linkless {
+            return copy_of(&plan.source, plan.options.recursive);
+        }
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let found = rustix::fs::openat2(CWD, &plan.source, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)?;
+        copy_of_open(found, plan.options.recursive)
+    };
+    plan.options.bind.then(|| copied().during(failed)).transpose()
 }
 
 /// Makes one mount of a container below `root`; of a bind that is the `source`.

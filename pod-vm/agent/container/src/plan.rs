@@ -62,6 +62,8 @@ pub(crate) struct MountPlan {
     /// Name of the file system; unused for a bind.
     pub(crate) kind: String,
     pub(crate) source: PathBuf,
+    /// The source is not looked up through links: others can put some there.
+    pub(crate) linkless: bool,
     pub(crate) options: Options,
 }
 
@@ -78,6 +80,13 @@ pub(crate) struct Device {
 }
 
 impl Plan {
+    /// Containers can write below this directory: no source of a bind below it is to be found by way of a link.
+    pub fn distrust(&mut self, directory: &Path) {
+        for mount in &mut self.mounts {
+            mount.linkless |= mount.source.starts_with(directory);
+        }
+    }
+
     /// Reads a spec whose root file system is mounted at `root`; `seccomp` is its compiled profile.
     pub fn new(spec: &Spec, root: PathBuf, seccomp: Option<Seccomp>) -> Result<Self, Refused> {
         let process = spec.process().as_ref().ok_or_else(|| Refused::new("process", "is missing"))?;
@@ -226,7 +235,13 @@ fn mount_plan(index: usize, mount: &Mount) -> Result<MountPlan, Refused> {
     if !options.bind && kind.is_empty() {
         return Err(Refused::new(field("type"), "is missing"));
     }
-    Ok(MountPlan { destination: inside(&field("destination"), mount.destination())?, kind, source, options })
+    Ok(MountPlan {
+        destination: inside(&field("destination"), mount.destination())?,
+        kind,
+        source,
+        linkless: false,
+        options,
+    })
 }
 
 fn devices(spec: &Spec) -> Result<Vec<Device>, Refused> {
