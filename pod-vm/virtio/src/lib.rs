@@ -2,8 +2,34 @@
 //!
 //! A device does not know what carries its queues: one machine reaches it through vhost-user, another has it in its own process.
 //!
-//! | folder | device |
+//! | file, folder | what |
 //! |---|---|
+//! | `device.rs` | what a device is: queues, interrupts, buffers |
+//! | `endpoint.rs` | a device with what was negotiated with the guest's driver |
+//! | `transport/` | how a guest finds devices and speaks with them |
+//! | `block/` | a disk: a file or a block device |
+//! | `entropy/` | random bytes |
+//! | `fs/` | a share: requests are passed on to a file server that never sees the guest's memory |
+//! | `net/` | a network interface: a tap |
 //! | `vsock/` | the guest's ports as unix sockets of the host |
+//!
+//! Invariants:
+//! - *Every byte of a guest is read once*, into memory of this process, and only the copy is looked at. Memory of the guest is reached through
+//!   vm-memory alone.
+//! - *A guest that makes nonsense gets a device that needs a reset* ([`device::Misuse`]), is counted and told of once; nothing panics, no request makes
+//!   work or memory without a bound.
+//! - *Nothing is polled.*
+//! - State that has to survive a device's threads and descriptors is in plain structs ([`endpoint::Negotiated`], `virtio_queue::QueueState`, each
+//!   device's `State`).
 
+pub mod block;
+pub mod device;
+#[cfg(test)]
+mod driver;
+pub mod endpoint;
+pub mod entropy;
+pub mod fs;
+pub mod net;
+pub mod sys;
+pub mod transport;
 pub mod vsock;

@@ -14,6 +14,7 @@
 //! | `backlog.rs` | bytes that the client has not taken yet |
 //! | `muxer.rs` | all of them, and their clients' sockets |
 //! | `queues.rs` | packets out of and into virtqueues |
+//! | `device.rs` | the device, for a transport that leads into the same process |
 //!
 //! Invariants:
 //! - *Whatever the guest sends, memory stays bounded*: per connection [`BUFFER`] bytes of what its client has not taken, [`CONNECTIONS`]
@@ -34,6 +35,7 @@
 
 mod backlog;
 mod connection;
+mod device;
 mod greeting;
 mod muxer;
 mod packet;
@@ -42,6 +44,7 @@ mod queues;
 mod tests;
 
 pub use connection::BUFFER;
+pub use device::Vsock;
 pub use muxer::{CONNECTIONS, Muxer, MuxerError};
 pub use packet::{HEADER_LENGTH, Header, Operation};
 pub use queues::{Filled, QueueError, Scratch, drain, fill};

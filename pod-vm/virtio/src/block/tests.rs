@@ -1,0 +1,160 @@
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::device::Wake;
+use crate::driver::{Driver, Part};
+
+fn disk(sectors: usize, read_only: bool) -> (Driver, File) {
+    let mut file = tempfile::tempfile().unwrap();
+    let content: Vec<u8> = (0..sectors * 512).map(|at| u8::try_from(at / 512 % 251).unwrap()).collect();
+    file.write_all(&content).unwrap();
+    let device = Disk::new(file.try_clone().unwrap(), "serial", read_only).unwrap();
+    (Driver::new(Box::new(device)), file)
+}
+
+fn header(kind: u32, sector: u64) -> Part {
+    let mut bytes = kind.to_le_bytes().to_vec();
+    bytes.extend([0; 4]);
+    bytes.extend(sector.to_le_bytes());
+    Part::Out(bytes)
+}
+
+/// A request's status and what it has read.
+fn ask(driver: &mut Driver, parts: &[Part]) -> (u8, Vec<u8>, u32) {
+    driver.put(0, parts);
+    driver.serve(Wake::Queue(0));
+    let (_, length, mut bytes) = driver.used(0).pop().expect("an answer");
+    (bytes.pop().unwrap(), bytes, length)
+}
+
+fn content(file: &mut File) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    file.seek(SeekFrom::Start(0)).unwrap();
+    file.read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+const READ: u32 = 0;
+const WRITE: u32 = 1;
+const FLUSH: u32 = 4;
+const NAME: u32 = 8;
+const DISCARD: u32 = 11;
+const ZEROES: u32 = 13;
+
+#[test]
+fn what_is_written_is_read() {
+    let (mut driver, mut file) = disk(400, false);
+    let (status, bytes, length) =
+        ask(&mut driver, &[header(READ, 3), Part::In(512), Part::In(1024), Part::In(1)]);
+    assert_eq!((status, length, bytes.len()), (0, 1537, 1536));
+    assert_eq!([bytes[0], bytes[512], bytes[1535]], [3, 4, 5]);
+    // More than is moved at once, in parts that are no sectors.
+    let data = vec![7; 100 * 1024];
+    let request =
+        [header(WRITE, 8), Part::Out(data[..100].to_vec()), Part::Out(data[100..].to_vec()), Part::In(1)];
+    assert_eq!(ask(&mut driver, &request), (0, vec![], 1));
+    assert_eq!(ask(&mut driver, &[header(FLUSH, 0), Part::In(1)]).0, 0);
+    let there = content(&mut file);
+    assert!(there[8 * 512..][..data.len()] == data && there[7 * 512] == 7 && there[208 * 512] == 208);
+    let (status, name, length) = ask(&mut driver, &[header(NAME, 0), Part::In(20), Part::In(1)]);
+    assert_eq!((status, length), (0, 21));
+    assert_eq!(&name[..7], b"serial\0");
+}
+
+fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+    let mut bytes = sector.to_le_bytes().to_vec();
+    bytes.extend(sectors.to_le_bytes());
+    bytes.extend(flags.to_le_bytes());
+    bytes
+}
+
+#[test]
+fn ranges_become_zeros() {
+    let (mut driver, mut file) = disk(64, false);
+    let mut two = range(8, 8, 0);
+    two.extend(range(32, 1, 1));
+    assert_eq!(ask(&mut driver, &[header(ZEROES, 0), Part::Out(two), Part::In(1)]).0, 0);
+    assert_eq!(ask(&mut driver, &[header(DISCARD, 0), Part::Out(range(16, 8, 0)), Part::In(1)]).0, 0);
+    let there = content(&mut file);
+    let zero = |sector: usize| there[sector * 512..][..512].iter().all(|byte| *byte == 0);
+    assert!(zero(8) && zero(15) && zero(32) && !zero(7) && !zero(31) && !zero(33));
+    assert_eq!(there.len(), 64 * 512);
+    // Flags that are none; beyond the end.
+    assert_eq!(ask(&mut driver, &[header(DISCARD, 0), Part::Out(range(0, 1, 1)), Part::In(1)]).0, 2);
+    assert_eq!(ask(&mut driver, &[header(ZEROES, 0), Part::Out(range(0, 1, 2)), Part::In(1)]).0, 2);
+    assert_eq!(ask(&mut driver, &[header(ZEROES, 0), Part::Out(range(64, 1, 0)), Part::In(1)]).0, 1);
+    assert_eq!(ask(&mut driver, &[header(ZEROES, 0), Part::Out(range(u64::MAX, 1, 0)), Part::In(1)]).0, 1);
+}
+
+#[test]
+fn what_cannot_be_done_is_told() {
+    let (mut driver, mut file) = disk(16, true);
+    let before = content(&mut file);
+    let data = || Part::Out(vec![9; 512]);
+    assert_eq!(ask(&mut driver, &[header(WRITE, 0), data(), Part::In(1)]).0, 1);
+    assert_eq!(ask(&mut driver, &[header(DISCARD, 0), Part::Out(range(0, 1, 0)), Part::In(1)]).0, 1);
+    assert_eq!(ask(&mut driver, &[header(READ, 16), Part::In(512), Part::In(1)]).0, 1);
+    assert_eq!(ask(&mut driver, &[header(READ, u64::MAX / 512), Part::In(512), Part::In(1)]).0, 1);
+    assert_eq!(ask(&mut driver, &[header(99, 0), Part::In(1)]).0, 2);
+    assert!(content(&mut file) == before);
+    // A file system without room, and a file that has become shorter.
+    let full = File::options().read(true).write(true).open("/dev/full").unwrap();
+    let mut device = Disk::new(full, "full", false).unwrap();
+    assert_eq!(device.state().sectors, 0);
+    crate::device::Device::reset(&mut device);
+    let (mut driver, file) = disk(16, false);
+    file.set_len(512).unwrap();
+    assert_eq!(ask(&mut driver, &[header(READ, 8), Part::In(512), Part::In(1)]).0, 1);
+}
+
+#[test]
+fn nonsense_stops_the_disk() {
+    let nonsense: [&[Part]; 6] = [
+        &[Part::Out(vec![0; 15]), Part::In(1)],
+        &[header(READ, 0)],
+        &[header(READ, 0), Part::In(1), Part::Out(vec![1])],
+        &[header(DISCARD, 0), Part::Out(vec![0; 17]), Part::In(1)],
+        &[header(READ, 0), Part::Raw(u64::MAX - 100, 512, 2), Part::In(1)],
+        &[header(READ, 0), Part::Raw(0x10_0000, 8 << 20, 2), Part::In(1)],
+    ];
+    for parts in nonsense {
+        let (mut driver, _) = disk(16, false);
+        driver.put(0, parts);
+        driver.serve(Wake::Queue(0));
+        assert!(driver.is_broken(), "{parts:?}");
+        assert_eq!(driver.used(0), []);
+    }
+    let (mut driver, _) = disk(16, false);
+    driver.announce(0, 1000);
+    driver.serve(Wake::Queue(0));
+    assert!(driver.is_broken());
+}
+
+proptest! {
+    /// Whatever is in the rings, nothing panics, and nothing is written beyond the disk.
+    #[test]
+    fn nothing_gets_out_of_bounds(
+        requests in prop::collection::vec(
+            prop::collection::vec(
+                prop_oneof![
+                    (any::<u32>(), any::<u64>()).prop_map(|(kind, sector)| header(kind % 16, sector % 20)),
+                    prop::collection::vec(any::<u8>(), 0..600).prop_map(Part::Out),
+                    (0usize..2000).prop_map(Part::In),
+                    (any::<u64>(), any::<u32>(), any::<u16>()).prop_map(|(at, length, flags)| Part::Raw(at, length, flags & !4)),
+                ],
+                1..4,
+            ),
+            1..4,
+        )
+    ) {
+        let (mut driver, file) = disk(16, false);
+        for parts in requests {
+            driver.put(0, &parts);
+            driver.serve(Wake::Queue(0));
+        }
+        prop_assert_eq!(file.metadata().unwrap().len(), 16 * 512);
+    }
+}

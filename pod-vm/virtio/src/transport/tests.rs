@@ -1,0 +1,107 @@
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::mmio::{Line, QUEUE_NOTIFY, Registers};
+use super::{Attached, flags};
+use crate::device::{Memory, Wake};
+use crate::endpoint::Endpoint;
+use crate::entropy::Entropy;
+
+fn registers() -> (Registers, EventFd) {
+    let memory = Memory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let trigger = EventFd::new(flags()).unwrap();
+    let line = Arc::new(Line::new(trigger.try_clone().unwrap()));
+    let endpoint = Endpoint::new(Box::new(Entropy), memory).unwrap();
+    let attached = Attached::new(endpoint, line.clone()).unwrap();
+    (Registers::new(attached, line), trigger)
+}
+
+fn read(registers: &mut Registers, offset: u64) -> u32 {
+    let mut bytes = [0; 4];
+    registers.read(offset, &mut bytes);
+    u32::from_le_bytes(bytes)
+}
+
+fn write(registers: &mut Registers, offset: u64, value: u32) {
+    registers.write(offset, &value.to_le_bytes());
+}
+
+/// What Linux' driver does, register by register (drivers/virtio/virtio_mmio.c).
+#[test]
+fn a_driver_sets_a_device_up() {
+    let (mut it, trigger) = registers();
+    assert_eq!([read(&mut it, 0), read(&mut it, 4), read(&mut it, 8)], [0x7472_6976, 2, 4]);
+    write(&mut it, 0x70, 0);
+    for status in [1, 3] {
+        write(&mut it, 0x70, status);
+    }
+    write(&mut it, 0x14, 1);
+    assert_eq!(read(&mut it, 0x10), 1);
+    write(&mut it, 0x24, 1);
+    write(&mut it, 0x20, 1);
+    write(&mut it, 0x70, 11);
+    assert_eq!(read(&mut it, 0x70), 11);
+    write(&mut it, 0x30, 0);
+    assert_eq!((read(&mut it, 0x44), read(&mut it, 0x34)), (0, 64));
+    write(&mut it, 0x38, 8);
+    for (offset, address) in [(0x80, 0x1000), (0x90, 0x2000), (0xa0, 0x3000)] {
+        write(&mut it, offset, address);
+        write(&mut it, offset + 4, 0);
+    }
+    write(&mut it, 0x44, 1);
+    write(&mut it, 0x70, 15);
+    assert_eq!((read(&mut it, 0x70), read(&mut it, 0x44)), (15, 1));
+    // All queues are looked at when a driver begins, and when it says so.
+    let attached = it.attached().clone();
+    assert_eq!(attached.kicks()[0].read().unwrap(), 1);
+    write(&mut it, QUEUE_NOTIFY, 0);
+    attached.serve(Wake::Queue(0));
+    assert!(attached.kicks()[0].read().is_err());
+    assert!(trigger.read().is_err());
+    attached.with(|_, interrupt| interrupt.queue(0));
+    assert_eq!((trigger.read().unwrap(), read(&mut it, 0x60)), (1, 1));
+    write(&mut it, 0x64, 1);
+    assert_eq!(read(&mut it, 0x60), 0);
+    write(&mut it, 0x70, 0);
+    assert_eq!((read(&mut it, 0x70), read(&mut it, 0x44)), (0, 0));
+}
+
+#[test]
+fn what_is_not_offered_is_not_accepted() {
+    for features in [0, 1 | 1 << 8] {
+        let (mut it, _) = registers();
+        for status in [1, 3] {
+            write(&mut it, 0x70, status);
+        }
+        write(&mut it, 0x24, 1);
+        write(&mut it, 0x20, features);
+        write(&mut it, 0x70, 11);
+        assert_eq!(read(&mut it, 0x70), 3);
+        // Ready without features, the device is no use.
+        write(&mut it, 0x70, 7);
+        assert_eq!(read(&mut it, 0x70) & 0x40, 0x40);
+    }
+}
+
+proptest! {
+    /// Whatever is written to the registers, nothing panics.
+    #[test]
+    fn any_access_has_an_answer(
+        accesses in prop::collection::vec((0u64..0x120, any::<u32>(), any::<bool>(), 0usize..9), 1..60)
+    ) {
+        let (mut it, _) = registers();
+        for (offset, value, small, length) in accesses {
+            let value = if small { value % 16 } else { value };
+            if length == 4 || length == 8 {
+                write(&mut it, offset & !3, value);
+            } else {
+                it.read(offset, &mut [0; 8][..length]);
+                it.write(offset, &[1; 8][..length]);
+            }
+            it.attached().serve(Wake::Queue(0));
+        }
+    }
+}
