@@ -18,7 +18,7 @@ deps: packages
 
 # The agent runs where there are no libraries, so it is linked statically; of what it uses nothing is compiled for that.
 build: packages
-	cargo build --release -p podvisor -p podvisor-monitor -p podvisor-fs -p podvisor-qemu -p podvisor-critest
+	cargo build --release -p podvisor -p podvisor-monitor -p podvisor-fs -p podvisor-qemu -p podvisor-vmm -p podvisor-critest
 	cargo rustc --release -p podvisor-agent --bin podvisor-agent -- -C target-feature=+crt-static
 
 # A Debian package: the programs, the systemd unit, and what a node has to be told; config/package says what is in it.
@@ -87,8 +87,8 @@ critest-lab: deps images lab
 	$(IN_LAB) -- $(CRITEST) sandbox -- $(CRITEST) run --expected critest/expected/lab-cgroupfs.txt $(ARGUMENTS)
 	$(IN_LAB) --systemd -- $(CRITEST) machine -- $(CRITEST) run --expected critest/expected/lab-systemd.txt $(ARGUMENTS)
 
-# What only it can show: limits of cgroup v2, checkpoints by CRIU, the daemon as a unit of systemd's, a loss of power.
-test-lab: deps images lab
+# What only it can show: machines on KVM, limits of cgroup v2, checkpoints by CRIU, the daemon as a unit of systemd's, a loss of power.
+test-lab: deps images guest lab
 	tests/lab/test
 
 # Pulls an image through a mirror and runs pods with it, one of them in a virtual machine, showing every step.

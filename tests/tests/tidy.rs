@@ -69,6 +69,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("podvisor-virtio", &[]),
     ("podvisor-hypervisor", &["podvisor-proto"]),
     ("podvisor-qemu", &["podvisor-hypervisor", "podvisor-proto", "podvisor-virtio"]),
+    ("podvisor-vmm", &["podvisor-hypervisor", "podvisor-proto", "podvisor-virtio"]),
     // One per pod, small: the protocol and cgroups, nothing else.
     ("podvisor-monitor", &["podvisor-proto", "podvisor-cgroup"]),
     // The daemon joins the parts; it never links a virtual machine monitor.

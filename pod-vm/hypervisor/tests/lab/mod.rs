@@ -234,6 +234,16 @@ impl Hypervisor {
 
 impl Drop for Hypervisor {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            // What it may have said of it.
+            if let Some(control) = &mut self.control {
+                let mut words = Vec::new();
+                let _ = control.set_read_timeout(Some(Duration::from_millis(500)));
+                let _ = control.read_to_end(&mut words);
+                eprintln!("unread: {:?}", String::from_utf8_lossy(&words));
+            }
+            eprintln!("console: {}", self.console());
+        }
         // It ends with its control connection; killed it is in case that a test has found it does not.
         self.control = None;
         if std::thread::panicking() {

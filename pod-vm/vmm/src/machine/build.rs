@@ -1,0 +1,207 @@
+//! From parts to a machine that can run.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use podvisor_proto::hypervisor::Start;
+use podvisor_virtio::block::Disk;
+use podvisor_virtio::device::{Device, Memory};
+use podvisor_virtio::endpoint::Endpoint;
+use podvisor_virtio::entropy::Entropy;
+use podvisor_virtio::fs::Share;
+use podvisor_virtio::net::{HEADER, Network};
+use podvisor_virtio::vsock::{Muxer, Vsock};
+use vm_memory::{GuestMemory, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::MachineError;
+use super::bus::Bus;
+use super::console::Console;
+use super::ending::Ending;
+use super::parts::Parts;
+use super::transport::{Mmio, Transport};
+use super::workers::Worker;
+use crate::boot::{self, acpi, elf, pvh};
+use crate::confine::Role;
+use crate::layout::{self, IDENTITY_MAP, SERIAL_INTERRUPT, TASK_STATE};
+use crate::{cpu, sys};
+
+/// Words for the kernel, before those of the request. A guest that begins anew or panics ends its machine, by a triple fault.
+const KERNEL_WORDS: &str = "console=ttyS0 quiet reboot=t panic=-1 random.trust_cpu=on no5lvl cryptomgr.notests=1 8250.nr_uarts=1 pci=off";
+
+/// What KVM has to be able to do: each with what it is for.
+const NEEDED: [Cap; 6] =
+    [Cap::Irqchip, Cap::Irqfd, Cap::Ioeventfd, Cap::UserMemory, Cap::ExtCpuid, Cap::TscDeadlineTimer];
+
+/// A machine that does not run yet.
+pub(crate) struct Machine {
+    pub(crate) vm: VmFd,
+    pub(crate) vcpus: Vec<VcpuFd>,
+    pub(crate) bus: Bus,
+    pub(crate) ending: Arc<Ending>,
+    pub(crate) workers: Vec<(Role, Worker)>,
+    /// Bytes.
+    pub(crate) memory: u64,
+}
+
+pub(crate) fn build(start: &Start, parts: Parts, link: OwnedFd) -> Result<Machine, MachineError> {
+    let Parts { kvm, kernel, initramfs, console, vsock, shares, disks, networks } = parts;
+    let (vm, supported) = open(kvm)?;
+    let memory = memory(&vm, start.memory)?;
+    let interrupt = event()?;
+    vm.register_irqfd(&interrupt, SERIAL_INTERRUPT).map_err(kvm_failed("connect the console's interrupt"))?;
+    let console = Console::new(console, interrupt);
+
+    let mut transport: Box<dyn Transport> = Box::new(Mmio::default());
+    let mut attach = |device: Box<dyn Device>| {
+        let endpoint = Endpoint::new(device, memory.clone())?;
+        transport.attach(&vm, endpoint)
+    };
+    // Disks wait for the host's: each is served by a thread of its own, all else by one.
+    let (mut quick, mut workers) = (Vec::new(), Vec::new());
+    quick.push(attach(Box::new(Entropy))?);
+    let muxer = Muxer::new(vsock)
+        .map_err(|error| MachineError::Device("vsock".to_owned(), std::io::Error::other(error)))?;
+    quick.push(attach(Box::new(Vsock::new(muxer)))?);
+    for (share, socket) in shares {
+        let device = Share::new(socket, &share.tag).map_err(|error| MachineError::Share(share.tag, error))?;
+        quick.push(attach(Box::new(device))?);
+    }
+    for (network, tap) in networks {
+        let failed = |error| MachineError::Device(network.tap.clone(), error);
+        rustix::io::ioctl_fionbio(&tap, true).map_err(|error| failed(error.into()))?;
+        // A small number.
+        sys::set_tap_header(&tap, i32::try_from(HEADER).unwrap_or(0)).map_err(failed)?;
+        let mtu = u16::try_from(network.mtu).unwrap_or(0);
+        let address = address(&network.hardware_address);
+        let offload = |tap: std::os::fd::BorrowedFd<'_>, offloads: podvisor_virtio::net::Offloads| {
+            sys::set_tap_offload(tap, offloads.0)
+        };
+        quick.push(attach(Box::new(Network::new(tap, address, mtu, offload)))?);
+    }
+    for (disk, file) in disks {
+        let device = Disk::new(file, &disk.serial, disk.read_only)
+            .map_err(|error| MachineError::Device(disk.serial, error))?;
+        let attached = attach(Box::new(device))?;
+        let worker = Worker::new(vec![attached]).map_err(MachineError::Descriptors)?;
+        workers.push((Role::Disk, worker));
+    }
+    workers.push((Role::Devices, Worker::new(quick).map_err(MachineError::Descriptors)?));
+
+    // At most 32, which was checked.
+    let processors = u8::try_from(start.cpus_limit).unwrap_or(u8::MAX);
+    let entry = load(start, &memory, &kernel, &initramfs, processors, &transport.describe())?;
+    let vcpus = processors_of(&vm, &memory, &supported, processors, entry)?;
+    let ending = Arc::new(Ending::new(link, console.clone()));
+    let bus = Bus::new(transport, console, Arc::clone(&ending));
+    Ok(Machine { vm, vcpus, bus, ending, workers, memory: start.memory })
+}
+
+fn kvm_failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError {
+    move |error| MachineError::Kvm(what, error.into())
+}
+
+fn event() -> Result<EventFd, MachineError> {
+    EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK).map_err(MachineError::Descriptors)
+}
+
+/// A machine of KVM's without memory and processors, and what its processors can do.
+fn open(kvm: OwnedFd) -> Result<(VmFd, CpuId), MachineError> {
+    /// Of leaf 1, `ecx`: what every processor with virtualization has, and PVM does not give to guests.
+    const SSE3: u32 = 1;
+    let kvm: Kvm = sys::kvm(kvm);
+    if NEEDED.iter().any(|needed| !kvm.check_extension(*needed)) {
+        return Err(MachineError::Unusable("this kernel's has not what is needed; use Linux 5.10 or newer"));
+    }
+    let supported =
+        kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm_failed("tell what processors can do"))?;
+    let features = supported.as_slice().iter().find(|entry| entry.function == 1).map_or(0, |entry| entry.ecx);
+    if features & SSE3 == 0 {
+        return Err(MachineError::Unusable(
+            "it gives guests a processor that no distribution's kernel runs on (PVM does); use a machine with VT-x or AMD-V",
+        ));
+    }
+    let vm = kvm.create_vm().map_err(kvm_failed("make a machine"))?;
+    // Intel's processors need both before there are processors; AMD's do not mind.
+    vm.set_identity_map_address(IDENTITY_MAP).map_err(kvm_failed("place the identity map"))?;
+    vm.set_tss_address(TASK_STATE).map_err(kvm_failed("place the task state segment"))?;
+    vm.create_irq_chip().map_err(kvm_failed("make interrupt controllers"))?;
+    Ok((vm, supported))
+}
+
+/// The guest's memory, private to this process.
+fn memory(vm: &VmFd, size: u64) -> Result<Memory, MachineError> {
+    let ranges = layout::memory(size);
+    let memory =
+        Memory::from_ranges(&ranges).map_err(|error| MachineError::Memory(std::io::Error::other(error)))?;
+    for (slot, region) in (0u32..).zip(memory.iter()) {
+        let described = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        sys::add_memory(vm, described).map_err(kvm_failed("map the guest's memory"))?;
+    }
+    Ok(memory)
+}
+
+/// Puts everything that the first processor finds into memory; gives its entry.
+fn load(
+    start: &Start,
+    memory: &Memory,
+    kernel: &std::fs::File,
+    initramfs: &std::fs::File,
+    processors: u8,
+    devices: &[u8],
+) -> Result<u32, MachineError> {
+    let kernel = elf::load_kernel(memory, kernel)?;
+    let length = initramfs.metadata().map_err(|error| boot::BootError::Read("initramfs", error))?.len();
+    let place = layout::initramfs(start.memory, length, kernel.end);
+    let place = place.ok_or(boot::BootError::Room("initramfs"))?;
+    boot::load(memory, "initramfs", initramfs, 0, place.begin, length)?;
+    let rsdp = acpi::write(memory, &acpi::Tables { processors, devices })?;
+    let mut words = KERNEL_WORDS.to_owned();
+    if start.cpus_limit > start.cpus {
+        // The others are there and not used until the agent says so.
+        words = format!("{words} maxcpus={}", start.cpus);
+    }
+    if !start.command_line.is_empty() {
+        words = format!("{words} {}", start.command_line);
+    }
+    let map = layout::map(start.memory);
+    pvh::write(memory, &pvh::StartInfo { command_line: &words, initramfs: place, rsdp, map: &map })?;
+    Ok(kernel.entry)
+}
+
+fn processors_of(
+    vm: &VmFd,
+    memory: &Memory,
+    supported: &CpuId,
+    count: u8,
+    entry: u32,
+) -> Result<Vec<VcpuFd>, MachineError> {
+    (0..count)
+        .map(|number| {
+            let vcpu = vm.create_vcpu(number.into()).map_err(kvm_failed("make a processor"))?;
+            let identity = CpuId::from_entries(&cpu::identity(supported, number, count)).map_err(|_| {
+                MachineError::Unusable("its processors have more properties than can be told")
+            })?;
+            vcpu.set_cpuid2(&identity).map_err(kvm_failed("say what a processor can do"))?;
+            cpu::set_up(&vcpu, memory, (number == 0).then_some(entry))?;
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+/// A hardware address whose form was checked.
+fn address(text: &str) -> [u8; 6] {
+    let mut address = [0; 6];
+    for (byte, digits) in address.iter_mut().zip(text.split(':')) {
+        *byte = u8::from_str_radix(digits, 16).unwrap_or(0);
+    }
+    address
+}
