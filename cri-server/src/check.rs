@@ -6,7 +6,7 @@ use podvisor_cgroup::Layout;
 use podvisor_config::{Config, HandlerKind, NetworkMode, Vm};
 
 use crate::apparmor::AppArmor;
-use crate::hypervisor::{self, Kvm};
+use crate::hypervisor::{self, Kvm, Virtualizer};
 use crate::node::{cgroup_driver, find_program, guest_of, kernel_version};
 use crate::selinux::SeLinux;
 
@@ -218,12 +218,13 @@ fn virtual_machines(config: &Config, name: &str, vm: &Vm, kvm: &Kvm) -> Finding 
     };
     match guest_of(vm, &config.root) {
         Err(why) => Finding::Note(format!("handler {name}: {why}")),
-        Ok(guest) if choice.emulate => Finding::Note(format!(
+        Ok(guest) if choice.virtualizer == Virtualizer::Emulation => Finding::Note(format!(
             "handler {name}: virtual machines by QEMU's translator, which is no isolation boundary; guest kernel {}",
             guest.kernel_release()
         )),
         Ok(guest) => Finding::Good(format!(
-            "handler {name}: virtual machines by QEMU with KVM; guest kernel {}",
+            "handler {name}: virtual machines by {}; guest kernel {}",
+            choice.virtualizer.words(),
             guest.kernel_release()
         )),
     }

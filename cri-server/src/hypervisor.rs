@@ -53,37 +53,68 @@ impl Kvm {
     }
 }
 
-/// What a handler's machines run on.
+/// What machines run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Virtualizer {
+    /// podvisor-vmm, on KVM.
+    Vmm,
+    /// QEMU, on KVM.
+    Qemu,
+    /// QEMU translates the processor: no isolation boundary.
+    Emulation,
+}
+
+impl Virtualizer {
+    /// In words.
+    pub(crate) fn words(self) -> &'static str {
+        match self {
+            Self::Vmm => "podvisor-vmm on KVM",
+            Self::Qemu => "QEMU on KVM",
+            Self::Emulation => "QEMU, emulated, not an isolation boundary",
+        }
+    }
+
+    /// The best for a handler; the error says why none works.
+    fn choose(vm: &Vm, kvm: &Kvm) -> Result<Self, String> {
+        match (kvm, vm.hypervisor, vm.allow_emulation) {
+            (Kvm::Usable, Hypervisor::Auto | Hypervisor::Kvm, _) => Ok(Self::Vmm),
+            (Kvm::Usable, Hypervisor::Qemu, _) => Ok(Self::Qemu),
+            (Kvm::Unusable(_), Hypervisor::Auto | Hypervisor::Qemu, true) => Ok(Self::Emulation),
+            (Kvm::Unusable(why), Hypervisor::Kvm, _) => Err(why.clone()),
+            (Kvm::Unusable(why), _, false) => Err(format!(
+                "{why}; or, without any isolation, let QEMU translate the processor (allow_emulation = true in the handler's section)"
+            )),
+        }
+    }
+}
+
+/// What a handler's machines run on, and the programs for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Choice {
+    pub(crate) virtualizer: Virtualizer,
     /// Program that speaks the hypervisor protocol.
     pub(crate) program: PathBuf,
-    /// Program of the machine itself.
+    /// Program of the machine itself; empty: the same.
     pub(crate) machine: PathBuf,
     pub(crate) file_server: PathBuf,
-    /// The processor is translated: no isolation boundary.
-    pub(crate) emulate: bool,
 }
 
 /// Decides for a handler; the error says why none works.
 pub(crate) fn choose(vm: &Vm, kvm: &Kvm) -> Result<Choice, String> {
-    let emulate = match (kvm, vm.hypervisor, vm.allow_emulation) {
-        (Kvm::Usable, _, _) => false,
-        (Kvm::Unusable(_), Hypervisor::Auto | Hypervisor::Qemu, true) => true,
-        (Kvm::Unusable(why), Hypervisor::Kvm, _) => return Err(why.clone()),
-        (Kvm::Unusable(why), _, false) => {
-            return Err(format!(
-                "{why}; or, without any isolation, let QEMU translate the processor (allow_emulation = true in the handler's section)"
-            ));
+    let virtualizer = Virtualizer::choose(vm, kvm)?;
+    let (program, machine) = match virtualizer {
+        Virtualizer::Vmm => ("podvisor-vmm", PathBuf::new()),
+        Virtualizer::Qemu | Virtualizer::Emulation => {
+            let machine = find_program(&vm.qemu)
+                .ok_or_else(|| format!("{} is not installed (Debian: qemu-system-x86)", vm.qemu.display()))?;
+            ("podvisor-qemu", machine)
         }
     };
-    let qemu = find_program(&vm.qemu)
-        .ok_or_else(|| format!("{} is not installed (Debian: qemu-system-x86)", vm.qemu.display()))?;
     let ours = |name: &str| {
         let program = beside(name);
         find_program(&program).ok_or_else(|| format!("{} is no executable file", program.display()))
     };
-    Ok(Choice { program: ours("podvisor-qemu")?, machine: qemu, file_server: ours("podvisor-fs")?, emulate })
+    Ok(Choice { virtualizer, program: ours(program)?, machine, file_server: ours("podvisor-fs")? })
 }
 
 /// A program that is installed with the daemon.
@@ -120,6 +151,21 @@ mod tests {
             let why = kvm(opened, modules, flags);
             assert!(why.contains(told), "{told}: {why}");
         }
+    }
+
+    #[test]
+    fn qemu_is_for_who_asks_for_it_where_kvm_works() {
+        let virtualizer =
+            |hypervisor| Virtualizer::choose(&Vm { hypervisor, ..Vm::default() }, &Kvm::Usable).unwrap();
+        assert_eq!(virtualizer(Hypervisor::Auto), Virtualizer::Vmm);
+        assert_eq!(virtualizer(Hypervisor::Kvm), Virtualizer::Vmm);
+        assert_eq!(virtualizer(Hypervisor::Qemu), Virtualizer::Qemu);
+        let allowed = Vm { allow_emulation: true, ..Vm::default() };
+        assert_eq!(Virtualizer::choose(&allowed, &Kvm::Usable), Ok(Virtualizer::Vmm));
+        assert_eq!(
+            Virtualizer::choose(&allowed, &Kvm::Unusable("no KVM".into())),
+            Ok(Virtualizer::Emulation)
+        );
     }
 
     #[test]

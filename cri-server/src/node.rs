@@ -21,7 +21,7 @@ use crate::apparmor::AppArmor;
 use crate::events::Events;
 use crate::features::Kernel;
 use crate::hooks::Hooks;
-use crate::hypervisor::{self, Choice, Kvm};
+use crate::hypervisor::{self, Choice, Kvm, Virtualizer};
 use crate::id::{ContainerId, PodId};
 use crate::monitor::pool::Pool;
 use crate::pod::record::{Engine, PinnedRuntime, PinnedVm, Records};
@@ -279,11 +279,7 @@ impl Handlers {
                 hypervisor::choose(vm, &kvm).and_then(|choice| Ok((choice, guest_of(vm, &config.root)?)));
             match looked {
                 Ok((choice, guest)) => {
-                    let how = if choice.emulate {
-                        "QEMU, emulated, not an isolation boundary"
-                    } else {
-                        "QEMU on KVM"
-                    };
+                    let how = choice.virtualizer.words();
                     self.versions
                         .insert(name.clone(), format!("{how}; guest kernel {}", guest.kernel_release()));
                     self.hypervisors.insert(name.clone(), choice);
@@ -339,7 +335,7 @@ fn pinned_vm(vm: &Vm, choice: &Choice, guest: &Guest) -> PinnedVm {
         kernel: guest.kernel(),
         initramfs: guest.initramfs(),
         kernel_release: guest.kernel_release().to_owned(),
-        emulate: choice.emulate,
+        emulate: choice.virtualizer == Virtualizer::Emulation,
         default_memory: u64::from(vm.default_memory) * MIB,
         guest_reserve: u64::from(vm.guest_reserve) * MIB,
         default_cpus: vm.default_cpus,
