@@ -99,6 +99,10 @@ impl Keeper {
             }
             (None, _) => Err(Failure::unsupported("this hypervisor does not know that request")),
             (Some(_), State::Idle) => Err(Failure::wrong_state("the machine was not started yet")),
+            (Some(Verb::Check(_)), State::Up(up)) => {
+                up.check(request.id);
+                return;
+            }
             (Some(verb), State::Up(up)) => up.change(&verb),
         };
         self.control.reply(request.id, outcome);
@@ -109,7 +113,7 @@ impl Keeper {
         let unanswered = up.unanswered();
         // The machine is killed and waited for.
         drop(up);
-        if let Some(request) = unanswered {
+        for request in unanswered {
             self.control.reply(request, Err(Failure::wrong_state("the machine was stopped")));
         }
     }
@@ -117,7 +121,7 @@ impl Keeper {
     /// Takes note of what the machine says, and of its end.
     fn look_after_machine(&mut self) {
         let State::Up(up) = &mut self.state else { return };
-        if let Some((request, outcome)) = up.listen() {
+        for (request, outcome) in up.listen() {
             self.control.reply(request, outcome);
         }
         if !up.has_ended() {
@@ -125,13 +129,18 @@ impl Keeper {
         }
         let State::Up(mut up) = std::mem::replace(&mut self.state, State::Ended) else { return };
         // What it said last may have come since.
-        if let Some((request, outcome)) = up.listen() {
+        for (request, outcome) in up.listen() {
             self.control.reply(request, outcome);
         }
         let (started, unanswered) = (up.has_started(), up.unanswered());
         let ended = up.end();
-        if let Some(request) = unanswered {
-            self.control.reply(request, Err(Failure::failed("start the machine", &ended.detail)));
+        for request in unanswered {
+            let failure = if started {
+                Failure::wrong_state("the machine has ended")
+            } else {
+                Failure::failed("start the machine", &ended.detail)
+            };
+            self.control.reply(request, Err(failure));
         }
         if started {
             self.control.tell(event::Kind::Ended(ended));

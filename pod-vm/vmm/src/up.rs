@@ -9,11 +9,11 @@ use podvisor_hypervisor::console::{Console, Tail};
 use podvisor_hypervisor::failure::{Failure, one_line};
 use podvisor_hypervisor::process::Process;
 use podvisor_proto::hypervisor::{
-    Done, EndReason, Ended, ErrorCode, Reply, Request, Start, Started, event, reply, request::Verb,
+    Check, Done, EndReason, Ended, ErrorCode, Reply, Request, Start, Started, event, reply, request::Verb,
 };
 use prost::Message;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{RecvFlags, recv};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use crate::open::{self, Names};
 use crate::{confine, handover};
@@ -34,6 +34,8 @@ pub(crate) struct Up {
     start: Start,
     /// The request for it, until it is answered.
     starting: Option<u64>,
+    /// Requests for a sign of life that the machine has not given yet.
+    checks: Vec<u64>,
     started: bool,
     /// What it has written to stderr.
     words: Tail,
@@ -72,6 +74,7 @@ impl Up {
             console,
             start,
             starting: Some(request),
+            checks: Vec::new(),
             started: false,
             words: Tail::default(),
             ended: None,
@@ -93,28 +96,41 @@ impl Up {
         self.started
     }
 
-    /// The request that waits for its answer.
-    pub(crate) fn unanswered(&self) -> Option<u64> {
-        self.starting
+    /// Requests that wait for their answers.
+    pub(crate) fn unanswered(&self) -> Vec<u64> {
+        self.starting.into_iter().chain(self.checks.iter().copied()).collect()
     }
 
-    /// Reads what there is to read; gives the answer that is ready.
-    pub(crate) fn listen(&mut self) -> Option<Answer> {
+    /// Asks the machine's own process for a sign of life, which is answered later.
+    pub(crate) fn check(&mut self, request: u64) {
+        let message = Request { id: request, verb: Some(Verb::Check(Check {})) }.encode_to_vec();
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        // If it cannot be sent the machine has ended, which is seen too, or does not read, and so does not work.
+        let _ = self.link.as_ref().map(|link| send(link, &message, flags));
+        self.checks.push(request);
+    }
+
+    /// Reads what there is to read; gives the answers that are ready.
+    pub(crate) fn listen(&mut self) -> Vec<Answer> {
         self.console.read();
         self.read_words();
-        let mut answer = None;
+        let mut answers = Vec::new();
         while let Some(reply) = self.hear() {
             match reply.result {
                 Some(reply::Result::Started(started)) if self.starting == Some(reply.id) => {
                     self.started = true;
                     self.starting = None;
                     let started = Started { pid: self.process.pid(), ..started };
-                    answer = Some((reply.id, Ok(reply::Result::Started(started))));
+                    answers.push((reply.id, Ok(reply::Result::Started(started))));
                 }
                 Some(reply::Result::Error(error)) if self.starting == Some(reply.id) => {
                     self.starting = None;
                     let detail = one_line(&error.detail);
-                    answer = Some((reply.id, Err(Failure { code: ErrorCode::Failed, detail })));
+                    answers.push((reply.id, Err(Failure { code: ErrorCode::Failed, detail })));
+                }
+                Some(reply::Result::Done(done)) if self.checks.contains(&reply.id) => {
+                    self.checks.retain(|check| *check != reply.id);
+                    answers.push((reply.id, Ok(reply::Result::Done(done))));
                 }
                 Some(reply::Result::Event(event)) => {
                     if let Some(event::Kind::Ended(ended)) = event.kind {
@@ -124,7 +140,7 @@ impl Up {
                 _ => self.process.kill(),
             }
         }
-        answer
+        answers
     }
 
     /// The machine's next message. One that is none is its end.

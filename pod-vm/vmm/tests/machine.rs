@@ -15,7 +15,8 @@ use std::path::Path;
 
 use lab::{Hypervisor, Namespace, Suite, eventually};
 use podvisor_proto::hypervisor::{
-    AddDisk, Disk, EndReason, ErrorCode, Network, SetCpus, SetMemory, Start, Started, Stop, request::Verb,
+    AddDisk, Check, Disk, EndReason, ErrorCode, Network, SetCpus, SetMemory, Start, Started, Stop,
+    request::Verb,
 };
 
 /// What the other tests start from, made where it is quick.
@@ -40,6 +41,9 @@ fn kvm_ports() {
     assert!(!started.emulated && started.name == "podvisor-vmm", "{started:?}");
     assert_eq!((started.memory_limit, started.cpus_limit), (256 << 20, 1));
     assert!(!started.adds_shares && !started.adds_disks && !started.adds_networks, "{started:?}");
+    for _ in 0..3 {
+        hypervisor.done(Verb::Check(Check {}));
+    }
     assert!(hypervisor.tell("list /dev").contains("hwrng"), "entropy");
     assert!(hypervisor.connect(9999).is_none(), "nobody listens there");
 

@@ -24,7 +24,7 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 
 use podvisor_hypervisor::failure::{Failure, chain};
-use podvisor_proto::hypervisor::{EndReason, Request, Started, reply, request::Verb};
+use podvisor_proto::hypervisor::{Done, EndReason, Request, Started, reply, request::Verb};
 use prost::Message;
 
 use crate::confine::{self, ConfineError, Role};
@@ -152,10 +152,19 @@ fn begin(machine: build::Machine, request: u64) -> Result<Arc<Ending>, MachineEr
     Ok(ending)
 }
 
-/// Until who started this process has gone, or sends what it never does. Then the machine goes with this process.
+/// Gives signs of life until who started this process has gone, or sends what it never does. Then the machine goes with this process.
 fn wait(link: &Ending) {
-    let mut bytes = [0; 1];
-    while let Err(rustix::io::Errno::INTR) =
-        rustix::net::recv(link, &mut bytes, rustix::net::RecvFlags::empty())
-    {}
+    let mut bytes = [0; 64];
+    loop {
+        let flags = rustix::net::RecvFlags::empty();
+        let request = match rustix::net::recv(link, &mut bytes, flags) {
+            Err(rustix::io::Errno::INTR) => continue,
+            Ok((count @ 1.., _)) => Request::decode(&bytes[..count]).ok(),
+            Ok((0, _)) | Err(_) => return,
+        };
+        match request {
+            Some(Request { id, verb: Some(Verb::Check(_)) }) => link.send(id, reply::Result::Done(Done {})),
+            _ => return,
+        }
+    }
 }
