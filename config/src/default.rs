@@ -4,8 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use crate::{
-    CgroupDriver, Config, Handler, HandlerKind, Hypervisor, Image, Limits, Log, LogFormat, Metrics, Network,
-    NetworkMode, Nri, Runtime, Streaming, Trust, Vm,
+    CgroupDriver, Config, Handler, HandlerKind, Hypervisor, Image, Limits, Log, LogFormat, Machine, Metrics,
+    Network, NetworkMode, Nri, Runtime, Streaming, Trust, Vm,
 };
 
 /// Names of the handlers that exist when no file says anything.
@@ -73,6 +73,7 @@ impl Default for Vm {
             hypervisor: Hypervisor::Auto,
             allow_emulation: false,
             qemu: "qemu-system-x86_64".into(),
+            machine: Machine::Auto,
             guest: String::new(),
             default_memory: 1024,
             guest_reserve: 128,

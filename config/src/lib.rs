@@ -195,6 +195,8 @@ pub struct Vm {
     pub allow_emulation: bool,
     /// QEMU's program; a bare name is looked up in PATH.
     pub qemu: PathBuf,
+    /// Which of QEMU's machines.
+    pub machine: Machine,
     /// Id of the guest that new pods get; empty: the current one.
     pub guest: String,
     /// Memory for the containers of a pod without a limit, MiB.
@@ -216,6 +218,17 @@ pub enum Hypervisor {
     Kvm,
     /// QEMU, with KVM where that works.
     Qemu,
+}
+
+/// Which machine QEMU makes of a pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Machine {
+    /// One that can do whatever kubelet asks of a running pod.
+    Auto,
+    /// Nothing can be plugged into it, and its memory is what it is; starts sooner.
+    Microvm,
+    /// Disks and memory can be added while it runs.
+    Q35,
 }
 
 /// `[image]`

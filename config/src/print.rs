@@ -4,8 +4,8 @@ use std::fmt::{self, Display, Write};
 use std::path::{Path, PathBuf};
 
 use crate::{
-    CgroupDriver, Config, Handler, HandlerKind, Hypervisor, Image, Limits, Log, LogFormat, Metrics, Network,
-    NetworkMode, Nri, Runtime, Streaming, Trust, Vm, default,
+    CgroupDriver, Config, Handler, HandlerKind, Hypervisor, Image, Limits, Log, LogFormat, Machine, Metrics,
+    Network, NetworkMode, Nri, Runtime, Streaming, Trust, Vm, default,
 };
 
 impl Config {
@@ -168,6 +168,7 @@ fn write_vm(f: &mut String, vm: &Vm) -> fmt::Result {
         hypervisor,
         allow_emulation,
         qemu,
+        machine,
         guest,
         default_memory,
         guest_reserve,
@@ -178,6 +179,7 @@ fn write_vm(f: &mut String, vm: &Vm) -> fmt::Result {
     writeln!(f, "hypervisor = {}", quoted(hypervisor))?;
     writeln!(f, "allow_emulation = {allow_emulation}")?;
     writeln!(f, "qemu = {}", path(qemu))?;
+    writeln!(f, "machine = {}", quoted(machine))?;
     writeln!(f, "guest = {}", quoted(guest))?;
     writeln!(f, "default_memory = {default_memory}")?;
     writeln!(f, "guest_reserve = {guest_reserve}")?;
@@ -191,6 +193,16 @@ impl Display for Hypervisor {
             Self::Auto => "auto",
             Self::Kvm => "kvm",
             Self::Qemu => "qemu",
+        })
+    }
+}
+
+impl Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Microvm => "microvm",
+            Self::Q35 => "q35",
         })
     }
 }

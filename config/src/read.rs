@@ -13,7 +13,8 @@ use crate::value::{
     own_directory, pids, program, registry, socket_address, socket_path, subnets,
 };
 use crate::{
-    CgroupDriver, Config, Handler, HandlerKind, Hypervisor, LogFormat, NetworkMode, Trust, Vm, default,
+    CgroupDriver, Config, Handler, HandlerKind, Hypervisor, LogFormat, Machine, NetworkMode, Trust, Vm,
+    default,
 };
 
 /// Most of what a pull or a call may take: a day, in seconds.
@@ -154,6 +155,8 @@ fn vm(document: &mut Document<'_>, section: &mut Section<'_>, vm: &mut Vm) {
     document.set(section, "hypervisor", &mut vm.hypervisor, choice(&hypervisors));
     document.set(section, "allow_emulation", &mut vm.allow_emulation, boolean);
     document.set(section, "qemu", &mut vm.qemu, program);
+    let machines = [("auto", Machine::Auto), ("microvm", Machine::Microvm), ("q35", Machine::Q35)];
+    document.set(section, "machine", &mut vm.machine, choice(&machines));
     document.set(section, "guest", &mut vm.guest, guest_id);
     document.set(section, "default_memory", &mut vm.default_memory, number(16..=1 << 20, "MiB"));
     document.set(section, "guest_reserve", &mut vm.guest_reserve, number(64..=1 << 16, "MiB"));

@@ -86,6 +86,7 @@ aliases = ["gvisor"]
 hypervisor = "qemu"
 allow_emulation = true
 qemu = "/opt/qemu"
+machine = "microvm"
 guest = "0123456789abcdef"
 default_memory = 256
 guest_reserve = 64

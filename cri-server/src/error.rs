@@ -85,6 +85,12 @@ pub(crate) enum PodError {
         "the pod's virtual machine has {memory} MiB and {cpus} virtual CPUs, and cannot have more while it runs"
     )]
     CannotGrow { memory: u64, cpus: u32, source: MonitorError },
+    #[error(
+        "{} is a block device, and nothing can be plugged into this pod's machine: set machine = \"q35\" for handler {handler}, or \
+         build its guest anew if that is an older one, and start the pod again",
+        path.display()
+    )]
+    CannotPlug { path: PathBuf, handler: String },
     #[error("cannot checkpoint container {id}{}{words}", if words.is_empty() { "" } else { ": CRIU says: " })]
     Checkpoint { id: String, words: String, source: MonitorError },
     #[error("the checkpoint of container {id} was not written within {seconds} s; the container runs on")]
@@ -114,7 +120,8 @@ impl PodError {
             PodError::NotReady { .. }
             | PodError::NotRunning { .. }
             | PodError::Denied { .. }
-            | PodError::CannotGrow { .. } => Code::FailedPrecondition,
+            | PodError::CannotGrow { .. }
+            | PodError::CannotPlug { .. } => Code::FailedPrecondition,
             PodError::NetworkNotReady(_) => Code::Unavailable,
             PodError::Image(error) => image_code(error),
             PodError::ImageVolume(error) => match error {

@@ -340,6 +340,7 @@ fn pinned_vm(vm: &Vm, choice: &Choice, guest: &Guest) -> PinnedVm {
         guest_reserve: u64::from(vm.guest_reserve) * MIB,
         default_cpus: vm.default_cpus,
         max_cpus: vm.max_cpus,
+        plugs: vm.machine != podvisor_config::Machine::Microvm,
     }
 }
 

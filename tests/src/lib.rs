@@ -5,6 +5,7 @@
 //! build, as a process of its own), and have to run in a sandbox: `make test` does that.
 
 pub mod ask;
+pub mod block_volume;
 pub mod cri;
 pub mod eventually;
 pub mod fixture;
@@ -20,6 +21,7 @@ pub mod trials;
 pub mod world;
 pub mod wrapper;
 
+pub use block_volume::BlockVolume;
 pub use eventually::eventually;
-pub use fixture::Fixture;
+pub use fixture::{Fixture, Pod};
 pub use trials::Tests;

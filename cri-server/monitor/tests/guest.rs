@@ -9,6 +9,7 @@ use std::path::Path;
 
 use lab::client::{connected, stream, sync};
 use lab::{POD, Spec, private_memory, run, until};
+use podvisor_proto::hypervisor::Disk;
 use podvisor_proto::monitor::{
     Attach, Connect, DeleteContainer, ErrorCode, GuestStats, KillContainer, Place, ProcessState, Shutdown,
     StartContainer, UpdateContainer, reply, request::Verb,
@@ -105,6 +106,57 @@ fn what_contradicts_itself_is_refused() {
         host.guest = true;
         let request = host.container("c1", &Spec::waiting());
         assert_eq!(host.daemon.refused(Verb::CreateContainer(request)).0, ErrorCode::WrongState);
+    });
+}
+
+/// Disks come before the first container that has them, and go with the last.
+#[test]
+fn disks_come_and_go() {
+    run(|lab| {
+        let mut pod = lab.machine();
+        let done = || std::fs::read_to_string(lab::machine::SIZES).unwrap_or_default();
+        let with = |pod: &lab::Pod, id: &str, disks: &[(&str, &str)]| {
+            let mut request = pod.container(id, &Spec::waiting());
+            let disk = |(serial, path): &(&str, &str)| Disk {
+                serial: (*serial).into(),
+                path: (*path).into(),
+                read_only: false,
+            };
+            request.guest.as_mut().unwrap().disks = disks.iter().map(disk).collect();
+            Verb::CreateContainer(request)
+        };
+        let create = |pod: &mut lab::Pod, id: &str, disks: &[(&str, &str)]| {
+            let verb = with(pod, id, disks);
+            pod.daemon.ask(verb)
+        };
+        create(&mut pod, "c1", &[("a", "/a"), ("b", "/b")]).unwrap();
+        create(&mut pod, "c2", &[("a", "/a")]).unwrap();
+        assert_eq!(done(), "plug a\nplug b\n");
+        pod.delete("c1");
+        assert_eq!(done(), "plug a\nplug b\nunplug b\n");
+        pod.delete("c2");
+        assert_eq!(done(), "plug a\nplug b\nunplug b\nunplug a\n");
+
+        // One that cannot be had: the others go again, and no container is there.
+        std::fs::remove_file(lab::machine::SIZES).unwrap();
+        let error = create(&mut pod, "c3", &[("a", "/a"), ("none", "/refused")]).unwrap_err();
+        assert!(error.code() == ErrorCode::VmFailed && error.detail.contains("no such device"), "{error:?}");
+        assert_eq!(done(), "plug a\nunplug a\n");
+        assert_eq!(pod.containers(), []);
+
+        // A guest that does not let go holds up nobody, and gives the disk to nobody else.
+        std::fs::remove_file(lab::machine::SIZES).unwrap();
+        create(&mut pod, "c4", &[("a", "/a")]).unwrap();
+        std::fs::write(lab::machine::HOLD, "").unwrap();
+        pod.delete("c4");
+        let error = create(&mut pod, "c5", &[("a", "/a")]).unwrap_err();
+        assert!(error.detail.contains("does not let go"), "{error:?}");
+        std::fs::remove_file(lab::machine::HOLD).unwrap();
+        create(&mut pod, "c6", &[("a", "/a")]).unwrap();
+        pod.delete("c6");
+        assert_eq!(done(), "plug a\nunplug a\nplug a\nunplug a\n");
+        pod.daemon.done(Verb::Shutdown(Shutdown {}));
+        assert!(pod.child.wait().unwrap().success());
     });
 }
 

@@ -80,6 +80,7 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
     }
     if pod.runtime.vm().is_some() {
         super::vm::validate_container(&config)?;
+        super::disks::validate(pod, &config.devices)?;
     }
     let selinux = if pod.runtime.vm().is_some() {
         Confinement::default()
@@ -242,7 +243,7 @@ pub(crate) async fn build(
 
     podvisor_fault::point("create.specified");
     let guest = match pod.runtime.vm() {
-        Some(_) => Some(super::vm::container(pod, &record, seccomp.as_ref(), volumes)?),
+        Some(_) => Some(super::vm::container(pod, &record, &spec, seccomp.as_ref(), volumes)?),
         None => None,
     };
     let verb = Verb::CreateContainer(CreateContainer {

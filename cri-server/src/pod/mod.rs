@@ -22,6 +22,7 @@
 //! | `sandbox_container.rs` | the container that holds the others, where the OCI runtime wants one |
 //! | `vm.rs` | a pod that is a virtual machine |
 //! | `share.rs` | what its guest sees of the host |
+//! | `disks.rs` | block devices of the host as its disks |
 //! | `resize.rs` | what kubelet says that a pod may use |
 //! | `build.rs` | how a container is made |
 //! | `specify.rs` | a container's OCI spec |
@@ -39,6 +40,7 @@
 pub(crate) mod acquired;
 pub(crate) mod build;
 pub(crate) mod devices;
+mod disks;
 mod dismantle;
 mod files;
 mod guest_volumes;

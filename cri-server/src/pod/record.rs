@@ -98,6 +98,9 @@ pub(crate) struct PinnedVm {
     pub(crate) guest_reserve: u64,
     pub(crate) default_cpus: u32,
     pub(crate) max_cpus: u32,
+    /// The machine is one that disks can be plugged into.
+    #[serde(default)]
+    pub(crate) plugs: bool,
 }
 
 /// What runs a sandbox's containers.
@@ -144,6 +147,9 @@ pub(crate) struct Machine {
     /// Bytes, and virtual CPUs.
     pub(crate) memory: u64,
     pub(crate) cpus: u32,
+    /// Disks can be plugged into it.
+    #[serde(default)]
+    pub(crate) adds_disks: bool,
     pub(crate) hypervisor_pid: i32,
     pub(crate) file_server: ProcessIdentity,
 }

@@ -23,7 +23,7 @@ use super::acquired::Acquisition;
 use super::record::{ContainerRecord, Machine, PinnedVm, PodRecord, ProcessIdentity};
 use super::request::{cgroup_parent, hostname, user_namespace};
 use super::view::namespace_options;
-use super::{guest_volumes, share, shared_volumes};
+use super::{disks, guest_volumes, share, shared_volumes};
 use crate::error::PodError;
 use crate::id::{ContainerId, PodId};
 use crate::monitor::process::identify;
@@ -66,13 +66,6 @@ pub(super) fn validate_container(config: &cri::ContainerConfig) -> Result<(), Po
     if super::build::container_namespaces(config).pid == NamespaceMode::Node as i32 {
         let why = "is NODE, but the pod is a virtual machine, which cannot use the host's namespaces";
         return Err(PodError::invalid(format!("{FIELD}.pid"), why));
-    }
-    if let Some(device) = config.devices.first() {
-        let why = format!(
-            "{:?} is a device of the host, which a pod in a virtual machine cannot use",
-            device.host_path
-        );
-        return Err(PodError::invalid("config.devices[0]", why));
     }
     for (index, mount) in config.mounts.iter().enumerate() {
         if mount.propagation == cri::MountPropagation::PropagationBidirectional as i32 {
@@ -256,6 +249,7 @@ pub(super) fn in_guest(spec: &mut Spec, device: Option<String>, below: Vec<Mount
 pub(super) fn container(
     pod: &PodRecord,
     record: &ContainerRecord,
+    spec: &Spec,
     seccomp: Option<&LinuxSeccomp>,
     volumes: Vec<GuestVolume>,
 ) -> Result<GuestContainer, PodError> {
@@ -266,7 +260,10 @@ pub(super) fn container(
     let compiled = compiled.map_err(|error| {
         PodError::invalid("config.linux.security_context.seccomp", crate::error::chain(&error))
     })?;
+    let (disks, block_devices) = disks::of(&record.config.0.devices, spec);
     Ok(GuestContainer {
+        disks,
+        block_devices,
         root: Some(AddRoot {
             container_id: record.id.to_string(),
             lower: Some(add_root::Lower::SharePath(rootfs.clone())),
@@ -395,6 +392,7 @@ pub(super) async fn start(
         keeps_volumes: agent.volumes,
         memory,
         cpus,
+        adds_disks: machine.adds_disks && agent.block_devices,
         hypervisor_pid: started.hypervisor_pid,
         // Its parent, the monitor, has not reaped it.
         file_server: identify(started.file_server_pid).ok_or(MonitorError::Gone)?,
@@ -455,6 +453,7 @@ fn request(
         cgroup_procs: cgroup_procs.clone(),
         program: text(&vm.machine),
         user,
+        plugs: vm.plugs,
         ..Start::default()
     };
     let sysctls = config.linux.as_ref().map(|linux| linux.sysctls.clone()).unwrap_or_default();
@@ -569,6 +568,7 @@ mod tests {
             guest_reserve: 128 * MIB,
             default_cpus: 1,
             max_cpus: 8,
+            plugs: true,
         }
     }
 

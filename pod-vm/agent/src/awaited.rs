@@ -4,9 +4,10 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use podvisor_proto::agent::{AddRoot, AddShare, Done, reply};
+use podvisor_proto::agent::{AddRoot, AddShare, CreateContainer, Done, reply};
 
 use crate::agent::Agent;
+use crate::disks::Numbers;
 use crate::failure::Failure;
 use crate::interface::{self, Interface};
 use crate::verbs::Answered;
@@ -22,6 +23,22 @@ pub(crate) enum Wanted {
     Interface(Interface),
     Share(AddShare),
     Root(AddRoot),
+    Container(Box<CreateContainer>),
+}
+
+/// What came of one attempt.
+enum Tried {
+    /// The device is not there.
+    Missing,
+    Done,
+    /// It is under way, and answered when it is done.
+    Begun,
+}
+
+impl From<bool> for Tried {
+    fn from(done: bool) -> Self {
+        if done { Self::Done } else { Self::Missing }
+    }
 }
 
 impl Wanted {
@@ -34,6 +51,11 @@ impl Wanted {
             Self::Share(share) => format!("no share with tag {:?}", share.tag),
             Self::Root(root) => {
                 format!("a disk of the root file system of {:?} is missing and has not", root.container_id)
+            }
+            Self::Container(create) => {
+                let serials: Vec<&str> =
+                    create.block_devices.iter().map(|device| device.serial.as_str()).collect();
+                format!("not every disk of {serials:?}")
             }
         }
     }
@@ -68,8 +90,10 @@ impl Awaited {
 impl Agent {
     /// Does it now, or as soon as the device is there.
     pub(crate) fn attempt(&mut self, request: u64, wanted: Wanted) -> Answered {
-        if self.try_once(&wanted)? {
-            return Ok(Some(reply::Result::Done(Done {})));
+        match self.try_once(request, &wanted)? {
+            Tried::Done => return Ok(Some(reply::Result::Done(Done {}))),
+            Tried::Begun => return Ok(None),
+            Tried::Missing => {}
         }
         if self.duties.is_some() {
             look_for_devices();
@@ -78,8 +102,7 @@ impl Agent {
         Ok(None)
     }
 
-    /// `false` when the device is not there.
-    fn try_once(&mut self, wanted: &Wanted) -> Result<bool, Failure> {
+    fn try_once(&mut self, request: u64, wanted: &Wanted) -> Result<Tried, Failure> {
         match wanted {
             Wanted::Interface(wanted) => {
                 let interfaces = &self.pod.interfaces;
@@ -98,10 +121,14 @@ impl Agent {
                 if done {
                     self.pod.interfaces.push(wanted.clone());
                 }
-                Ok(done)
+                Ok(done.into())
             }
-            Wanted::Share(share) => self.pod.storage.add_share(share),
-            Wanted::Root(root) => self.pod.storage.add_root(root),
+            Wanted::Share(share) => self.pod.storage.add_share(share).map(Tried::from),
+            Wanted::Root(root) => self.pod.storage.add_root(root).map(Tried::from),
+            Wanted::Container(create) => match Numbers::of(&create.block_devices)? {
+                Some(numbers) => self.create_container(request, create, numbers).map(|()| Tried::Begun),
+                None => Ok(Tried::Missing),
+            },
         }
     }
 
@@ -109,12 +136,13 @@ impl Agent {
     pub(crate) fn retry(&mut self) {
         self.awaited.tried = Some(Instant::now());
         for Waiting { request, deadline, wanted } in std::mem::take(&mut self.awaited.waiting) {
-            match self.try_once(&wanted) {
-                Ok(true) => self.answer(request, Ok(reply::Result::Done(Done {}))),
-                Ok(false) if Instant::now() < deadline => {
+            match self.try_once(request, &wanted) {
+                Ok(Tried::Done) => self.answer(request, Ok(reply::Result::Done(Done {}))),
+                Ok(Tried::Begun) => {}
+                Ok(Tried::Missing) if Instant::now() < deadline => {
                     self.awaited.waiting.push(Waiting { request, deadline, wanted });
                 }
-                Ok(false) => {
+                Ok(Tried::Missing) => {
                     let what = format!("{} appeared within {} s", wanted.device(), PATIENCE.as_secs());
                     self.answer(request, Err(Failure::timeout(what)));
                 }

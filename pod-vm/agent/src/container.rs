@@ -21,6 +21,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, pidfd_send_signal};
 
 use crate::agent::Agent;
+use crate::disks::Numbers;
 use crate::failure::Failure;
 use crate::init::{Init, NAME};
 use crate::storage::{self, Storage};
@@ -65,6 +66,7 @@ pub(crate) struct Container {
     /// `memory.events`, which the kernel marks when it changes.
     memory: Option<File>,
     oom_kills: u64,
+    disks: Numbers,
 }
 
 impl Container {
@@ -180,7 +182,13 @@ impl Agent {
         self.containers.get_mut(id).ok_or_else(|| Failure::not_found(format!("no container {id:?}")))
     }
 
-    pub(crate) fn create_container(&mut self, request: u64, wanted: &CreateContainer) -> Answered {
+    /// The request is answered when its process is prepared.
+    pub(crate) fn create_container(
+        &mut self,
+        request: u64,
+        wanted: &CreateContainer,
+        disks: Numbers,
+    ) -> Result<(), Failure> {
         let id = &wanted.container_id;
         check_id(id)?;
         if self.containers.contains_key(id) {
@@ -189,6 +197,7 @@ impl Agent {
         let mut spec: Spec = serde_json::from_slice(&wanted.spec)
             .map_err(|error| Failure::invalid(format!("the spec cannot be read: {error}")))?;
         self.place_pid_namespace(&mut spec, wanted)?;
+        disks.put_into(&mut spec);
         let root = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
         let root = if root.is_absolute() { root } else { storage::root_of(id) };
         let mut plan = Plan::new(&spec, root, seccomp(wanted.seccomp.as_ref()))
@@ -212,9 +221,9 @@ impl Agent {
         let memory = cgroup.place().directory("memory").map(|directory| directory.join("memory.events"));
         let memory = memory.and_then(|path: PathBuf| File::open(path).ok());
         let state = State::Creating { pending, request };
-        let container = Container { state, cgroup, standard, shared, memory, oom_kills: 0 };
+        let container = Container { state, cgroup, standard, shared, memory, oom_kills: 0, disks };
         self.containers.insert(id.clone(), container);
-        Ok(None)
+        Ok(())
     }
 
     /// The pod's shared pid namespace, or that of another container, in place of what the spec says: only the agent knows the pids.
@@ -401,9 +410,11 @@ impl Agent {
     }
 
     pub(crate) fn update_container(&mut self, update: &UpdateContainer) -> Result<(), Failure> {
-        let resources: LinuxResources = serde_json::from_slice(&update.resources)
+        let mut resources: LinuxResources = serde_json::from_slice(&update.resources)
             .map_err(|error| Failure::invalid(format!("the resources cannot be read: {error}")))?;
-        Ok(self.container(&update.container_id)?.cgroup.update(&resources)?)
+        let container = self.container(&update.container_id)?;
+        container.disks.put_into_rules(&mut resources);
+        Ok(container.cgroup.update(&resources)?)
     }
 
     pub(crate) fn resize(&mut self, resize: &Resize) -> Result<(), Failure> {

@@ -23,6 +23,7 @@
 //! | `netlink.rs` | the kernel's interface for those |
 //! | `awaited.rs` | requests about devices that have not appeared yet |
 //! | `storage.rs` | shares and root file systems |
+//! | `disks.rs` | disks by their serials, and their numbers in specs |
 //! | `events.rs` | ends of processes, kept until they are acknowledged |
 //! | `streams.rs` | bytes between programs and stream connections |
 //! | `stats.rs` | what containers and the guest use |
@@ -40,6 +41,7 @@ mod connect;
 mod console;
 mod container;
 mod control;
+mod disks;
 mod events;
 mod exec;
 mod failure;

@@ -15,6 +15,7 @@ use rustix::mount::{mount, mount_bind_recursive, open_tree, unmount};
 
 use crate::boot::RUN;
 use crate::container::check_id;
+use crate::disks;
 use crate::failure::Failure;
 
 /// What is mounted.
@@ -156,7 +157,7 @@ impl Storage {
         let lower = match lower {
             Lower::SharePath(path) => self.in_share(path)?,
             Lower::BlockSerial(serial) => {
-                let Some(disk) = disk(serial) else { return Ok(false) };
+                let Some(disk) = disks::node(serial) else { return Ok(false) };
                 let place = parts.join("lower");
                 make(&place)?;
                 mounted("erofs", &disk, &place, MountFlags::RDONLY | MountFlags::NODEV, "")?;
@@ -181,7 +182,7 @@ impl Storage {
                 ));
             }
             Upper::DiskSerial(serial) => {
-                let Some(disk) = disk(serial) else { return Ok(false) };
+                let Some(disk) = disks::node(serial) else { return Ok(false) };
                 mounted("ext4", &disk, &layers, MountFlags::NODEV, "")?;
             }
             // Done above.
@@ -214,15 +215,6 @@ fn release_root(id: &str) -> Result<(), Failure> {
         release(&place)?;
     }
     Ok(())
-}
-
-/// The disk that has this serial (virtio-blk, as sysfs shows it).
-fn disk(serial: &str) -> Option<PathBuf> {
-    let disks = fs::read_dir("/sys/block").ok()?.flatten();
-    let found = disks
-        .map(|disk| disk.path())
-        .find(|disk| fs::read_to_string(disk.join("serial")).is_ok_and(|found| found.trim() == serial))?;
-    Some(Path::new("/dev").join(found.file_name()?))
 }
 
 /// Unmounts and removes a place; fine when nothing is there.

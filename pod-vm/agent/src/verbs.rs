@@ -74,7 +74,7 @@ impl Agent {
             Verb::WriteVersion(part) => done(self.pod.volumes.write(&part)),
             Verb::RemoveVolume(volume) => done(self.pod.volumes.remove(&volume.name)),
             Verb::StartInit(_) => self.start_init(),
-            Verb::CreateContainer(create) => self.create_container(request, &create),
+            Verb::CreateContainer(create) => self.attempt(request, Wanted::Container(Box::new(create))),
             Verb::StartContainer(start) => self.start_container(request, &start.container_id),
             Verb::KillContainer(kill) => done(self.kill_container(&kill)),
             Verb::DeleteContainer(delete) => done(self.delete_container(&delete.container_id)),
@@ -103,6 +103,7 @@ impl Agent {
             ready_ns: self.pod.ready_ns(),
             personalised: self.pod.is_personalised(),
             volumes: true,
+            block_devices: true,
         }
     }
 

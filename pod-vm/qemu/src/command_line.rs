@@ -140,7 +140,7 @@ fn pod_devices(line: &mut Line, plan: &Plan, numbers: &Numbers) {
     for (number, (disk, file)) in start.disks.iter().zip(&numbers.disks).enumerate() {
         line.option("-add-fd", &format!("fd={},set={}", file.number, descriptor_set(number)));
         line.option("-blockdev", &device::block_node(number, disk, file.block_device).to_string());
-        line.device(&device::disk(number, disk, place()));
+        line.device(&device::disk(number, disk, file.block_device, place()));
     }
     for (number, (network, descriptor)) in start.networks.iter().zip(&numbers.networks).enumerate() {
         let backend = device::Kind::Network.backend(number);
@@ -220,7 +220,8 @@ mod tests {
             "-chardev socket,id=share0-backend,fd=20",
             r#"{"chardev":"share0-backend","driver":"vhost-user-fs-device","id":"share0","tag":"pod"}"#,
             "-add-fd fd=30,set=1",
-            r#"{"drive":"disk1-backend","driver":"virtio-blk-device","id":"disk1","serial":"two"}"#,
+            r#"{"drive":"disk0-backend","driver":"virtio-blk-device","id":"disk0","serial":"one"}"#,
+            r#"{"drive":"disk1-backend","driver":"virtio-blk-device","id":"disk1","serial":"two","share-rw":true}"#,
             "-netdev tap,id=network0-backend,fd=40,vhost=off",
             r#""host_mtu":1400,"id":"network0","mac":"02:00:00:00:00:01""#,
         ] {

@@ -61,8 +61,12 @@ pub(crate) fn share(number: usize, share: &Share, place: Place) -> Value {
     device
 }
 
-pub(crate) fn disk(number: usize, disk: &Disk, place: Place) -> Value {
+pub(crate) fn disk(number: usize, disk: &Disk, block_device: bool, place: Place) -> Value {
     let mut device = place.device("virtio-blk");
+    if block_device {
+        // Who may have a device of the host's at the same time is not QEMU's to decide: a file it would lock for one machine.
+        device["share-rw"] = true.into();
+    }
     device["id"] = Kind::Disk.id(number).into();
     device["drive"] = Kind::Disk.backend(number).into();
     device["serial"] = disk.serial.as_str().into();

@@ -114,7 +114,7 @@ impl Inventory {
             Step::new("add-fd", set.clone()).with_descriptor(file).with_undo("remove-fd", set),
             Step::new("blockdev-add", device::block_node(added.number, disk, described.block_device))
                 .with_undo("blockdev-del", json!({ "node-name": added.backend() })),
-            Step::new("device_add", device::disk(added.number, disk, added.place())),
+            Step::new("device_add", device::disk(added.number, disk, described.block_device, added.place())),
         ];
         Ok(Self::adding("plug disk", added, steps))
     }

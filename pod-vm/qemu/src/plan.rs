@@ -49,9 +49,9 @@ impl Plan {
     pub(crate) fn new(mut start: Start, choice: Choice) -> Result<Self, Failure> {
         request::complete(&mut start)?;
         let devices = OWN_DEVICES + start.shares.len() + start.disks.len() + start.networks.len();
-        let grows = start.memory_limit > start.memory;
+        let changes = start.plugs || start.memory_limit > start.memory;
         let kind = match choice {
-            Choice::ByNeed if grows || devices > MICROVM_SLOTS => Kind::Q35,
+            Choice::ByNeed if changes || devices > MICROVM_SLOTS => Kind::Q35,
             Choice::ByNeed => Kind::Microvm,
             Choice::Always(kind) => kind,
         };
@@ -98,6 +98,7 @@ pub(crate) mod tests {
         assert_eq!(kind(start()), Kind::Microvm);
         assert_eq!(kind(Start { memory_limit: 256 << 20, cpus_limit: 1, ..start() }), Kind::Microvm);
         assert_eq!(kind(Start { memory_limit: 258 << 20, ..start() }), Kind::Q35);
+        assert_eq!(kind(Start { plugs: true, ..start() }), Kind::Q35);
         assert_eq!(kind(Start { cpus_limit: 2, ..start() }), Kind::Microvm);
         let disk = |number| Disk { serial: format!("disk{number}"), path: "/disk".into(), read_only: false };
         assert_eq!(kind(Start { disks: (0..22).map(disk).collect(), ..start() }), Kind::Microvm);

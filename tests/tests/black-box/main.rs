@@ -26,6 +26,7 @@ mod version;
 mod vm;
 mod vm_ends;
 mod vm_shell;
+mod vm_devices;
 mod vm_volumes;
 
 use std::process::ExitCode;
@@ -55,6 +56,7 @@ fn main() -> Result<ExitCode> {
     vm::add(&mut tests);
     vm_ends::add(&mut tests);
     vm_shell::add(&mut tests);
+    vm_devices::add(&mut tests);
     vm_volumes::add(&mut tests);
     security::add(&mut tests);
     userns::add(&mut tests);

@@ -1,13 +1,13 @@
-//! Pods in virtual machines: what the containers see, what kubelet sees, and how they end. Each boot takes seconds, so each test makes of
-//! its machine what it can. The guest is made by `make guest`.
+//! Pods in virtual machines: what the containers see, what kubelet sees, and how they end (`vm_devices.rs`: what they are given while they
+//! run). Each boot takes seconds, so each test makes of its machine what it can. The guest is made by `make guest`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use podvisor_critest::node::{Options, VM};
-use podvisor_proto::cri::{Mount, MountPropagation, NamespaceMode, PodSandboxState};
-use podvisor_tests::{Fixture, ask, eventually};
+use podvisor_proto::cri::{Device, Mount, MountPropagation, NamespaceMode, PodSandboxState};
+use podvisor_tests::{BlockVolume, Fixture, Pod, ask, eventually};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::Tests;
@@ -25,7 +25,12 @@ pub(crate) fn add(tests: &mut Tests) {
     );
     tests.add_with("vm::does_not_notice_the_daemon", options(), does_not_notice_the_daemon);
     tests.add_with("vm::dies_and_says_why", options(), dies_and_says_why);
-    tests.add_with("vm::refuses_what_is_the_hosts", options(), refuses_what_is_the_hosts);
+    let micro = "[runtime.handlers.micro]\ntype = \"vm\"\nmachine = \"microvm\"\nallow_emulation = true\n";
+    tests.add_with(
+        "vm::refuses_what_is_the_hosts",
+        Options { more: micro.to_owned(), ..options() },
+        refuses_what_is_the_hosts,
+    );
     tests.add_with(
         "vm::keeps_containers_within_their_limits",
         options(),
@@ -39,7 +44,7 @@ pub(crate) async fn info(f: &Fixture, pod: &str) -> Result<serde_json::Value> {
 }
 
 /// What it shows of the machine.
-async fn machine(f: &Fixture, pod: &str) -> Result<serde_json::Value> {
+pub(crate) async fn machine(f: &Fixture, pod: &str) -> Result<serde_json::Value> {
     Ok(info(f, pod).await?["virtualMachine"].clone())
 }
 
@@ -274,7 +279,9 @@ async fn refuses_what_is_the_hosts(f: &mut Fixture) -> Result<()> {
     let socket = f.node.path("a.sock");
     let _listener = std::os::unix::net::UnixListener::bind(&socket)?;
     f.cri.pull(podvisor_tests::images::BUSYBOX).await?;
-    let pod = f.pod("pod").await?;
+    let config = f.ask_pod("pod");
+    fs::create_dir_all(&config.log_directory)?;
+    let pod = Pod::known(&f.cri.run_pod_by(&config, "micro").await?, &config, &f.cri);
     let mount = |host: &Path| Mount {
         host_path: host.display().to_string(),
         container_path: "/x".into(),
@@ -287,9 +294,19 @@ async fn refuses_what_is_the_hosts(f: &mut Fixture) -> Result<()> {
         propagation: MountPropagation::PropagationBidirectional.into(),
         ..mount(&f.node.path("root"))
     }];
-    for (container, told) in [(&with_socket, "is a socket"), (&bidirectional, "mounts[0].propagation")] {
+    let device = |host: &Path| Device { host_path: host.display().to_string(), ..Default::default() };
+    let volume = BlockVolume::of(&f.node.path("volume"), "of nobody\n")?;
+    let (mut block, mut character) = (ask::waiting("block"), ask::waiting("character"));
+    block.devices = vec![device(volume.device())];
+    character.devices = vec![device(Path::new("/dev/zero"))];
+    for (container, told) in [
+        (&with_socket, "is a socket"),
+        (&bidirectional, "mounts[0].propagation"),
+        (&character, "only block devices from there"),
+        (&block, "nothing can be plugged into this pod's machine"),
+    ] {
         let refused = pod.create(container).await.err().context("it was created")?;
-        ensure!(format!("{refused:#}").contains(told), "{refused:#}");
+        ensure!(format!("{refused:#}").contains(told), "{refused:?}");
     }
     Ok(())
 }

@@ -151,6 +151,7 @@ impl Monitor {
             agent: Agent::default(),
             dials: Default::default(),
             volumes: Default::default(),
+            disks: Default::default(),
             vsock: PathBuf::from(machine.vsock_path),
             console: PathBuf::from(machine.console_path),
             process: None,

@@ -8,6 +8,7 @@ use podvisor_proto::monitor::{self as proto, GuestContainer, Place, event};
 use rustix::process::Signal;
 
 use super::agent::{Outcome, Purpose, confused};
+use super::disks::Then;
 use crate::container::{Maker, Removal, State};
 use crate::failure::Failure;
 use crate::monitor::Monitor;
@@ -77,6 +78,7 @@ impl Monitor {
             stdin: container.wanted.stdin,
             share_pid: guest.wanted.share_pid,
             target: guest.wanted.target.clone(),
+            block_devices: guest.wanted.block_devices.clone(),
         })
     }
 
@@ -148,7 +150,9 @@ impl Monitor {
 
     pub(super) fn root_cleaned_up(&mut self, key: u64, outcome: Result<(), Failure>) {
         self.note_failure("clean up after a failed create", outcome);
-        self.creation_undone(key);
+        if !self.unplug_disks(key, Then::Undone) {
+            self.creation_undone(key);
+        }
     }
 
     fn note_failure(&self, what: &str, outcome: Result<(), Failure>) {
@@ -218,7 +222,12 @@ impl Monitor {
 
     pub(super) fn root_removed(&mut self, key: u64, outcome: Result<(), Failure>) {
         let running = self.machine_is_running();
-        self.removal_ended(key, if running { outcome } else { Ok(()) });
+        if outcome.is_err() && running {
+            return self.removal_ended(key, outcome);
+        }
+        if !self.unplug_disks(key, Then::Removed) {
+            self.removal_ended(key, Ok(()));
+        }
     }
 
     /// The guest's kernel killed a process for want of memory. What is told too often is counted alone.

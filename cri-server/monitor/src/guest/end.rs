@@ -148,6 +148,7 @@ impl Monitor {
         }
         self.fail_dials(&failure);
         self.fail_resizes(&failure);
+        self.disks_gone();
         self.advance_machine_end();
     }
 

@@ -51,7 +51,7 @@ pub(super) struct Size {
 
 /// What a request was made for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ask {
+pub(super) enum Ask {
     Start,
     Stop,
     /// Whether the machine runs.
@@ -67,6 +67,9 @@ enum Ask {
     },
     /// Takes the first part back, because the second was refused.
     Back,
+    /// A disk, by its number.
+    Plug(u64),
+    Unplug(u64),
 }
 
 impl Hypervisor {
@@ -82,7 +85,7 @@ impl Hypervisor {
         Ok(Self { program, channel: Some(channel), asked: BTreeMap::new(), last_id: 0, ended: None, size })
     }
 
-    fn ask(&mut self, verb: Verb, ask: Ask, poller: &Poller) {
+    pub(super) fn ask(&mut self, verb: Verb, ask: Ask, poller: &Poller) {
         self.last_id += 1;
         if let Some(channel) = &mut self.channel {
             channel.send(poller, frame(&Request { id: self.last_id, verb: Some(verb) }));
@@ -235,6 +238,8 @@ impl Monitor {
                 }
                 self.reply(to, Err(refusal(&error)));
             }
+            (Ask::Plug(disk), outcome) => self.disk_plugged(disk, outcome.map(drop)),
+            (Ask::Unplug(disk), outcome) => self.disk_unplugged(disk, outcome.map(drop)),
             (Ask::Back, Ok(_)) => {}
             (Ask::Back, Err(error)) => {
                 self.journal.note("memory could not be taken back", "machine", &line(&error.detail, 512));
@@ -281,7 +286,7 @@ impl Monitor {
     }
 }
 
-fn refusal(error: &wire::Error) -> Failure {
+pub(super) fn refusal(error: &wire::Error) -> Failure {
     let detail = line(&error.detail, 512);
     match error.code() {
         ErrorCode::Unsupported => Failure::unsupported(detail),

@@ -23,6 +23,7 @@
 //! | `agent.rs`, `link.rs` | requests to the agent, what each was for; losing it and coming back |
 //! | `news.rs` | what the agent tells unasked |
 //! | `pulse.rs`, `threads.rs` | whether the guest lives, and its clock; what the host lets the machine do |
+//! | `disks.rs` | block volumes: plugged and unplugged |
 //! | `container.rs`, `exec.rs`, `streams.rs` | the guest's side of the verbs for containers and execs |
 //! | `volumes.rs` | volumes in the guest's memory, and what is followed on the host |
 //! | `bounds.rs` | how much of the guest's words is taken, and how often |
@@ -35,6 +36,7 @@ mod boot;
 mod bounds;
 mod container;
 mod dial;
+mod disks;
 mod end;
 mod exec;
 mod hypervisor;
@@ -55,6 +57,7 @@ use std::path::PathBuf;
 use agent::Agent;
 use boot::Starting;
 use dial::Dial;
+use disks::Disks;
 use end::Ending;
 pub(crate) use exec::GuestExec;
 use hypervisor::Hypervisor;
@@ -79,6 +82,7 @@ pub(crate) struct Machine {
     agent: Agent,
     dials: BTreeMap<u64, Dial>,
     volumes: Volumes,
+    disks: Disks,
     /// Where the hypervisor listens for connections to the guest's ports.
     vsock: PathBuf,
     /// Where the hypervisor keeps the console; empty: nowhere.

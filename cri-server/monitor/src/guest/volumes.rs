@@ -53,9 +53,7 @@ impl Monitor {
                 Some(Kind::Followed(wanted)) => self.follow(key, &wanted),
                 None => Err(Failure::invalid("a volume is of a kind that this monitor does not know")),
             },
-            None => self
-                .create_request(key)
-                .and_then(|request| self.ask_agent(Verb::CreateContainer(request), Purpose::Create(key))),
+            None => return self.plug_disks(key),
         };
         if let Err(failure) = asked {
             self.creation_failed(key, failure, true);

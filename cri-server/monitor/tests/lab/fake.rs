@@ -139,6 +139,18 @@ impl Hypervisor {
                 Verb::SetMemory(wanted) => note(&words, &format!("memory {}", wanted.bytes)),
                 Verb::SetCpus(wanted) => note(&words, &format!("cpus {}", wanted.count)),
                 Verb::Check(_) => reply::Result::Done(Done {}),
+                Verb::AddDisk(add) => {
+                    let disk = add.disk.expect("a disk");
+                    if disk.path == "/refused" {
+                        error(ErrorCode::Failed, "open disk: no such device")
+                    } else {
+                        note(&words, &format!("plug {}", disk.serial))
+                    }
+                }
+                Verb::RemoveDisk(remove) if Path::new(super::machine::HOLD).exists() => {
+                    error(ErrorCode::Failed, &format!("unplug {}: the guest has not", remove.serial))
+                }
+                Verb::RemoveDisk(remove) => note(&words, &format!("unplug {}", remove.serial)),
                 other => panic!("unexpected: {other:?}"),
             };
             self.write(&Reply { id: request.id, result: Some(result) });

@@ -16,6 +16,8 @@ pub const SHARE: &str = "/run/lab/share";
 pub const GUEST_CGROUP: &str = "/run/lab/cgroup/guest";
 /// Where the hypervisor writes what it was resized to.
 pub const SIZES: &str = "/run/lab/sizes";
+/// While this is there its guest lets go of no disk.
+pub const HOLD: &str = "/run/lab/hold";
 
 impl Lab {
     /// A pod whose machine has not been started.
@@ -135,5 +137,7 @@ pub fn guest_container(id: &str) -> GuestContainer {
         share_pid: false,
         target: String::new(),
         volumes: Vec::new(),
+        disks: Vec::new(),
+        block_devices: Vec::new(),
     }
 }

@@ -1,9 +1,10 @@
 //! The container's own root: devices and links in /dev, hidden and read-only paths.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 
 use crate::error::{During, Step};
@@ -65,7 +66,7 @@ pub(crate) fn devices(root: BorrowedFd<'_>, plan: &Plan) -> Step {
         let name = path.file_name().unwrap_or_default();
         if path.ends_with("ptmx") {
             // An image's own node would lead to the guest's terminals.
-            let _ = rustix::fs::unlinkat(&parent, name, rustix::fs::AtFlags::empty());
+            let _ = rustix::fs::unlinkat(&parent, name, AtFlags::empty());
         }
         match rustix::fs::symlinkat(leads_to, &parent, name) {
             Ok(()) | Err(Errno::EXIST) => {}
@@ -80,24 +81,54 @@ fn node(root: BorrowedFd<'_>, device: &Device, bound: bool) -> Step {
     let parent = directory_inside(root, device.path.parent().unwrap_or(Path::new("/"))).during(failed)?;
     let name = device.path.file_name().ok_or(Errno::ISDIR).during(failed)?;
     if bound {
-        let flags = OFlags::CREATE | OFlags::NOFOLLOW | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let target = rustix::fs::openat(&parent, name, flags, Mode::from_raw_mode(0o644)).during(failed)?;
-        let own =
-            rustix::fs::open(&device.path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).during(failed)?;
-        return copy_of_open(&own, false).and_then(|copy| attach(&copy, &target)).during(failed);
+        return bind(&device.path, &parent, name).during(failed);
     }
-    match rustix::fs::unlinkat(&parent, name, rustix::fs::AtFlags::empty()) {
+    match rustix::fs::unlinkat(&parent, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => {}
         Err(error) => return Err(error).during(failed),
     }
+    match make_node(&parent, name, device) {
+        // In a file system that takes none, as a guest's share.
+        Err(Errno::PERM) => bind_new(device, &parent, name).during(failed),
+        made => made.during(failed),
+    }
+}
+
+fn make_node(parent: &OwnedFd, name: &OsStr, device: &Device) -> Result<(), Errno> {
     let number = rustix::fs::makedev(device.major, device.minor);
     let mode = Mode::from_raw_mode(device.mode);
-    rustix::fs::mknodat(&parent, name, device.kind, mode, number).during(failed)?;
+    rustix::fs::mknodat(parent, name, device.kind, mode, number)?;
     // The umask took its part.
-    let opened = open_inside(root, &device.path, OFlags::PATH | OFlags::NOFOLLOW).during(failed)?;
-    rustix::fs::chmodat(&parent, name, mode, rustix::fs::AtFlags::empty()).during(failed)?;
+    rustix::fs::chmodat(parent, name, mode, AtFlags::empty())?;
     let (uid, gid) = (Uid::from_raw(device.uid), Gid::from_raw(device.gid));
-    rustix::fs::chownat(&opened, "", Some(uid), Some(gid), rustix::fs::AtFlags::EMPTY_PATH).during(failed)
+    rustix::fs::chownat(parent, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
+}
+
+/// Puts a node of the caller's into the container.
+fn bind(own: &Path, parent: &OwnedFd, name: &OsStr) -> Result<(), Errno> {
+    let flags = OFlags::CREATE | OFlags::NOFOLLOW | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let target = rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(0o644))?;
+    let own = rustix::fs::open(own, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    copy_of_open(&own, false).and_then(|copy| attach(&copy, &target))
+}
+
+/// The same with one that is made among the caller's for it, and has no name there afterwards.
+fn bind_new(device: &Device, parent: &OwnedFd, name: &OsStr) -> Result<(), Errno> {
+    let nodes = rustix::fs::open("/dev", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    // Others may be doing the same.
+    for number in 0.. {
+        let made = format!(".podvisor-{number}");
+        match make_node(&nodes, OsStr::new(&made), device) {
+            Err(Errno::EXIST) => {}
+            Err(error) => return Err(error),
+            Ok(()) => {
+                let bound = bind(&Path::new("/dev").join(&made), parent, name);
+                rustix::fs::unlinkat(&nodes, &made, AtFlags::empty())?;
+                return bound;
+            }
+        }
+    }
+    Err(Errno::EXIST)
 }
 
 /// After the pivot: hides and protects paths, and the root itself.
