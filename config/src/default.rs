@@ -77,6 +77,7 @@ impl Default for Vm {
             guest: String::new(),
             default_memory: 1024,
             guest_reserve: 128,
+            max_memory: 0,
             default_cpus: 1,
             max_cpus: 32,
         }

@@ -203,6 +203,8 @@ pub struct Vm {
     pub default_memory: u32,
     /// Memory for the guest's kernel and agent, on top, MiB.
     pub guest_reserve: u32,
+    /// What the containers' memory can grow to while a pod runs, MiB; 0: the node's.
+    pub max_memory: u32,
     /// Virtual CPUs of a pod without a limit.
     pub default_cpus: u32,
     /// The most virtual CPUs that a pod gets.

@@ -172,6 +172,7 @@ fn write_vm(f: &mut String, vm: &Vm) -> fmt::Result {
         guest,
         default_memory,
         guest_reserve,
+        max_memory,
         default_cpus,
         max_cpus,
     } = vm;
@@ -183,6 +184,7 @@ fn write_vm(f: &mut String, vm: &Vm) -> fmt::Result {
     writeln!(f, "guest = {}", quoted(guest))?;
     writeln!(f, "default_memory = {default_memory}")?;
     writeln!(f, "guest_reserve = {guest_reserve}")?;
+    writeln!(f, "max_memory = {max_memory}")?;
     writeln!(f, "default_cpus = {default_cpus}")?;
     writeln!(f, "max_cpus = {max_cpus}")
 }

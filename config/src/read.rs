@@ -160,6 +160,7 @@ fn vm(document: &mut Document<'_>, section: &mut Section<'_>, vm: &mut Vm) {
     document.set(section, "guest", &mut vm.guest, guest_id);
     document.set(section, "default_memory", &mut vm.default_memory, number(16..=1 << 20, "MiB"));
     document.set(section, "guest_reserve", &mut vm.guest_reserve, number(64..=1 << 16, "MiB"));
+    document.set(section, "max_memory", &mut vm.max_memory, number(0..=1 << 24, "MiB"));
     document.set(section, "default_cpus", &mut vm.default_cpus, number(1..=32, "CPUs"));
     document.set(section, "max_cpus", &mut vm.max_cpus, number(1..=32, "CPUs"));
 }

@@ -90,6 +90,7 @@ machine = "microvm"
 guest = "0123456789abcdef"
 default_memory = 256
 guest_reserve = 64
+max_memory = 4096
 default_cpus = 2
 max_cpus = 4
 aliases = ["kata"]

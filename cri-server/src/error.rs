@@ -82,9 +82,9 @@ pub(crate) enum PodError {
     #[error("container {id} did not end within {seconds} s of SIGKILL")]
     WillNotDie { id: String, seconds: u64 },
     #[error(
-        "the pod's virtual machine has {memory} MiB and {cpus} virtual CPUs, and cannot have more while it runs"
+        "the pod's virtual machine has {memory} MiB and {cpus} virtual CPUs, and cannot be resized as asked"
     )]
-    CannotGrow { memory: u64, cpus: u32, source: MonitorError },
+    CannotResize { memory: u64, cpus: u32, source: MonitorError },
     #[error(
         "{} is a block device, and nothing can be plugged into this pod's machine: set machine = \"q35\" for handler {handler}, or \
          build its guest anew if that is an older one, and start the pod again",
@@ -120,7 +120,7 @@ impl PodError {
             PodError::NotReady { .. }
             | PodError::NotRunning { .. }
             | PodError::Denied { .. }
-            | PodError::CannotGrow { .. }
+            | PodError::CannotResize { .. }
             | PodError::CannotPlug { .. } => Code::FailedPrecondition,
             PodError::NetworkNotReady(_) => Code::Unavailable,
             PodError::Image(error) => image_code(error),

@@ -340,8 +340,20 @@ fn pinned_vm(vm: &Vm, choice: &Choice, guest: &Guest) -> PinnedVm {
         guest_reserve: u64::from(vm.guest_reserve) * MIB,
         default_cpus: vm.default_cpus,
         max_cpus: vm.max_cpus,
+        max_memory: match vm.max_memory {
+            0 => node_memory(),
+            limit => u64::from(limit) * MIB,
+        },
         plugs: vm.machine != podvisor_config::Machine::Microvm,
     }
+}
+
+/// Bytes; 0 where the kernel does not say.
+fn node_memory() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kilobytes = total.and_then(|total| total.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kilobytes.unwrap_or_default() * 1024
 }
 
 /// What a program answers to one argument. One that hangs is killed, and is not to hold up the start of the daemon.

@@ -263,19 +263,26 @@ fn sizes_change_together_or_not_at_all() {
         lab.start(&mut pod, "");
         let resize = |memory: u64, cpus: u32| Verb::ResizeVm(ResizeVm { memory, cpus });
         let sizes = || std::fs::read_to_string(lab::machine::SIZES).unwrap_or_default();
-        pod.daemon.done(resize(0, 0));
-        pod.daemon.done(resize(256 << 20, 1));
+        let resized = |pod: &mut lab::Pod, memory, cpus| match pod.daemon.ask(resize(memory, cpus)) {
+            Ok(reply::Result::Resized(is)) => (is.memory >> 20, is.cpus),
+            other => panic!("ResizeVm answered {other:?}"),
+        };
+        assert_eq!(resized(&mut pod, 0, 0), (256, 1));
+        assert_eq!(resized(&mut pod, 256 << 20, 1), (256, 1));
         assert_eq!(sizes(), "");
-        pod.daemon.done(resize(512 << 20, 2));
+        assert_eq!(resized(&mut pod, 512 << 20, 2), (512, 2));
         assert_eq!(sizes(), "memory 536870912\ncpus 2\n");
         let (code, error) = pod.daemon.refused(resize(256 << 20, 3));
         assert!(code == ErrorCode::VmFailed && error.detail == "too many CPUs", "{error:?}");
-        until("the memory is taken back", || {
-            sizes() == "memory 536870912\ncpus 2\nmemory 268435456\nmemory 536870912\n"
-        });
+        assert_eq!(sizes(), "memory 536870912\ncpus 2\nmemory 268435456\nmemory 536870912\n");
         assert_eq!(pod.daemon.refused(resize(1 << 40, 1)).1.detail, "too much memory");
-        pod.daemon.done(resize(0, 1));
+        assert_eq!(resized(&mut pod, 0, 1), (512, 1));
         assert!(sizes().ends_with("\ncpus 1\n"));
+        // A guest that does not give all of it back.
+        std::fs::write(lab::machine::HOLD, "").unwrap();
+        assert_eq!(resized(&mut pod, 256 << 20, 0), (320, 1));
+        std::fs::remove_file(lab::machine::HOLD).unwrap();
+        assert_eq!(resized(&mut pod, 256 << 20, 0), (256, 1));
         let mut host = lab.pod_with(lab.directory.join("host"), "");
         assert_eq!(host.daemon.refused(resize(1, 1)).0, ErrorCode::WrongState);
     });

@@ -98,9 +98,11 @@ pub(crate) struct PinnedVm {
     pub(crate) guest_reserve: u64,
     pub(crate) default_cpus: u32,
     pub(crate) max_cpus: u32,
-    /// The machine is one that disks can be plugged into.
+    /// The machine is one that disks can be plugged into, and memory up to so many bytes for the containers.
     #[serde(default)]
     pub(crate) plugs: bool,
+    #[serde(default)]
+    pub(crate) max_memory: u64,
 }
 
 /// What runs a sandbox's containers.
@@ -147,6 +149,9 @@ pub(crate) struct Machine {
     /// Bytes, and virtual CPUs.
     pub(crate) memory: u64,
     pub(crate) cpus: u32,
+    /// Bytes that it began with, and cannot be without.
+    #[serde(default)]
+    pub(crate) least_memory: u64,
     /// Disks can be plugged into it.
     #[serde(default)]
     pub(crate) adds_disks: bool,

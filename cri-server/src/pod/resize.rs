@@ -2,7 +2,8 @@
 //!
 //! The call comes before kubelet writes the pod's cgroup, which is kubelet's own; any error but UNIMPLEMENTED vetoes the resize, and the same
 //! call with the former figures rolls it back (kubelet's `kuberuntime_manager.go`, `setPodCgroupConfig`). A pod on the host's kernel needs
-//! nothing for it but that the figures make sense: they are recorded, and shown. A virtual machine grows before the answer.
+//! nothing for it but that the figures make sense: they are recorded, and shown. A virtual machine has another size before the answer, and
+//! what it has become is shown.
 
 use std::sync::Arc;
 
@@ -95,8 +96,8 @@ impl Task {
         let machine = match (self.record.runtime.vm(), &self.record.machine) {
             (Some(pinned), Some(machine)) => {
                 let resources = merged.resources.as_ref().map(|resources| &resources.0);
-                match vm::grow(pinned, machine, resources, self.monitor.as_ref()).await {
-                    Ok(grown) => Some(grown),
+                match vm::resize(pinned, machine, resources, self.monitor.as_ref()).await {
+                    Ok(resized) => Some(resized),
                     Err(error) => {
                         // Any error but UNIMPLEMENTED makes kubelet give the resize up.
                         let _ = reply.send(Err(Arc::new(error)));

@@ -326,34 +326,42 @@ fn size(vm: &PinnedVm, resources: Option<&cri::LinuxContainerResources>) -> Size
     Size { memory: memory.next_multiple_of(MEMORY_UNIT), cpus: cpus.clamp(1, vm.max_cpus.max(1)) }
 }
 
-/// Makes a running machine large enough for what its containers may use from now on; gives what it is then. Not changed, and an error, where
-/// that cannot be done. A machine does not shrink: limits of containers do what kubelet wants.
-pub(super) async fn grow(
+/// What a machine that begins like that can become while it runs. Processors that are not used cost the guest memory, so there are few.
+fn limits(vm: &PinnedVm, size: Size) -> Size {
+    const FEW: u32 = 4;
+    let memory = if vm.plugs { vm.max_memory.saturating_add(vm.guest_reserve) } else { 0 };
+    let cpus = size.cpus.next_power_of_two().max(FEW).min(vm.max_cpus);
+    Size { memory: (memory / MEMORY_UNIT * MEMORY_UNIT).max(size.memory), cpus: cpus.max(size.cpus) }
+}
+
+/// Makes a running machine as large as its containers may become together; gives what it is then. Not changed, and an error, where that
+/// cannot be done. Memory goes only as far as the guest gives it back, and never below what the machine began with: limits of containers do
+/// what kubelet wants.
+pub(super) async fn resize(
     vm: &PinnedVm,
     machine: &Machine,
     resources: Option<&cri::LinuxContainerResources>,
     monitor: Option<&Connection>,
 ) -> Result<Machine, PodError> {
     let wanted = size(vm, resources);
-    let grown = Machine {
-        memory: wanted.memory.max(machine.memory),
-        cpus: wanted.cpus.max(machine.cpus),
-        ..machine.clone()
-    };
-    if grown == *machine {
-        return Ok(grown);
+    // One that an earlier podvisor has made does not get smaller.
+    let least = if machine.least_memory == 0 { machine.memory } else { machine.least_memory };
+    let (memory, cpus) = (wanted.memory.max(least), wanted.cpus);
+    if (memory, cpus) == (machine.memory, machine.cpus) {
+        return Ok(machine.clone());
     }
-    let more = |new, old| if new > old { new } else { 0 };
-    let verb = ResizeVm {
-        memory: more(grown.memory, machine.memory),
-        cpus: u32::try_from(more(grown.cpus.into(), machine.cpus.into())).unwrap_or(u32::MAX),
-    };
     let resized = match monitor {
-        Some(monitor) => monitor.command(Verb::ResizeVm(verb)).await,
+        Some(monitor) => monitor.call(Verb::ResizeVm(ResizeVm { memory, cpus })).await,
         None => Err(MonitorError::Gone),
     };
-    let failed = |source| PodError::CannotGrow { memory: machine.memory / MIB, cpus: machine.cpus, source };
-    resized.map(|()| grown).map_err(failed)
+    match resized {
+        Ok(Answer::Resized(is)) => Ok(Machine { memory: is.memory, cpus: is.cpus, ..machine.clone() }),
+        Ok(Answer::Done(_)) => Ok(Machine { memory, cpus, ..machine.clone() }),
+        Ok(_) => Err(MonitorError::Confused { verb: "resize the virtual machine" }.into()),
+        Err(source) => {
+            Err(PodError::CannotResize { memory: machine.memory / MIB, cpus: machine.cpus, source })
+        }
+    }
 }
 
 /// The user that a pod's machine runs as.
@@ -392,6 +400,7 @@ pub(super) async fn start(
         keeps_volumes: agent.volumes,
         memory,
         cpus,
+        least_memory: memory,
         adds_disks: machine.adds_disks && agent.block_devices,
         hypervisor_pid: started.hypervisor_pid,
         // Its parent, the monitor, has not reaped it.
@@ -440,11 +449,14 @@ fn request(
         mtu: interface.mtu,
     });
     let cgroup_procs = cgroup_procs(node, record)?;
+    let limits = limits(vm, size);
     let machine = Start {
         kernel: text(&vm.kernel),
         initramfs: text(&vm.initramfs),
         memory: size.memory,
+        memory_limit: limits.memory,
         cpus: size.cpus,
+        cpus_limit: limits.cpus,
         networks: networks.collect(),
         vsock_path: text(&directory.join("vsock.sock")),
         run_dir: text(&machine_directory),
@@ -569,6 +581,7 @@ mod tests {
             default_cpus: 1,
             max_cpus: 8,
             plugs: true,
+            max_memory: 4096 * MIB,
         }
     }
 
@@ -591,6 +604,19 @@ mod tests {
         assert_eq!(sized(1 << 30, 250_000, 100_000), (1024 + 128, 3));
         assert_eq!(sized(1 << 30, 9_000_000, 100_000).1, 8);
         assert_eq!(size(&vm(), None), Size { memory: 640 * MIB, cpus: 1 });
+    }
+
+    #[test]
+    fn what_a_machine_can_become_is_limited() {
+        let became = |vm: &PinnedVm, memory: u64, cpus| {
+            let Size { memory, cpus } = limits(vm, Size { memory: memory * MIB, cpus });
+            (memory / MIB, cpus)
+        };
+        assert_eq!(became(&vm(), 640, 1), (4096 + 128, 4));
+        assert_eq!(became(&vm(), 640, 5), (4096 + 128, 8));
+        // Never below what it begins with, however little the configuration gives.
+        assert_eq!(became(&PinnedVm { max_cpus: 2, ..vm() }, 8192, 3), (8192, 3));
+        assert_eq!(became(&PinnedVm { plugs: false, ..vm() }, 640, 1), (640, 4));
     }
 
     #[test]

@@ -19,6 +19,7 @@
 //! | `init.rs` | the first process of a pid namespace that containers share |
 //! | `pod.rs` | what a guest becomes a pod by: name, randomness, limits |
 //! | `clock.rs` | the guest's clock |
+//! | `size.rs` | memory and processors that come and go |
 //! | `interface.rs` | network interfaces |
 //! | `netlink.rs` | the kernel's interface for those |
 //! | `awaited.rs` | requests about devices that have not appeared yet |
@@ -51,6 +52,7 @@ mod listen;
 mod modules;
 mod netlink;
 mod pod;
+mod size;
 mod stats;
 mod storage;
 mod streams;

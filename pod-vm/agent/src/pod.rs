@@ -17,6 +17,7 @@ use crate::container::PARENT;
 use crate::failure::Failure;
 use crate::init::Init;
 use crate::interface::{self, Interface};
+use crate::size::Began;
 use crate::storage::Storage;
 use crate::sys;
 use crate::volumes::Volumes;
@@ -27,8 +28,9 @@ const NAMESPACES: &str = "/run/podvisor/namespaces";
 /// The pod that this guest is, once it is one.
 #[derive(Debug)]
 pub(crate) struct Pod {
-    began: Instant,
+    since: Instant,
     personalised: bool,
+    pub(crate) began: Began,
     pub(crate) storage: Storage,
     pub(crate) volumes: Volumes,
     /// With a user namespace of the pod's.
@@ -44,8 +46,9 @@ pub(crate) struct Pod {
 impl Default for Pod {
     fn default() -> Self {
         Self {
-            began: Instant::now(),
+            since: Instant::now(),
             personalised: false,
+            began: Began::default(),
             storage: Storage::default(),
             volumes: Volumes::default(),
             namespaces: None,
@@ -68,7 +71,7 @@ impl Pod {
             u64::try_from(since_boot.tv_sec).unwrap_or(0),
             u32::try_from(since_boot.tv_nsec).unwrap_or(0),
         );
-        u64::try_from(since_boot.saturating_sub(self.began.elapsed()).as_nanos()).unwrap_or(u64::MAX)
+        u64::try_from(since_boot.saturating_sub(self.since.elapsed()).as_nanos()).unwrap_or(u64::MAX)
     }
 }
 
@@ -137,9 +140,9 @@ impl Agent {
         let parent = self.cgroups.cgroup(PARENT);
         parent.create().map_err(|error| Failure::system("make the pod's cgroup", error))?;
         if in_guest && let Some(directory) = parent.directory("memory") {
-            let limit = machine_memory(&fs::read_to_string("/proc/iomem").unwrap_or_default());
-            let limit = limit.saturating_sub(wanted.reserve);
-            fs::write(directory.join("memory.max"), limit.to_string())
+            let memory = machine_memory(&fs::read_to_string("/proc/iomem").unwrap_or_default());
+            self.pod.began = Began { memory, reserve: wanted.reserve };
+            fs::write(directory.join("memory.max"), self.pod.began.limit(0).to_string())
                 .map_err(|error| Failure::system("limit the containers' memory", error))?;
         }
         self.pod.personalised = true;

@@ -82,6 +82,7 @@ impl Agent {
             Verb::Exec(exec) => self.execute(request, &exec),
             Verb::KillExec(kill) => done(self.kill_exec(&kill)),
             Verb::Resize(resize) => done(self.resize(&resize)),
+            Verb::Adapt(adapt) => done(self.adapt(&adapt)),
             Verb::Stats(stats) => Ok(Some(reply::Result::Stats(self.stats(&stats)))),
             Verb::List(_) => Ok(Some(reply::Result::Processes(self.list()))),
             Verb::Shutdown(_) => {

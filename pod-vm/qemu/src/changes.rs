@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use podvisor_hypervisor::failure::Failure;
-use podvisor_proto::hypervisor::{Done, reply, request::Verb};
+use podvisor_proto::hypervisor::{Done, Resized, reply, request::Verb};
 use serde_json::Value;
 
 use crate::device;
@@ -40,8 +40,11 @@ pub(crate) enum Step {
     },
     /// The guest is asked to let go of a device, and does.
     Release(String),
-    /// The guest has so much of the memory that can be added.
-    Memory(u64),
+    /// The guest has so much of the memory that can be added. `less`: it gives some back, as far as it can.
+    Memory {
+        added: u64,
+        less: bool,
+    },
 }
 
 impl Step {
@@ -72,7 +75,22 @@ pub(crate) enum Outcome {
     Nothing,
     Added(device::Added),
     Removed(String),
-    Memory(u64),
+    /// What was there from the start, and what has been added.
+    Memory {
+        from_start: u64,
+        added: u64,
+    },
+}
+
+impl Outcome {
+    fn answer(&self) -> reply::Result {
+        match self {
+            Self::Memory { from_start, added } => {
+                reply::Result::Resized(Resized { memory: from_start + added })
+            }
+            Self::Nothing | Self::Added(_) | Self::Removed(_) => reply::Result::Done(Done {}),
+        }
+    }
 }
 
 /// What a request comes to.
@@ -91,7 +109,10 @@ enum Waiting {
     /// For the answer to the request to let go of a device, then for the guest.
     Asked(u64, String),
     Released(String),
-    Memory(u64),
+    Memory {
+        added: u64,
+        less: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -208,7 +229,7 @@ impl Changes {
                 continue;
             }
             let Some(Running { request, change, failure, .. }) = self.running.take() else { continue };
-            answers.push((request, failure.map_or(Ok(reply::Result::Done(Done {})), Err)));
+            answers.push((request, failure.map_or_else(|| Ok(change.outcome.answer()), Err)));
             if matches!(answers.last(), Some((_, Ok(_)))) {
                 self.inventory.note(change.outcome);
             }
@@ -234,18 +255,29 @@ impl Running {
                 let at = released.iter().position(|released| released == id);
                 at.map(|at| released.swap_remove(at)).is_some()
             }
-            Some(Waiting::Memory(bytes)) => added_memory == *bytes,
+            Some(Waiting::Memory { added, .. }) => added_memory == *added,
             Some(Waiting::Answer(..) | Waiting::Asked(..)) | None => return,
         };
         if came {
             self.waiting = None;
         } else if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-            self.waiting = None;
+            if let Some(Waiting::Memory { less: true, .. }) = self.waiting.take() {
+                return self.settle_for(added_memory);
+            }
             self.fail(format!("the guest has not done its part within {} s", PATIENCE.as_secs()));
         }
         if self.waiting.is_none() {
             self.deadline = None;
         }
+    }
+
+    /// The guest keeps more memory than it was to: that is what it has from now on, and it is asked for no more of it.
+    fn settle_for(&mut self, kept: u64) {
+        self.deadline = None;
+        if let Outcome::Memory { added, .. } = &mut self.change.outcome {
+            *added = kept;
+        }
+        self.change.steps.push_front(Inventory::request_memory(kept));
     }
 
     /// A device that the guest has let go of after an earlier request had given up is gone already.
@@ -270,9 +302,9 @@ impl Running {
                 }
                 return false;
             }
-            Some(Step::Memory(bytes)) => {
+            Some(Step::Memory { added, less }) => {
                 self.deadline = Some(Instant::now() + PATIENCE);
-                self.waiting = Some(Waiting::Memory(bytes));
+                self.waiting = Some(Waiting::Memory { added, less });
                 return false;
             }
             None => match self.undo.pop().filter(|_| self.failure.is_some()) {

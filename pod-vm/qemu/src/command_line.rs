@@ -15,9 +15,10 @@ const KERNEL_WORDS: &str =
     "console=ttyS0 quiet reboot=t panic=-1 random.trust_cpu=on no5lvl cryptomgr.notests=1";
 
 /// What a guest does with memory that is added: uses it at once, so that it can be given back as far as possible, and keeps the
-/// administration of it in it.
-const MEMORY_WORDS: &str =
-    "memhp_default_state=online memory_hotplug.online_policy=auto-movable memory_hotplug.memmap_on_memory=1";
+/// administration of it in it. Where there can be memory beyond 4 GiB the kernel sets 64 MiB aside for devices that reach no further: there
+/// are none.
+const MEMORY_WORDS: &str = "memhp_default_state=online memory_hotplug.online_policy=auto-movable \
+                            memory_hotplug.memmap_on_memory=1 swiotlb=noforce";
 
 /// The numbers of the descriptors that QEMU inherits.
 #[derive(Debug, Default)]

@@ -60,7 +60,7 @@ impl Inventory {
             Outcome::Nothing => {}
             Outcome::Added(device) => self.devices.push(device),
             Outcome::Removed(id) => self.devices.retain(|device| device.kind.id(device.number) != id),
-            Outcome::Memory(bytes) => self.memory = bytes,
+            Outcome::Memory { from_start, added } => self.memory = from_start + added,
         }
     }
 
@@ -176,15 +176,23 @@ impl Inventory {
                 start.memory, start.memory_limit
             )));
         }
-        let property = |bytes: u64| -> Value {
-            let path = "/machine/peripheral/grow";
-            json!({ "path": path, "property": "requested-size", "value": bytes - start.memory })
-        };
+        let added = |bytes: u64| bytes - start.memory;
+        let before = Self::memory_property(added(self.memory));
         let steps = vec![
-            Step::new("qom-set", property(bytes)).with_undo("qom-set", property(self.memory)),
-            Step::Memory(bytes - start.memory),
+            Self::request_memory(added(bytes)).with_undo("qom-set", before),
+            Step::Memory { added: added(bytes), less: bytes < self.memory },
         ];
-        Ok(Change { attempt, steps: steps.into(), outcome: Outcome::Memory(bytes) })
+        let outcome = Outcome::Memory { from_start: start.memory, added: added(bytes) };
+        Ok(Change { attempt, steps: steps.into(), outcome })
+    }
+
+    /// The guest is asked to have so much of the memory that can be added.
+    pub(crate) fn request_memory(added: u64) -> Step {
+        Step::new("qom-set", Self::memory_property(added))
+    }
+
+    fn memory_property(added: u64) -> Value {
+        json!({ "path": "/machine/peripheral/grow", "property": "requested-size", "value": added })
     }
 
     /// All processors are there from the start, and which of them the guest uses is between it and its agent.

@@ -12,7 +12,7 @@ use std::fs;
 use lab::{Hypervisor, Namespace, Suite, eventually};
 use podvisor_proto::hypervisor::{
     AddDisk, AddNetwork, AddShare, Disk, ErrorCode, Network, RemoveDisk, RemoveNetwork, SetCpus, SetMemory,
-    Share, Start, Stop, request::Verb,
+    Share, Start, Stop, reply, request::Verb,
 };
 
 const MIB: u64 = 1 << 20;
@@ -111,15 +111,22 @@ fn total_memory(hypervisor: &Hypervisor) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
 }
 
+fn set_memory(hypervisor: &mut Hypervisor, mib: u64) {
+    match hypervisor.ask(Verb::SetMemory(SetMemory { bytes: mib * MIB })) {
+        Ok(reply::Result::Resized(is)) => assert_eq!(is.memory, mib * MIB),
+        other => panic!("expected Resized, got {other:?}"),
+    }
+}
+
 #[test]
 fn memory_and_processors_grow_and_shrink() {
     let (mut hypervisor, machine) = growing(Suite::Backports);
     let before = total_memory(&hypervisor);
     assert_eq!(hypervisor.tell("load virtio_mem"), "ok");
-    hypervisor.done(Verb::SetMemory(SetMemory { bytes: 512 * MIB }));
+    set_memory(&mut hypervisor, 512);
     let grown = total_memory(&hypervisor);
     assert!(grown > before + 240 * MIB, "{before} {grown}");
-    hypervisor.done(Verb::SetMemory(SetMemory { bytes: 256 * MIB }));
+    set_memory(&mut hypervisor, 256);
     assert_eq!(total_memory(&hypervisor), before);
     assert_eq!(hypervisor.refused(Verb::SetMemory(SetMemory { bytes: 128 * MIB })).0, ErrorCode::Invalid);
 

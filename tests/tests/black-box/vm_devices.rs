@@ -1,19 +1,23 @@
-//! What pods in virtual machines are given while they run: block volumes.
+//! What pods in virtual machines are given while they run: block volumes, memory, processors.
 
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use podvisor_critest::node::{Options, VM};
-use podvisor_proto::cri::{ContainerConfig, Device, LinuxContainerResources};
+use podvisor_proto::cri::{
+    ContainerConfig, Device, LinuxContainerResources, UpdatePodSandboxResourcesRequest,
+};
 use podvisor_tests::{BlockVolume, Fixture, ask, eventually};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+use tonic::{Code, Status};
 
 use super::Tests;
 
 pub(crate) fn add(tests: &mut Tests) {
     let options = || Options { handler: VM.to_owned(), ..Options::default() };
     tests.add_with("vm_devices::block_volumes_come_and_go", options(), block_volumes_come_and_go);
+    tests.add_with("vm_devices::machines_grow_and_shrink", options(), machines_grow_and_shrink);
 }
 
 fn with(name: &str, devices: &[(&BlockVolume, &str, &str)]) -> ContainerConfig {
@@ -102,5 +106,85 @@ async fn block_volumes_come_and_go(f: &mut Fixture) -> Result<()> {
     ensure!(writable.text()? == "and at the end\n", "{:?}", writable.text()?);
     writable.detach()?;
     ensure!(!writable.is_attached());
+    Ok(())
+}
+
+/// UpdatePodSandboxResources: memory for all containers, MiB, and processors.
+async fn resize(f: &Fixture, pod: &str, memory: i64, cpus: i64) -> Result<(), Status> {
+    let request = UpdatePodSandboxResourcesRequest {
+        pod_sandbox_id: pod.to_owned(),
+        resources: Some(of(memory, cpus)),
+        ..Default::default()
+    };
+    f.cri.runtime.clone().update_pod_sandbox_resources(request).await.map(drop)
+}
+
+fn of(memory: i64, cpus: i64) -> LinuxContainerResources {
+    LinuxContainerResources {
+        memory_limit_in_bytes: memory << 20,
+        cpu_period: 100_000,
+        cpu_quota: cpus * 100_000,
+        ..Default::default()
+    }
+}
+
+/// MiB and processors, as `crictl inspectp` shows them.
+async fn shown(f: &Fixture, pod: &str) -> Result<(u64, u64)> {
+    let machine = super::vm::machine(f, pod).await?;
+    let number = |name: &str| machine[name].as_u64().with_context(|| format!("no {name} in {machine}"));
+    Ok((number("memoryBytes")? >> 20, number("cpus")?))
+}
+
+async fn machines_grow_and_shrink(f: &mut Fixture) -> Result<()> {
+    const RESERVE: u64 = 128;
+    f.cri.pull(podvisor_tests::images::BUSYBOX).await?;
+    let mut config = f.ask_pod("pod");
+    config.linux.get_or_insert_default().resources = Some(of(256, 1));
+    let pod = f.run(config).await?;
+    let container = pod.start(&ask::waiting("c")).await?;
+    let cri = f.cri.clone();
+    let run = async |script: &str| cri.output(&container, &["sh", "-c", script]).await;
+    // A block of that size has to be in memory at once.
+    let hungry = "dd if=/dev/zero of=/dev/null bs=500M count=1 2>/dev/null && echo done || echo failed";
+    ensure!(shown(f, &pod.id).await? == (256 + RESERVE, 1));
+    ensure!(run("nproc").await? == "1\n");
+    ensure!(run(hungry).await? == "failed\n");
+
+    resize(f, &pod.id, 1024, 2).await?;
+    ensure!(shown(f, &pod.id).await? == (1024 + RESERVE, 2), "{:?}", shown(f, &pod.id).await?);
+    ensure!(run("nproc").await? == "2\n");
+    ensure!(run(hungry).await? == "done\n");
+
+    // What cannot be had changes nothing, whichever part of it it is.
+    let refused = resize(f, &pod.id, 1 << 30, 1).await.err().context("a pebibyte was there")?;
+    ensure!(refused.code() == Code::FailedPrecondition, "{refused}");
+    let holding =
+        "dd if=/dev/zero of=/dev/null bs=500M count=100000 2>/dev/null </dev/null & echo $! >/tmp/holding";
+    run(holding).await?;
+    eventually("the memory is in use", || async {
+        let size = run("awk '/VmRSS/ { print $2 }' /proc/$(cat /tmp/holding)/status").await?;
+        ensure!(size.trim().parse::<u64>()? > 480_000, "{size}");
+        Ok(())
+    })
+    .await?;
+    let refused = resize(f, &pod.id, 256, 1).await.err().context("what is in use was taken away")?;
+    ensure!(refused.message().contains("the containers use"), "{refused}");
+    ensure!(shown(f, &pod.id).await? == (1024 + RESERVE, 2));
+    ensure!(run("nproc; kill $(cat /tmp/holding)").await? == "2\n");
+
+    // As far as the guest gives memory back, which is told.
+    eventually("the memory is free", || async {
+        resize(f, &pod.id, 256, 1).await?;
+        Ok(())
+    })
+    .await?;
+    let (memory, cpus) = shown(f, &pod.id).await?;
+    ensure!((256 + RESERVE..1024 + RESERVE).contains(&memory) && cpus == 1, "{memory} {cpus}");
+    ensure!(run("nproc").await? == "1\n");
+    f.kill()?;
+    f.start()?;
+    ensure!(shown(f, &pod.id).await? == (memory, cpus));
+    resize(f, &pod.id, 512, 1).await?;
+    ensure!(shown(f, &pod.id).await? == (512 + RESERVE, 1));
     Ok(())
 }

@@ -88,6 +88,8 @@ pub(super) enum Purpose {
     KillExec(u64),
     Resize(u64),
     Stats(ReplyTo),
+    /// A step of a resize.
+    Adapt,
 }
 
 impl Purpose {
@@ -113,6 +115,7 @@ impl Purpose {
             Self::KillExec(_) => "kill the process",
             Self::Resize(_) => "resize the terminal",
             Self::Stats(_) => "tell its figures",
+            Self::Adapt => "follow the machine's size",
         }
     }
 
@@ -142,6 +145,7 @@ fn is_repeatable(verb: &Verb) -> bool {
         | Verb::AddVolume(_)
         | Verb::RemoveVolume(_)
         | Verb::UpdateContainer(_)
+        | Verb::Adapt(_)
         | Verb::Stats(_) => true,
         // A part of a version, for one, may have been written or not: the version is begun anew.
         _ => false,
@@ -304,6 +308,7 @@ impl Monitor {
             Purpose::CleanUpRoot(container) => self.root_cleaned_up(container, done(outcome)),
             Purpose::Exec(exec) => self.exec_started_in_guest(exec, outcome),
             Purpose::KillExec(exec) => self.exec_killed_in_guest(exec, done(outcome)),
+            Purpose::Adapt => self.resize_answered(done(outcome).map(|()| None)),
             Purpose::Stats(to) => self.stats_told(to, outcome),
         }
         if let Purpose::Resize(key) = purpose {

@@ -16,7 +16,8 @@ use super::agent::{Agent, Outcome, Purpose, confused};
 use super::bounds::line;
 use super::dial::Goal;
 use super::end::Cause;
-use super::hypervisor::{Hypervisor, Size, spawn_with};
+use super::hypervisor::{Hypervisor, spawn_with};
+use super::resize::Size;
 use super::{FileServer, Machine, MachineProcess, Stage, leash};
 use crate::failure::{Failure, check_absolute};
 use crate::monitor::Monitor;
@@ -110,10 +111,9 @@ impl Monitor {
         let machine = request.machine.clone().unwrap_or_default();
         let key = self.new_key();
         let size = Size { memory: machine.memory, cpus: machine.cpus };
-        let hypervisor =
-            Hypervisor::spawn(key, &request.hypervisor, size, &self.poller).map_err(|error| {
-                Failure::vm(format!("execute {}: {error}", request.hypervisor), String::new())
-            })?;
+        let hypervisor = Hypervisor::spawn(key, &request.hypervisor, &self.poller).map_err(|error| {
+            Failure::vm(format!("execute {}: {error}", request.hypervisor), String::new())
+        })?;
         let files_key = self.new_key();
         let files = request.file_server.as_ref().map(|wanted| {
             FileServer::spawn(files_key, wanted, &self.poller)
@@ -152,6 +152,9 @@ impl Monitor {
             dials: Default::default(),
             volumes: Default::default(),
             disks: Default::default(),
+            started_with: size,
+            size,
+            resizing: None,
             vsock: PathBuf::from(machine.vsock_path),
             console: PathBuf::from(machine.console_path),
             process: None,

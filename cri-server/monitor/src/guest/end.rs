@@ -147,7 +147,7 @@ impl Monitor {
             self.start_ended(container, to, Err(failure.clone()));
         }
         self.fail_dials(&failure);
-        self.fail_resizes(&failure);
+        self.fail_resize(&failure);
         self.disks_gone();
         self.advance_machine_end();
     }

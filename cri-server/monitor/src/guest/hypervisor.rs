@@ -6,10 +6,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
 
 use podvisor_proto::hypervisor::{
-    self as wire, EndReason, Ended, ErrorCode, MAX_FRAME, Reply, Request, SetCpus, SetMemory, reply,
-    request::Verb,
+    self as wire, EndReason, Ended, ErrorCode, MAX_FRAME, Reply, Request, reply, request::Verb,
 };
-use podvisor_proto::monitor::ResizeVm;
 use prost::Message;
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -22,7 +20,6 @@ use crate::failure::Failure;
 use crate::frame::{Filled, frame};
 use crate::monitor::Monitor;
 use crate::poll::{Poller, Ready, Token};
-use crate::verbs::{Answer, Answered, ReplyTo};
 
 /// Bytes that may wait for it.
 const QUEUE_LIMIT: usize = 2 * MAX_FRAME;
@@ -39,14 +36,6 @@ pub(super) struct Hypervisor {
     last_id: u64,
     /// How the machine ended, in its words.
     pub(super) ended: Option<Ended>,
-    size: Size,
-}
-
-/// Of the machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Size {
-    pub(super) memory: u64,
-    pub(super) cpus: u32,
 }
 
 /// What a request was made for.
@@ -56,17 +45,8 @@ pub(super) enum Ask {
     Stop,
     /// Whether the machine runs.
     Check,
-    /// The first part of a resize, with what is to follow, and the second.
-    Memory {
-        to: ReplyTo,
-        wanted: Size,
-    },
-    Cpus {
-        to: ReplyTo,
-        wanted: Size,
-    },
-    /// Takes the first part back, because the second was refused.
-    Back,
+    /// A step of a resize.
+    Resize,
     /// A disk, by its number.
     Plug(u64),
     Unplug(u64),
@@ -74,7 +54,7 @@ pub(super) enum Ask {
 
 impl Hypervisor {
     /// Starts the program. `key` is what events of its connection and its stderr carry.
-    pub(super) fn spawn(key: u64, program: &str, size: Size, poller: &Poller) -> std::io::Result<Self> {
+    pub(super) fn spawn(key: u64, program: &str, poller: &Poller) -> std::io::Result<Self> {
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
         crate::stdio::set_nonblocking(&ours)?;
         let mut command = Command::new(program);
@@ -82,7 +62,7 @@ impl Hypervisor {
         let program = spawn_with(key, program, &mut command, &theirs, poller)?;
         let mut channel = Channel::new(Token::Hypervisor(key), ours, MAX_FRAME, QUEUE_LIMIT);
         channel.watch(poller);
-        Ok(Self { program, channel: Some(channel), asked: BTreeMap::new(), last_id: 0, ended: None, size })
+        Ok(Self { program, channel: Some(channel), asked: BTreeMap::new(), last_id: 0, ended: None })
     }
 
     pub(super) fn ask(&mut self, verb: Verb, ask: Ask, poller: &Poller) {
@@ -184,7 +164,7 @@ impl Monitor {
     }
 
     fn hypervisor_said(&mut self, reply: Reply) {
-        let Self { machine: Some(machine), poller, .. } = self else { return };
+        let Some(machine) = &mut self.machine else { return };
         let hypervisor = &mut machine.hypervisor;
         if reply.id == 0 {
             if let Some(reply::Result::Event(wire::Event { kind: Some(wire::event::Kind::Ended(ended)) })) =
@@ -219,70 +199,10 @@ impl Monitor {
             (Ask::Check, Err(error)) => {
                 self.hypervisor_checked(error.code() == ErrorCode::Unsupported);
             }
-            (Ask::Memory { to, wanted }, Ok(_)) if wanted.cpus != hypervisor.size.cpus => {
-                hypervisor.ask(
-                    Verb::SetCpus(SetCpus { count: wanted.cpus }),
-                    Ask::Cpus { to, wanted },
-                    poller,
-                );
-            }
-            (Ask::Memory { to, wanted } | Ask::Cpus { to, wanted }, Ok(_)) => {
-                hypervisor.size = wanted;
-                self.reply(to, Ok(crate::verbs::done()));
-            }
-            (Ask::Memory { to, .. }, Err(error)) => self.reply(to, Err(refusal(&error))),
-            (Ask::Cpus { to, wanted }, Err(error)) => {
-                let memory = hypervisor.size.memory;
-                if wanted.memory != memory {
-                    hypervisor.ask(Verb::SetMemory(SetMemory { bytes: memory }), Ask::Back, poller);
-                }
-                self.reply(to, Err(refusal(&error)));
-            }
+            (Ask::Resize, outcome) => self.hypervisor_resized(outcome),
             (Ask::Plug(disk), outcome) => self.disk_plugged(disk, outcome.map(drop)),
             (Ask::Unplug(disk), outcome) => self.disk_unplugged(disk, outcome.map(drop)),
-            (Ask::Back, Ok(_)) => {}
-            (Ask::Back, Err(error)) => {
-                self.journal.note("memory could not be taken back", "machine", &line(&error.detail, 512));
-            }
         }
-    }
-
-    /// Answers those who wait for the hypervisor.
-    pub(super) fn fail_resizes(&mut self, failure: &Failure) {
-        let Some(machine) = &mut self.machine else { return };
-        for ask in std::mem::take(&mut machine.hypervisor.asked).into_values() {
-            if let Ask::Memory { to, .. } | Ask::Cpus { to, .. } = ask {
-                self.reply(to, Err(failure.clone()));
-            }
-        }
-    }
-
-    /// Memory first, then processors; when the second is refused the first is taken back.
-    pub(crate) fn resize_vm(&mut self, to: ReplyTo, request: &ResizeVm) -> Answered {
-        self.running_machine()?;
-        let Self { machine: Some(machine), poller, .. } = self else { return Ok(Answer::DONE) };
-        let hypervisor = &mut machine.hypervisor;
-        let resizing = |ask: &Ask| matches!(ask, Ask::Memory { .. } | Ask::Cpus { .. } | Ask::Back);
-        if hypervisor.asked.values().any(resizing) {
-            return Err(Failure::wrong_state("the virtual machine is being resized"));
-        }
-        let is = hypervisor.size;
-        let wanted = Size {
-            memory: if request.memory == 0 { is.memory } else { request.memory },
-            cpus: if request.cpus == 0 { is.cpus } else { request.cpus },
-        };
-        if wanted.memory != is.memory {
-            hypervisor.ask(
-                Verb::SetMemory(SetMemory { bytes: wanted.memory }),
-                Ask::Memory { to, wanted },
-                poller,
-            );
-        } else if wanted.cpus != is.cpus {
-            hypervisor.ask(Verb::SetCpus(SetCpus { count: wanted.cpus }), Ask::Cpus { to, wanted }, poller);
-        } else {
-            return Ok(Answer::DONE);
-        }
-        Ok(Answer::Later)
     }
 }
 

@@ -18,7 +18,8 @@
 //! | `boot.rs` | StartVm, from its request to the agent's last answer |
 //! | `end.rs` | the way down, whatever began it |
 //! | `program.rs`, `leash.rs` | the processes, and what holds them to the monitor |
-//! | `hypervisor.rs` | requests to the hypervisor; the machine's size |
+//! | `hypervisor.rs` | requests to the hypervisor |
+//! | `resize.rs` | the machine's size, which the guest follows |
 //! | `dial.rs` | connections to ports of the guest |
 //! | `agent.rs`, `link.rs` | requests to the agent, what each was for; losing it and coming back |
 //! | `news.rs` | what the agent tells unasked |
@@ -46,6 +47,7 @@ mod news;
 mod pod;
 mod program;
 mod pulse;
+mod resize;
 mod streams;
 mod threads;
 mod volumes;
@@ -63,6 +65,7 @@ pub(crate) use exec::GuestExec;
 use hypervisor::Hypervisor;
 use podvisor_proto::monitor::{self as proto, Exit, ProcessState, VmStarted};
 use program::Program;
+use resize::{Resizing, Size};
 use rustix::process::Pid;
 use volumes::Volumes;
 
@@ -83,6 +86,10 @@ pub(crate) struct Machine {
     dials: BTreeMap<u64, Dial>,
     volumes: Volumes,
     disks: Disks,
+    /// The size that it began with, and the one that it has.
+    started_with: Size,
+    size: Size,
+    resizing: Option<Resizing>,
     /// Where the hypervisor listens for connections to the guest's ports.
     vsock: PathBuf,
     /// Where the hypervisor keeps the console; empty: nowhere.

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex};
 
 use podvisor_proto::agent::{CONTROL_PORT, STREAM_PORT};
 use podvisor_proto::hypervisor::{
-    Done, EndReason, Ended, Error, ErrorCode, Event, Reply, Request, Start, Started, event, reply,
+    Done, EndReason, Ended, Error, ErrorCode, Event, Reply, Request, Resized, Start, Started, event, reply,
     request::Verb,
 };
 use prost::Message;
@@ -136,6 +136,9 @@ impl Hypervisor {
                     error(ErrorCode::Failed, "too much memory")
                 }
                 Verb::SetCpus(wanted) if wanted.count > limits.1 => error(ErrorCode::Failed, "too many CPUs"),
+                Verb::SetMemory(wanted) if Path::new(super::machine::HOLD).exists() => {
+                    reply::Result::Resized(Resized { memory: wanted.bytes + (64 << 20) })
+                }
                 Verb::SetMemory(wanted) => note(&words, &format!("memory {}", wanted.bytes)),
                 Verb::SetCpus(wanted) => note(&words, &format!("cpus {}", wanted.count)),
                 Verb::Check(_) => reply::Result::Done(Done {}),

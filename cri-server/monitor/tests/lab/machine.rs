@@ -16,7 +16,7 @@ pub const SHARE: &str = "/run/lab/share";
 pub const GUEST_CGROUP: &str = "/run/lab/cgroup/guest";
 /// Where the hypervisor writes what it was resized to.
 pub const SIZES: &str = "/run/lab/sizes";
-/// While this is there its guest lets go of no disk.
+/// While this is there its guest lets go of no disk, and keeps 64 MiB more than it is to.
 pub const HOLD: &str = "/run/lab/hold";
 
 impl Lab {
