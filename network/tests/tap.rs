@@ -51,6 +51,7 @@ fn route(destination: &str, gateway: Option<&str>) -> GuestRoute {
         metric: 0,
         mtu: 0,
         advertised_mss: 0,
+        table: 0,
     }
 }
 
@@ -100,6 +101,7 @@ fn a_guest_takes_the_place_of_a_pod_of_the_built_in_network() {
             ],
             neighbours: vec![],
             accepts_router_advertisements: false,
+            rules: vec![],
         };
         assert_eq!(interfaces, [expected]);
 
@@ -191,8 +193,10 @@ fn everything_that_a_guest_needs_is_found() {
             "-n pod address add fd00:9::2/64 dev net1 nodad",
             "-n pod route add 10.77.0.0/16 via 10.9.0.1 dev net1 metric 7",
             "-n pod route add 10.78.0.0/16 via inet6 fd00:9::1 dev net1",
-            // Not the main table's, and no way out.
-            "-n pod route add 10.79.0.0/16 via 10.9.0.1 dev net1 table 100",
+            "-n pod route add 10.79.0.0/16 via 10.9.0.1 dev net1 table 4711",
+            "-n pod rule add from 10.9.0.2 table 4711 priority 1000",
+            "-n pod -6 rule add not to fd00:99::/64 iif net1 table 100 priority 900",
+            // No way out.
             "-n pod route add unreachable 10.80.0.0/16",
         ] {
             ip(line);
@@ -220,7 +224,16 @@ fn everything_that_a_guest_needs_is_found() {
         let own = GuestRoute { source: Some(at("10.9.0.2")), scope: 253, ..route("10.9.0.0/24", None) };
         let own6 = GuestRoute { metric: 256, ..route("fd00:9::/64", None) };
         let far = GuestRoute { metric: 7, ..route("10.77.0.0/16", Some("10.9.0.1")) };
-        assert_eq!(net1.routes, [own, own6, far, route("10.78.0.0/16", Some("fd00:9::1"))]);
+        let via6 = route("10.78.0.0/16", Some("fd00:9::1"));
+        let tabled = GuestRoute { table: 4711, ..route("10.79.0.0/16", Some("10.9.0.1")) };
+        let (main, other): (Vec<_>, Vec<_>) = net1.routes.iter().cloned().partition(|route| route.table == 0);
+        assert_eq!(main, [own, own6, far, via6]);
+        assert_eq!(other, [tabled]);
+        // Family, and what it is told to: the namespace's rules in their order, with the last interface.
+        assert_eq!(eth0.rules, [[0; 0]; 0]);
+        let heads: Vec<[u8; 3]> = net1.rules.iter().map(|rule| [rule[0], rule[1], rule[2]]).collect();
+        assert_eq!(heads, [[10, 64, 0], [2, 0, 32]]);
+        assert_eq!(net1.rules[0][8..12], 2_u32.to_ne_bytes(), "inverted, and nothing of how it is there");
 
         // What the node's end sees is the guest of that interface.
         ip("address add 10.9.0.1/24 dev second");

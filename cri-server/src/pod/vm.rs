@@ -516,6 +516,7 @@ fn add_interface(interface: &GuestInterface) -> AddInterface {
                 metric: route.metric,
                 mtu: route.mtu,
                 advertised_mss: route.advertised_mss,
+                table: route.table,
             })
             .collect(),
         neighbours: interface
@@ -527,6 +528,7 @@ fn add_interface(interface: &GuestInterface) -> AddInterface {
             })
             .collect(),
         accepts_router_advertisements: interface.accepts_router_advertisements,
+        rules: interface.rules.clone(),
     }
 }
 

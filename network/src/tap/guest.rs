@@ -5,7 +5,7 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use rtnetlink::RouteMessageBuilder;
-use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_core::Emitable;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
 use rtnetlink::packet_route::neighbour::{
@@ -14,9 +14,15 @@ use rtnetlink::packet_route::neighbour::{
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteType, RouteVia,
 };
+use rtnetlink::packet_route::rule::{RuleAttribute, RuleFlags, RuleMessage};
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::TapError;
 use crate::netlink::{Client, Refusal};
+
+/// linux/rtnetlink.h.
+const RT_TABLE_MAIN: u32 = 254;
+const RT_TABLE_LOCAL: u32 = 255;
 
 /// One interface of a pod, as its guest is to have it.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -31,13 +37,15 @@ pub struct GuestInterface {
     pub mtu: u32,
     /// Without IPv6's link-local ones and those that came by router advertisements: the guest makes these itself.
     pub addresses: Vec<Prefix>,
-    /// All of the main table, also those that come with an address (which are to be added *without* routes), in an order in which they
-    /// can be added.
+    /// All of them, also those that come with an address (which are to be added *without* routes), in an order in which they can be added.
     pub routes: Vec<GuestRoute>,
     /// The permanent ones.
     pub neighbours: Vec<GuestNeighbour>,
     /// Whether IPv6 router advertisements configure it.
     pub accepts_router_advertisements: bool,
+    /// With the last interface: the namespace's rules of policy routing but those that every namespace has, in their order. Each is the body
+    /// of an RTM_NEWRULE (linux/fib_rules.h), which any kernel of this architecture takes.
+    pub rules: Vec<Vec<u8>>,
 }
 
 /// An address with the length of its network, or a network.
@@ -71,6 +79,8 @@ pub struct GuestRoute {
     pub mtu: u32,
     /// TCP's advertised segment size, bytes; 0: from the MTU.
     pub advertised_mss: u32,
+    /// 0: the main one.
+    pub table: u32,
 }
 
 /// A neighbour that is not to be asked for.
@@ -112,6 +122,9 @@ pub(super) fn interfaces(client: &Client) -> Result<Vec<Found>, TapError> {
         // A gateway has to be reachable when its route is added. The order is the kernel's own otherwise.
         found.interface.routes.sort_by_key(|route| route.gateway.is_some());
     }
+    if let Some(last) = found.last_mut() {
+        last.interface.rules = rules(client)?;
+    }
     Ok(found)
 }
 
@@ -142,6 +155,7 @@ fn interface(link: &LinkMessage) -> Result<Option<Found>, TapError> {
         addresses: Vec::new(),
         routes: Vec::new(),
         neighbours: Vec::new(),
+        rules: Vec::new(),
     };
     Ok(Some(Found { index, interface }))
 }
@@ -227,7 +241,36 @@ fn neighbours(client: &Client, index: u32) -> Result<Vec<GuestNeighbour>, Refusa
     Ok(found)
 }
 
-/// The unicast routes of the main table, each with the interface that it leads through.
+/// What was added to the rules that every namespace has, in the order in which they are looked through.
+fn rules(client: &Client) -> Result<Vec<Vec<u8>>, Refusal> {
+    // Priority and table (linux/rtnetlink.h) of the others.
+    const EVERYWHERE: [(u32, u8); 3] = [(0, 255), (32_766, 254), (32_767, 253)];
+    let mut found = Vec::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut request = RuleMessage::default();
+        request.header.family = family;
+        for answer in client.query("listing rules", RouteNetlinkMessage::GetRule(request), true)? {
+            let RouteNetlinkMessage::NewRule(mut rule) = answer else { continue };
+            let priority = rule.attributes.iter().find_map(|attribute| match attribute {
+                RuleAttribute::Priority(priority) => Some(*priority),
+                _ => None,
+            });
+            let priority = priority.unwrap_or(0);
+            if EVERYWHERE.contains(&(priority, rule.header.table)) {
+                continue;
+            }
+            // The others say how things are.
+            rule.header.flags &= RuleFlags::Invert;
+            let mut body = vec![0; rule.buffer_len()];
+            rule.emit(&mut body);
+            found.push((priority, body));
+        }
+    }
+    found.sort_by_key(|(priority, _)| *priority);
+    Ok(found.into_iter().map(|(_, body)| body).collect())
+}
+
+/// The unicast routes of every table but the local one, each with the interface that it leads through.
 fn routes(client: &Client) -> Result<Vec<(u32, GuestRoute)>, Refusal> {
     let requests =
         [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()];
@@ -245,10 +288,22 @@ fn routes(client: &Client) -> Result<Vec<(u32, GuestRoute)>, Refusal> {
 fn route(message: &RouteMessage) -> Vec<(u32, GuestRoute)> {
     let RouteHeader { table, kind, protocol, destination_prefix_length, scope, .. } = message.header;
     let any = match message.header.address_family {
-        rtnetlink::packet_route::AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         _ => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
-    if table != RouteHeader::RT_TABLE_MAIN || kind != RouteType::Unicast || protocol == RouteProtocol::Ra {
+    if kind != RouteType::Unicast || protocol == RouteProtocol::Ra {
+        return Vec::new();
+    }
+    // In the header there is room for 255.
+    let table = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Table(table) => Some(*table),
+            _ => None,
+        })
+        .unwrap_or(table.into());
+    if table == RT_TABLE_LOCAL {
         return Vec::new();
     }
     let destination = message.attributes.iter().find_map(|attribute| match attribute {
@@ -271,6 +326,7 @@ fn route(message: &RouteMessage) -> Vec<(u32, GuestRoute)> {
         metric: 0,
         mtu: 0,
         advertised_mss: 0,
+        table: if table == RT_TABLE_MAIN { 0 } else { table },
     };
     let (index, gateway) = next_hop(&message.attributes);
     route.gateway = gateway;

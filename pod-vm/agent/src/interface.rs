@@ -27,9 +27,11 @@ const RTA_GATEWAY: u16 = 5;
 const RTA_PRIORITY: u16 = 6;
 const RTA_PREFSRC: u16 = 7;
 const RTA_METRICS: u16 = 8;
+const RTA_TABLE: u16 = 15;
 const RTA_VIA: u16 = 18;
 const RTAX_MTU: u16 = 2;
 const RTAX_ADVMSS: u16 = 8;
+const RT_TABLE_COMPAT: u8 = 252;
 const RT_TABLE_MAIN: u8 = 254;
 const RTPROT_BOOT: u8 = 3;
 const RTN_UNICAST: u8 = 1;
@@ -41,6 +43,9 @@ const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 /// `struct ifinfomsg`, `struct ifaddrmsg`.
 const LINK_HEADER: usize = 16;
+/// `struct fib_rule_hdr`, and as much as a rule can sensibly have.
+const RULE_HEADER: usize = 12;
+const RULE_LONGEST: usize = 4096;
 
 /// Of an Ethernet.
 pub(crate) type HardwareAddress = [u8; 6];
@@ -61,6 +66,8 @@ struct Route {
     metric: u32,
     mtu: u32,
     advertised_mss: u32,
+    /// 0: the main one.
+    table: u32,
 }
 
 /// An interface as it is to be.
@@ -73,6 +80,8 @@ pub(crate) struct Interface {
     routes: Vec<Route>,
     neighbours: Vec<(IpAddr, HardwareAddress)>,
     accepts_router_advertisements: bool,
+    /// As the kernel takes them.
+    rules: Vec<Vec<u8>>,
 }
 
 /// `aa:bb:cc:dd:ee:ff`.
@@ -147,8 +156,12 @@ impl Interface {
                 metric: route.metric,
                 mtu: route.mtu,
                 advertised_mss: route.advertised_mss,
+                table: route.table,
             })
         });
+        if wanted.rules.iter().any(|rule| !(RULE_HEADER..=RULE_LONGEST).contains(&rule.len())) {
+            return Err(Failure::invalid(format!("a rule has {RULE_HEADER} to {RULE_LONGEST} bytes")));
+        }
         let neighbours = wanted.neighbours.iter().map(|neighbour| {
             Ok((address(&neighbour.address)?, hardware_address(&neighbour.hardware_address)?))
         });
@@ -160,6 +173,7 @@ impl Interface {
             routes: routes.collect::<Result<_, Failure>>()?,
             neighbours: neighbours.collect::<Result<_, Failure>>()?,
             accepts_router_advertisements: wanted.accepts_router_advertisements,
+            rules: wanted.rules.clone(),
         })
     }
 }
@@ -298,6 +312,19 @@ fn configure(netlink: &Netlink, index: u32, wanted: &Interface) -> Result<(), Fa
         let what = || format!("add neighbour {address} on {name}");
         run(netlink, what, &neighbour_message(index, *address, *hardware))?;
     }
+    for (number, rule) in wanted.rules.iter().enumerate() {
+        match netlink.run(&Message::new(request::NEW_RULE, flag::CREATE | flag::EXCLUDE, rule)) {
+            Ok(()) => {}
+            // It came with another interface.
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
+            Err(error) => {
+                return Err(Failure::system(
+                    &format!("add the {}. rule of policy routing", number + 1),
+                    error,
+                ));
+            }
+        }
+    }
     Ok(())
 }
 
@@ -358,8 +385,11 @@ fn add_route(netlink: &Netlink, index: u32, route: &Route) -> io::Result<()> {
 
 fn route_message(index: u32, route: &Route, flags: u32) -> Message {
     let Prefix { address, length } = route.destination;
-    let mut header =
-        vec![family(address), length, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, route.scope, RTN_UNICAST];
+    let table = match route.table {
+        0 => RT_TABLE_MAIN,
+        table => u8::try_from(table).unwrap_or(RT_TABLE_COMPAT),
+    };
+    let mut header = vec![family(address), length, 0, 0, table, RTPROT_BOOT, route.scope, RTN_UNICAST];
     header.extend(flags.to_ne_bytes());
     let mut message = Message::new(request::NEW_ROUTE, flag::CREATE | flag::APPEND, &header)
         .with(RTA_DST, &octets(address))
@@ -377,6 +407,9 @@ fn route_message(index: u32, route: &Route, flags: u32) -> Message {
     }
     if let Some(source) = route.source {
         message = message.with(RTA_PREFSRC, &octets(source));
+    }
+    if route.table != 0 {
+        message = message.with_number(RTA_TABLE, route.table);
     }
     if route.metric != 0 {
         message = message.with_number(RTA_PRIORITY, route.metric);

@@ -17,11 +17,13 @@ pub(crate) mod request {
     pub(crate) const DELETE_ADDRESS: u16 = 21;
     pub(crate) const NEW_ROUTE: u16 = 24;
     pub(crate) const NEW_NEIGHBOUR: u16 = 28;
+    pub(crate) const NEW_RULE: u16 = 32;
 }
 
 /// Flags of requests (linux/netlink.h).
 pub(crate) mod flag {
     pub(crate) const REPLACE: u16 = 0x100;
+    pub(crate) const EXCLUDE: u16 = 0x200;
     pub(crate) const CREATE: u16 = 0x400;
     pub(crate) const APPEND: u16 = 0x800;
 }

@@ -163,6 +163,59 @@ fn an_interface_becomes_what_the_network_made() {
     guest.done(Verb::AddInterface(eth0(FIRST)));
 }
 
+/// An RTM_NEWRULE (linux/fib_rules.h): packets from an address look into a table.
+fn rule_from(source: [u8; 4], table: u32, priority: u32) -> Vec<u8> {
+    let mut rule = vec![2, 0, 32, 0, 0, 0, 0, 1, 0, 0, 0, 0];
+    let attribute =
+        |kind: u16, value: [u8; 4]| [&8_u16.to_ne_bytes()[..], &kind.to_ne_bytes(), &value].concat();
+    rule.extend(attribute(2, source));
+    rule.extend(attribute(6, priority.to_ne_bytes()));
+    rule.extend(attribute(15, table.to_ne_bytes()));
+    rule
+}
+
+#[test]
+fn routes_go_into_their_tables_and_rules_lead_there() {
+    let mut guest = Guest::with_network();
+    let net = Net::of(&guest);
+    net.plug("rules0", "eth0", FIRST);
+    net.plug("rules1", "eth1", SECOND);
+    let own = Route { scope: 253, ..route("10.7.0.0/24", "") };
+    let rules = vec![rule_from([10, 7, 0, 9], 100, 1000), rule_from([10, 7, 0, 9], 4711, 1001)];
+    guest.done(Verb::AddInterface(AddInterface {
+        routes: vec![
+            own.clone(),
+            Route { table: 100, ..own },
+            Route { table: 100, ..route("", "10.7.0.1") },
+            Route { table: 4711, ..route("10.8.0.0/16", "10.7.0.1") },
+            Route { table: 100, ..route("", "fd00:7::1") },
+        ],
+        rules: rules.clone(),
+        ..eth0(FIRST)
+    }));
+    // The rules are the pod's: that they come again with another interface changes nothing.
+    guest.done(Verb::AddInterface(AddInterface { name: "eth1".into(), rules, ..eth0(SECOND) }));
+    let in_table = |family: &str, table: &str| -> Vec<String> {
+        let routes = net.ip(&format!("{family} route show table {table}"));
+        routes.iter().map(|route| route["dst"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(in_table("-4", "100"), ["default", "10.7.0.0/24"]);
+    assert_eq!(in_table("-4", "4711"), ["10.8.0.0/16"]);
+    assert_eq!(in_table("-6", "100"), ["default"]);
+    assert_eq!(in_table("-4", "main"), ["10.7.0.0/24"]);
+    let rules = net.ip("-4 rule show");
+    let shown: Vec<String> = rules
+        .iter()
+        .map(|rule| format!("{} {} {}", rule["priority"], rule["src"], rule["table"]).replace('"', ""))
+        .collect();
+    assert_eq!(
+        shown,
+        ["0 all local", "1000 10.7.0.9 100", "1001 10.7.0.9 4711", "32766 all main", "32767 all default"]
+    );
+    let nonsense = AddInterface { rules: vec![vec![2; 11]], ..eth0("02:00:00:00:00:03") };
+    assert_eq!(code(guest.ask(Verb::AddInterface(nonsense))), ErrorCode::Invalid);
+}
+
 #[test]
 fn an_interface_is_waited_for() {
     let mut guest = Guest::with_network();

@@ -1,4 +1,4 @@
-//! What pods in virtual machines are given while they run: block volumes, memory, processors.
+//! What pods in virtual machines are given: block volumes, memory and processors while they run, a network with rules of its own.
 
 use std::fs;
 use std::path::Path;
@@ -17,6 +17,8 @@ use super::Tests;
 pub(crate) fn add(tests: &mut Tests) {
     let options = || Options { handler: VM.to_owned(), ..Options::default() };
     tests.add_with("vm_devices::block_volumes_come_and_go", options(), block_volumes_come_and_go);
+    let cni = Options { network: "cni".to_owned(), ..options() };
+    tests.add_with("vm_devices::rules_and_tables_are_the_guests", cni, rules_and_tables_are_the_guests);
     tests.add_with("vm_devices::machines_grow_and_shrink", options(), machines_grow_and_shrink);
 }
 
@@ -186,5 +188,43 @@ async fn machines_grow_and_shrink(f: &mut Fixture) -> Result<()> {
     ensure!(shown(f, &pod.id).await? == (memory, cpus));
     resize(f, &pod.id, 512, 1).await?;
     ensure!(shown(f, &pod.id).await? == (512 + RESERVE, 1));
+    Ok(())
+}
+
+/// A CNI plugin (sbr) that moves the pod's routes into a table of their own, with a rule that leads there.
+async fn rules_and_tables_are_the_guests(f: &mut Fixture) -> Result<()> {
+    let directory = f.node.path("cni/net.d");
+    fs::create_dir_all(&directory)?;
+    let list = serde_json::json!({ "cniVersion": "1.0.0", "name": "rules", "plugins": [
+        { "type": "ptp", "mtu": 1400,
+          "ipam": { "type": "host-local", "dataDir": f.node.path("ipam"),
+                    "ranges": [[{ "subnet": "10.77.0.0/24" }], [{ "subnet": "fd00:77::/64" }]],
+                    "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }] } },
+        { "type": "sbr" },
+    ] });
+    fs::write(directory.join("10-rules.conflist"), list.to_string())?;
+    f.cri.pull(podvisor_tests::images::BUSYBOX).await?;
+    eventually("the network is ready", || async {
+        let status = f.cri.runtime.clone().status(podvisor_proto::cri::StatusRequest::default()).await?;
+        let status = status.into_inner().status.context("no status")?;
+        let ready = status.conditions.iter().all(|condition| condition.status);
+        ensure!(ready, "{:?}", status.conditions);
+        Ok(())
+    })
+    .await?;
+    let (pod, container) = f.running("pod", &ask::waiting("c")).await?;
+    let run = async |script: &str| f.cri.output(&container, &["sh", "-c", script]).await;
+    let address = f.cri.pod_status(&pod.id).await?.network.context("no network")?.ip;
+    let rules = run("ip rule; ip -6 rule").await?;
+    ensure!(rules.contains(&format!("from {address} lookup 100")), "{rules}");
+    ensure!(rules.contains("from fd00:77::2 lookup 10"), "{rules}");
+    let routes = run("ip route show table 100; ip route show").await?;
+    ensure!(routes.contains("default via 10.77.0.1"), "{routes}");
+    ensure!(run("cat /sys/class/net/eth0/mtu").await? == "1400\n");
+    // Only for what has the pod's address there is a way.
+    for (own, gateway) in [(address.as_str(), "10.77.0.1"), ("fd00:77::2", "fd00:77::1")] {
+        let pinged = run(&format!("ping -c 1 -W 10 -I {own} {gateway} >/dev/null && echo reached")).await?;
+        ensure!(pinged == "reached\n", "{gateway}: {pinged}");
+    }
     Ok(())
 }
