@@ -5,12 +5,14 @@ mod guest;
 use std::process::Command;
 
 use guest::{Machine, Suite, shell, with_root};
+use podvisor_proto::agent::add_root::{Lower, Upper};
 use podvisor_proto::agent::request::Verb;
 use podvisor_proto::agent::{
-    AddInterface, Connect, CreateContainer, Open, Personalise, RemoveRoot, Route, Shutdown, StandardStream,
-    StartInit, Stats, UserNamespace, open::Stream, reply,
+    AddInterface, AddRoot, Connect, CreateContainer, DeleteContainer, ErrorCode, Open, Personalise,
+    RemoveRoot, Route, Shutdown, StandardStream, StartInit, Stats, TmpfsUpper, UserNamespace, open::Stream,
+    reply,
 };
-use podvisor_proto::hypervisor::{EndReason, Network};
+use podvisor_proto::hypervisor::{Disk, EndReason, Network};
 use serde_json::{Value, json};
 
 /// Each test with each kernel.
@@ -32,6 +34,7 @@ with_both_kernels! {
     modules_are_loaded_when_they_are_asked_for
     containers_of_a_pod_share_what_they_should
     a_pod_with_a_user_namespace
+    a_root_file_system_on_disks
 }
 
 fn run(program: &str, line: &str) -> String {
@@ -231,10 +234,10 @@ fn a_pod_with_a_user_namespace(suite: Suite, _: &str) {
         user_namespace: Some(UserNamespace { uid: OUTSIDE, uids: 65_536, gid: OUTSIDE, gids: 65_536 }),
         ..Default::default()
     });
-    machine.done(Verb::AddRoot(podvisor_proto::agent::AddRoot {
+    machine.done(Verb::AddRoot(AddRoot {
         container_id: "c1".into(),
-        lower: Some(podvisor_proto::agent::add_root::Lower::SharePath("pod/rootfs".into())),
-        upper: Some(podvisor_proto::agent::add_root::Upper::SharedUpper("pod/rootfs".into())),
+        lower: Some(Lower::SharePath("pod/rootfs".into())),
+        upper: Some(Upper::SharedUpper("pod/rootfs".into())),
         format: false,
     }));
     let mut spec = sharing(
@@ -260,4 +263,50 @@ fn a_pod_with_a_user_namespace(suite: Suite, _: &str) {
         &std::fs::metadata(machine.share().join("rootfs/tmp/file")).unwrap(),
     );
     assert_eq!(owner, OUTSIDE, "as on the host");
+}
+
+fn a_root_file_system_on_disks(suite: Suite, _: &str) {
+    let mut machine = Machine::with_disks(suite, Vec::new(), |directory| {
+        let text = |name: &str| directory.join(name).display().to_string();
+        run("mkfs.erofs", &format!("{} {}", text("image"), text("share/rootfs")));
+        let size = std::fs::metadata(text("image")).unwrap().len().next_multiple_of(4096);
+        std::fs::OpenOptions::new().write(true).open(text("image")).unwrap().set_len(size).unwrap();
+        std::fs::File::create(text("layer")).unwrap().set_len(16 << 20).unwrap();
+        run("mkfs.ext4", &format!("-q {}", text("layer")));
+        let disk =
+            |serial: &str, name: &str, read_only| Disk { serial: serial.into(), path: text(name), read_only };
+        vec![disk("the-image", "image", true), disk("the-layer", "layer", false)]
+    });
+    machine.become_pod(Personalise::default());
+    let root = |id: &str, lower: &str, upper| AddRoot {
+        container_id: id.into(),
+        lower: Some(Lower::BlockSerial(lower.into())),
+        upper: Some(upper),
+        format: false,
+    };
+    let on_disk = || Upper::DiskSerial("the-layer".into());
+    machine.done(Verb::AddRoot(root("c1", "the-image", on_disk())));
+    let script = "grep -c '^overlay / overlay' /proc/mounts; echo kept >/tmp/file";
+    let (output, exit) = machine.run("c1", &with_root("c1", &shell(script)));
+    assert!(output.starts_with("1\n") && exit.code == 0, "{exit:?} {output}");
+    // The same image for another one, which writes into memory: nothing of the first one's is there.
+    let memory = || Upper::Tmpfs(TmpfsUpper { size: 16 << 20 });
+    machine.done(Verb::AddRoot(root("c2", "the-image", memory())));
+    let (output, exit) = machine.run("c2", &with_root("c2", &shell("ls /tmp; test -x /bin/busybox")));
+    assert_eq!((output.as_str(), exit.code), ("", 0));
+    machine.done(Verb::RemoveRoot(RemoveRoot { container_id: "c2".into() }));
+    machine.done(Verb::DeleteContainer(DeleteContainer { container_id: "c1".into() }));
+    machine.done(Verb::RemoveRoot(RemoveRoot { container_id: "c1".into() }));
+    // The layer is one container's, and stays what it was.
+    machine.done(Verb::AddRoot(root("c3", "the-image", on_disk())));
+    let (output, exit) = machine.run("c3", &with_root("c3", &shell("cat /tmp/file")));
+    assert_eq!((output.as_str(), exit.code), ("kept\n", 0));
+
+    let refused = |machine: &mut Machine, root| machine.ask(Verb::AddRoot(root)).unwrap_err();
+    let error = refused(&mut machine, root("c4", "the-layer", memory()));
+    assert!(error.code() == ErrorCode::System && error.detail.contains("mount erofs"), "{error:?}");
+    let format = AddRoot { format: true, ..root("c4", "the-image", on_disk()) };
+    assert_eq!(refused(&mut machine, format).code(), ErrorCode::Unsupported);
+    // None of that has left anything.
+    machine.done(Verb::AddRoot(root("c4", "the-image", memory())));
 }

@@ -14,7 +14,7 @@ use podvisor_guest::{Inputs, build};
 use podvisor_proto::agent::add_root::{Lower, Upper};
 use podvisor_proto::agent::request::Verb;
 use podvisor_proto::agent::{AddRoot, AddShare, Exit, Personalise, TmpfsUpper};
-use podvisor_proto::hypervisor::{self, Ended, Network, Share, Start, event, reply};
+use podvisor_proto::hypervisor::{self, Disk, Ended, Network, Share, Start, event, reply};
 use prost::Message;
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_bind, mount_change, unmount};
 use serde_json::Value;
@@ -113,6 +113,15 @@ impl Machine {
 
     /// One that nobody has asked anything.
     pub(crate) fn bare(suite: Suite, networks: Vec<Network>) -> Self {
+        Self::with_disks(suite, networks, |_| Vec::new())
+    }
+
+    /// The same with disks, which are made from the root file system of its share.
+    pub(crate) fn with_disks(
+        suite: Suite,
+        networks: Vec<Network>,
+        disks: impl FnOnce(&Path) -> Vec<Disk>,
+    ) -> Self {
         assert!(
             std::env::var_os(podvisor_critest::sandbox::MARK).is_some(),
             "run this in a sandbox: tests/scripts/cargo-test"
@@ -129,6 +138,7 @@ impl Machine {
         mount_bind(path("share"), path("share")).unwrap();
         mount_change(path("share"), MountPropagationFlags::SHARED).unwrap();
         super::make_rootfs(&path("share/rootfs"));
+        let disks = disks(directory.path());
         let files = serve_files(&path("share"), &path("fs"));
 
         let (mut control, theirs) = UnixStream::pair().unwrap();
@@ -147,6 +157,7 @@ impl Machine {
             cpus: 1,
             shares: vec![Share { tag: "pod".into(), socket_path: text(&path("fs")) }],
             networks,
+            disks,
             vsock_path: text(&path("vsock")),
             run_dir: text(&path("run")),
             console_path: text(&path("console")),
