@@ -24,9 +24,9 @@ mod telemetry;
 mod userns;
 mod version;
 mod vm;
+mod vm_devices;
 mod vm_ends;
 mod vm_shell;
-mod vm_devices;
 mod vm_volumes;
 
 use std::process::ExitCode;

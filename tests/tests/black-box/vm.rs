@@ -3,9 +3,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use podvisor_critest::node::{Options, VM};
+use podvisor_critest::node::{Options, VM, daemon_program};
+use podvisor_critest::target_dir;
 use podvisor_proto::cri::{Device, Mount, MountPropagation, NamespaceMode, PodSandboxState};
 use podvisor_tests::{BlockVolume, Fixture, Pod, ask, eventually};
 use rustix::process::{Pid, Signal, kill_process};
@@ -24,6 +26,7 @@ pub(crate) fn add(tests: &mut Tests) {
         is_chosen_by_annotation_and_alias,
     );
     tests.add_with("vm::does_not_notice_the_daemon", options(), does_not_notice_the_daemon);
+    tests.add_with("vm::keeps_the_guest_it_began_with", options(), keeps_the_guest_it_began_with);
     tests.add_with("vm::dies_and_says_why", options(), dies_and_says_why);
     let micro = "[runtime.handlers.micro]\ntype = \"vm\"\nmachine = \"microvm\"\nallow_emulation = true\n";
     tests.add_with(
@@ -223,6 +226,65 @@ async fn does_not_notice_the_daemon(f: &mut Fixture) -> Result<()> {
     f.cri.start(&created).await?;
     f.cri.wait_exited(&created).await?;
     ensure!(pod.log("created.log")?.stdout() == "later\n");
+    Ok(())
+}
+
+/// `podvisor guest COMMAND` on a test's node; what it says when it succeeds.
+fn guest_command(f: &Fixture, arguments: &[&str]) -> Result<String> {
+    let mut command = Command::new(daemon_program());
+    command.arg("--config").arg(f.node.configuration_file()).arg("guest").args(arguments);
+    let output = command.output().context("running podvisor guest")?;
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    ensure!(output.status.success(), "podvisor guest {arguments:?}: {said}");
+    Ok(said)
+}
+
+/// Builds a guest from one of Debian's kernels (`make kernels`).
+fn build_guest(f: &Fixture, suite: &str) -> Result<()> {
+    let package = target_dir().join("kernels").join(suite).join("package");
+    let only = |directory: &Path, prefix: &str| -> Result<String> {
+        let entries =
+            fs::read_dir(directory).with_context(|| format!("{}: make kernels", directory.display()))?;
+        let mut names = entries.flatten().map(|entry| entry.path());
+        let found = names
+            .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix)));
+        Ok(found.with_context(|| format!("nothing in {}", directory.display()))?.display().to_string())
+    };
+    let kernel = only(&package.join("boot"), "vmlinuz-")?;
+    let modules = only(&package.join("lib/modules"), "")?;
+    let agent = target_dir().join("release/podvisor-agent").display().to_string();
+    guest_command(f, &["build", "--kernel", &kernel, "--modules", &modules, "--agent", &agent]).map(drop)
+}
+
+/// Another kernel for new pods changes nothing for those that run, nor for a container that comes to them later.
+async fn keeps_the_guest_it_began_with(f: &mut Fixture) -> Result<()> {
+    fs::remove_file(f.node.path("root/guests"))?;
+    build_guest(f, "bookworm")?;
+    let (old, first) = f.running("old", &ask::waiting("c")).await?;
+    let kernel = f.cri.output(&first, &["uname", "-r"]).await?;
+    let guest = machine(f, &old.id).await?["guest"].as_str().context("no guest")?.to_owned();
+
+    build_guest(f, "bookworm-backports")?;
+    let new = f.pod("new").await?;
+    let second = new.start(&ask::waiting("c")).await?;
+    let newer = f.cri.output(&second, &["uname", "-r"]).await?;
+    ensure!(kernel.starts_with("6.1.") && newer.starts_with("6.12."), "{kernel} {newer}");
+    ensure!(machine(f, &new.id).await?["guest"] != guest.as_str());
+    f.kill()?;
+    f.start()?;
+    let later = old.start(&ask::waiting("later")).await?;
+    for container in [&first, &later] {
+        ensure!(f.cri.output(container, &["uname", "-r"]).await? == kernel);
+    }
+    ensure!(machine(f, &old.id).await?["guest"] == guest.as_str());
+
+    let refused = guest_command(f, &["remove", &guest]).err().context("a guest in use was removed")?;
+    ensure!(refused.to_string().contains("pods run with guest"), "{refused}");
+    f.cri.stop_pod(&old.id).await?;
+    f.cri.remove_pod(&old.id).await?;
+    guest_command(f, &["remove", &guest])?;
+    ensure!(f.cri.output(&second, &["uname", "-r"]).await? == newer);
     Ok(())
 }
 
