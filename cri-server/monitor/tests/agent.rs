@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use lab::agent::{Agent, Instead, event_frame, exit, frame};
 use lab::client::{stream, sync};
-use lab::{POD, Pod, Spec, private_memory, run, until};
+use lab::{POD, Pod, Spec, own_memory, run, until};
 use podvisor_proto::agent::{
     self as wire, Acknowledge, ContainerStats, Error, ErrorCode as AgentCode, Opened, Process,
     ProcessState as AgentState, Reply, StatsReply, event, open, reply, request::Verb as Asked,
@@ -44,7 +44,7 @@ fn distrusted(pod: &mut Pod, events: &mut lab::Client, reason: &str) {
         assert!(why.starts_with(&format!("the pod's virtual machine has ended: {reason}")), "{why}");
     }
     assert!(pod.containers().iter().all(|it| it.state() == ProcessState::Exited));
-    until("nothing of it is kept", || private_memory(pod.child.id()) < 3 << 20);
+    until("nothing of it is kept", || own_memory(pod.child.id()) < 1 << 20);
     for container in pod.containers() {
         pod.delete(&container.id);
     }

@@ -46,11 +46,11 @@ fn a_flood_waits_for_its_reader_and_loses_nothing() {
     let stdout = guest.stream("c1", StandardStream::Stdout);
     guest.start("c1");
     // Other requests are answered while it waits.
-    let before = guest.resident();
+    let before = guest.own_memory();
     for _ in 0..50 {
         guest.ask(Verb::List(List {})).unwrap();
     }
-    assert!(guest.resident() < before + (2 << 20), "the agent keeps what nobody reads");
+    assert!(guest.own_memory() < before + (2 << 20), "the agent keeps what nobody reads");
     let text = stdout.read_all();
     assert_eq!(text.lines().count(), 400_000);
     assert!(text.ends_with("399999\n400000\n"));
@@ -140,6 +140,8 @@ fn ports_of_the_pod() {
         let mut text = String::new();
         connection.read_to_string(&mut text).unwrap();
         connection.write_all(text.to_uppercase().as_bytes()).unwrap();
+        // Closed alone it would go on as long as a process that another test is about to start has a copy.
+        rustix::net::shutdown(&listener, rustix::net::Shutdown::Both).unwrap();
     });
     let stream = guest.open(&Open { stream: Some(Stream::Connect(Connect { port })) }).unwrap();
     stream.write(b"hello");
@@ -277,7 +279,8 @@ fn bad_messages_end_their_connection_and_nothing_else() {
     guest.reconnect();
     let Outcome::Ok(reply::Result::Stats(stats)) = guest.ask(Verb::Stats(Stats::default())) else { panic!() };
     assert_eq!(stats.containers.len(), 1);
-    assert!(stats.guest.unwrap().agent_rss < 8 << 20);
+    assert!(stats.guest.unwrap().agent_rss > 0);
+    assert!(guest.own_memory() < 1 << 20, "{} bytes", guest.own_memory());
 }
 
 #[test]

@@ -134,10 +134,20 @@ pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
 
 /// Bytes of memory that a process shares with nobody.
 pub fn private_memory(pid: u32) -> u64 {
+    rolled_up(pid, &["Private_Clean:", "Private_Dirty:"])
+}
+
+/// Bytes of memory that a process has filled itself. Pages of its program do not count: how many of those are there, and with whom they are
+/// shared, is for the kernel to decide, and a test's build has many.
+pub fn own_memory(pid: u32) -> u64 {
+    rolled_up(pid, &["Anonymous:"])
+}
+
+/// The sum of these lines of proc_pid_smaps_rollup(5).
+fn rolled_up(pid: u32, names: &[&str]) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("smaps");
-    let private =
-        text.lines().filter(|line| line.starts_with("Private_Clean") || line.starts_with("Private_Dirty"));
-    private.filter_map(|line| line.split_ascii_whitespace().nth(1)?.parse::<u64>().ok()).sum::<u64>() * 1024
+    let lines = text.lines().filter(|line| names.iter().any(|name| line.starts_with(name)));
+    lines.filter_map(|line| line.split_ascii_whitespace().nth(1)?.parse::<u64>().ok()).sum::<u64>() * 1024
 }
 
 /// A monitor that has not been adopted, and the daemon's end of its connection.
