@@ -58,7 +58,7 @@ pub use error::{ErrorKind, SpecError};
 pub use mounts::check_image_mount;
 pub use process::exec;
 pub use profile::{SecurityProfile, apparmor_request, seccomp_request};
-pub use resources::{oom_score_adj, reported_resources, resources};
+pub use resources::{oom_score_adj, reported_resources, resources, taken_back};
 pub use seccomp::{default_seccomp, seccomp_profile};
 pub use user::User;
 pub use user_namespace::{Ids, UserNamespace, user_namespace};

@@ -2,6 +2,8 @@
 //!
 //! In the CRI's message 0 and "" mean "not specified". On creation that is the runtime's default, on update what the container has.
 
+mod taken_back;
+
 use std::collections::HashMap;
 
 use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxPids, LinuxResources};
@@ -9,6 +11,7 @@ use podvisor_proto::cri;
 
 use crate::HostFacts;
 use crate::error::{Result, SpecError};
+pub use taken_back::taken_back;
 
 /// What the kernel takes for `cpu.shares` (`kernel/sched/sched.h`, `MIN_SHARES` and `MAX_SHARES`). Version 2's weight is computed from it and
 /// runtimes refuse what is outside.

@@ -62,6 +62,11 @@ impl MonitorError {
         matches!(self, MonitorError::Refused { code: ErrorCode::WrongState, .. })
     }
 
+    /// The OCI runtime, or the agent in a virtual machine, has begun and failed.
+    pub(crate) fn is_runtime_failure(&self) -> bool {
+        matches!(self, MonitorError::Refused { code: ErrorCode::RuntimeFailed | ErrorCode::System, .. })
+    }
+
     /// What was refused was not there (any more).
     pub(crate) fn is_not_found(&self) -> bool {
         matches!(self, MonitorError::Refused { code: ErrorCode::NotFound, .. })

@@ -364,6 +364,16 @@ pub(crate) fn merge_resources(
     Ok(serde_json::to_value(merged).unwrap_or_default())
 }
 
+/// Resources that undo an update to `refused`, as OCI JSON.
+pub(crate) fn resources_taken_back(
+    record: &ContainerRecord,
+    refused: &serde_json::Value,
+) -> Result<serde_json::Value, serde_json::Error> {
+    let current: LinuxResources = serde_json::from_value(record.resources.clone())?;
+    let refused: LinuxResources = serde_json::from_value(refused.clone())?;
+    serde_json::to_value(podvisor_spec::taken_back(&current, &refused))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -60,6 +60,7 @@ mod specify;
 pub(crate) mod state;
 mod steps;
 pub(crate) mod task;
+mod update;
 pub(crate) mod view;
 pub(crate) mod vm;
 mod volumes;

@@ -14,6 +14,7 @@ use super::Tests;
 pub(crate) fn add(tests: &mut Tests) {
     tests.add("resize::merges_and_survives", merges_and_survives);
     tests.add("resize::names_what_is_wrong", names_what_is_wrong);
+    tests.add("resize::refused_half_way_is_taken_back", refused_half_way);
     tests.add("resize::of_what_does_not_run", of_what_does_not_run);
     tests.add("resize::at_the_same_time_loses_nothing", at_the_same_time);
     tests.add("resize::of_cgroup_files", of_cgroup_files);
@@ -109,6 +110,30 @@ async fn names_what_is_wrong(f: &mut Fixture) -> Result<()> {
     let status =
         f.cri.runtime.update_container_resources(missing).await.err().context("nothing was taken")?;
     ensure!(status.code() == Code::InvalidArgument && status.message().starts_with("linux"), "{status:?}");
+    Ok(())
+}
+
+/// The OCI runtime writes one file of the cgroup after the other, and the kernel refuses one that is not the first.
+async fn refused_half_way(f: &mut Fixture) -> Result<()> {
+    let (pod, id) = f.running("half", &ask::waiting("c")).await?;
+    let before = (in_force(f, &id).await?, reported(f, &id).await?);
+    let cpu = LinuxContainerResources { cpu_quota: 80_000, cpu_period: 100_000, ..some() };
+    let refused = if std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        LinuxContainerResources { unified: [("memory.high".into(), "much".into())].into(), ..cpu }
+    } else {
+        // On version 1 no group's quota is more than that of the one it is in; memory comes before it.
+        let parent = pod.config.linux.as_ref().map(|linux| linux.cgroup_parent.trim_start_matches('/'));
+        let directory = std::path::Path::new("/sys/fs/cgroup/cpu").join(parent.context("no cgroup")?);
+        std::fs::write(directory.join("cpu.cfs_quota_us"), "50000").context("limiting the pod")?;
+        LinuxContainerResources { memory_limit_in_bytes: 64 << 20, ..cpu }
+    };
+    let status = update(f, &id, refused).await.err().context("the kernel took what it cannot have")?;
+    ensure!(status.code() == Code::Internal, "{status:?}");
+    let after = (in_force(f, &id).await?, reported(f, &id).await?);
+    ensure!(after == before, "{before:?} has become {after:?}");
+    // And what is in force can still be changed.
+    update(f, &id, LinuxContainerResources { cpu_quota: 40_000, cpu_period: 100_000, ..some() }).await?;
+    ensure!(in_force(f, &id).await?.starts_with("40000 100000\n"), "{}", in_force(f, &id).await?);
     Ok(())
 }
 

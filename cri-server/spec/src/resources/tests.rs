@@ -174,6 +174,47 @@ fn refused() {
 }
 
 #[test]
+fn a_refused_update_is_taken_back() {
+    let current = of(&with(|request| {
+        request.cpu_shares = 512;
+        request.memory_limit_in_bytes = 100;
+        request.unified = [("memory.low".to_owned(), "1".to_owned())].into();
+    }));
+    let refused = cri::LinuxContainerResources {
+        cpu_shares: 600,
+        cpu_quota: 70_000,
+        cpu_period: 50_000,
+        memory_limit_in_bytes: 200,
+        hugepage_limits: vec![cri::HugepageLimit { page_size: "2MB".to_owned(), limit: 2 }],
+        unified: [
+            ("memory.high", "90"),
+            ("memory.low", "2"),
+            ("memory.max", "9"),
+            ("io.max", "x"),
+            ("hugetlb.2MB.max", "5"),
+        ]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into(),
+        ..Default::default()
+    };
+    let refused = resources(&current, &refused, &Case::default().host).unwrap();
+    assert_eq!(
+        json(&taken_back(&current, &refused)),
+        serde_json::json!({
+            // Not named before: what the kernel has without a limit.
+            "cpu": {"shares": 512, "quota": -1, "period": 100_000},
+            "memory": {"limit": 100, "swap": 100},
+            "hugepageLimits": [{"pageSize": "2MB", "limit": i64::MAX}],
+            // memory.max is the memory limit's; io.max has no content that is none.
+            "unified": {"memory.high": "max", "memory.low": "1", "hugetlb.2MB.max": "max"},
+        })
+    );
+    let none = of(&Case::default());
+    assert_eq!(json(&taken_back(&none, &refused))["memory"], serde_json::json!({"limit": -1, "swap": -1}),);
+    assert_eq!(taken_back(&current, &current), current);
+}
+
+#[test]
 fn update_merges() {
     let host = Case::default().host;
     let current = of(&with(|request| {
