@@ -47,7 +47,7 @@ test: deps build images guest
 	tests/scripts/test
 
 # All failure tests: kills at every stage and at random, runtimes, plugins and disks that fail. `make test` has a short form of them.
-test-faults: deps build images
+test-faults: deps build images guest
 	cargo test --workspace --no-run
 	PODVISOR_FAULTS=full tests/scripts/cargo-test --workspace --test faults
 
