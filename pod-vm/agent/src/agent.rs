@@ -23,6 +23,7 @@ use crate::exec::Exec;
 use crate::failure::Failure;
 use crate::init::Init;
 use crate::listen::{Listeners, accept};
+use crate::places::Places;
 use crate::pod::Pod;
 use crate::streams::{self, Pump, Standard, Streams};
 use crate::sys;
@@ -41,6 +42,7 @@ pub(crate) struct Agent {
     /// How many requests there have been: a number for each, whichever connection it came over.
     pub(crate) requests: u64,
     pub(crate) awaited: Awaited,
+    pub(crate) places: Places,
     pub(crate) events: Events,
     pub(crate) streams: Streams,
     pub(crate) connecting: Connecting,
@@ -106,6 +108,7 @@ impl Agent {
             control: None,
             requests: 0,
             awaited: Awaited::default(),
+            places: Places::default(),
             events: Events::default(),
             streams: Streams::default(),
             connecting: Connecting::default(),

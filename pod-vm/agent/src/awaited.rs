@@ -96,7 +96,9 @@ impl Agent {
             Tried::Missing => {}
         }
         if self.duties.is_some() {
-            look_for_devices();
+            // For hypervisors that do not announce what they plug in: PCI buses are looked through again. There need be none.
+            let _ = fs::write("/sys/bus/pci/rescan", "1");
+            self.places.look();
         }
         self.awaited.waiting.push(Waiting { request, deadline: Instant::now() + PATIENCE, wanted });
         Ok(None)
@@ -135,6 +137,9 @@ impl Agent {
     /// Tries everything that waits again.
     pub(crate) fn retry(&mut self) {
         self.awaited.tried = Some(Instant::now());
+        if self.duties.is_some() {
+            self.places.look();
+        }
         for Waiting { request, deadline, wanted } in std::mem::take(&mut self.awaited.waiting) {
             match self.try_once(request, &wanted) {
                 Ok(Tried::Done) => self.answer(request, Ok(reply::Result::Done(Done {}))),
@@ -165,18 +170,5 @@ impl Agent {
             self.pod.interfaces.remove(at);
         }
         Ok(())
-    }
-}
-
-/// For hypervisors that do not announce what they plug in: PCI buses are looked through again, and the places where virtio-mmio devices can
-/// be are tried (one without a device refuses).
-fn look_for_devices() {
-    // Nothing of this need be there.
-    let _ = fs::write("/sys/bus/pci/rescan", "1");
-    for place in fs::read_dir("/sys/bus/platform/devices").into_iter().flatten().flatten() {
-        let name = place.file_name();
-        if name.as_encoded_bytes().starts_with(b"LNRO0005:") && !place.path().join("driver").exists() {
-            let _ = fs::write("/sys/bus/platform/drivers/virtio-mmio/bind", name.as_encoded_bytes());
-        }
     }
 }

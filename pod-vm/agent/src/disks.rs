@@ -20,6 +20,11 @@ pub(crate) fn node(serial: &str) -> Option<PathBuf> {
     Some(Path::new("/dev").join(find(Path::new(DISKS), serial)?.file_name()?))
 }
 
+/// The device of the disk that has this serial.
+pub(crate) fn device(serial: &str) -> Option<PathBuf> {
+    Some(find(Path::new(DISKS), serial)?.join("device"))
+}
+
 fn find(disks: &Path, serial: &str) -> Option<PathBuf> {
     let mut disks = fs::read_dir(disks).ok()?.flatten().map(|disk| disk.path());
     disks.find(|disk| fs::read_to_string(disk.join("serial")).is_ok_and(|found| found.trim() == serial))

@@ -17,6 +17,7 @@
 //! | `console.rs` | a shell of the guest itself, for the node's operator |
 //! | `connect.rs` | connections to the pod's ports |
 //! | `init.rs` | the first process of a pid namespace that containers share |
+//! | `places.rs` | devices that no bus announces |
 //! | `pod.rs` | what a guest becomes a pod by: name, randomness, limits |
 //! | `clock.rs` | the guest's clock |
 //! | `size.rs` | memory and processors that come and go |
@@ -51,6 +52,7 @@ mod interface;
 mod listen;
 mod modules;
 mod netlink;
+mod places;
 mod pod;
 mod size;
 mod stats;
@@ -75,6 +77,8 @@ enum AgentError {
     Boot(#[from] boot::BootError),
     #[error(transparent)]
     Module(modules::LoadError),
+    #[error("let go of a device")]
+    Unbind(#[source] std::io::Error),
     #[error("listen for the monitor")]
     Listen(#[source] std::io::Error),
     #[error("wait for events")]
@@ -96,6 +100,7 @@ fn main() -> ExitCode {
         }
         // The kernel asks for a module: see `modules.rs`.
         [Some("-q"), Some("--"), Some(alias)] => modules::demand(alias).map_err(AgentError::Module),
+        [Some("--let-go"), Some(place)] => places::unbind(place).map_err(AgentError::Unbind),
         _ if std::process::id() == 1 => in_guest(),
         _ => {
             eprintln!(

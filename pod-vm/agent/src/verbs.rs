@@ -5,6 +5,7 @@ use podvisor_proto::agent::{Done, HelloReply, PROTOCOL_VERSION, Request, reply};
 
 use crate::agent::Agent;
 use crate::awaited::Wanted;
+use crate::disks;
 use crate::failure::Failure;
 use crate::interface::Interface;
 
@@ -73,6 +74,7 @@ impl Agent {
             Verb::AddVolume(volume) => done(self.pod.volumes.add(&volume)),
             Verb::WriteVersion(part) => done(self.pod.volumes.write(&part)),
             Verb::RemoveVolume(volume) => done(self.pod.volumes.remove(&volume.name)),
+            Verb::ReleaseDisk(disk) => done(self.release_disk(&disk.serial)),
             Verb::StartInit(_) => self.start_init(),
             Verb::CreateContainer(create) => self.attempt(request, Wanted::Container(Box::new(create))),
             Verb::StartContainer(start) => self.start_container(request, &start.container_id),
@@ -106,6 +108,14 @@ impl Agent {
             volumes: true,
             block_devices: true,
         }
+    }
+
+    /// One that is not there was let go of.
+    fn release_disk(&mut self, serial: &str) -> Result<(), Failure> {
+        let Some(device) = disks::device(serial).filter(|_| self.duties.is_some()) else { return Ok(()) };
+        self.places
+            .let_go(&device)
+            .map_err(|error| Failure::system(&format!("let go of disk {serial:?}"), error))
     }
 
     /// Answers a request; nobody may be there any more to hear it.

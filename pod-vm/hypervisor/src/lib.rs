@@ -3,6 +3,8 @@
 //! | file | idea |
 //! |---|---|
 //! | `control.rs`, `failure.rs` | frames to and from the monitor; errors of the wire |
+//! | `keeper.rs` | states, requests, and the loop that everything happens in |
+//! | `verdict.rs` | why a machine is gone |
 //! | `request.rs` | what is asked for, checked |
 //! | `files.rs`, `tap.rs` | opens what the machine's process is handed |
 //! | `process.rs` | that process |
@@ -16,7 +18,9 @@ pub mod console;
 pub mod control;
 pub mod failure;
 pub mod files;
+pub mod keeper;
 pub mod process;
 pub mod request;
 pub mod sys;
 pub mod tap;
+pub mod verdict;

@@ -6,6 +6,7 @@
  *   sink            takes all until its end, answers how many bytes and their sum
  *   hold            answers "held" and then does nothing
  *   read PATH       a file's content
+ *   sum PATH        how many bytes a file has, and their sum
  *   write PATH TEXT writes into a file, answers "ok" or the error
  *   list PATH       a directory's entries, one a line
  *   load MODULE     loads one and what it needs, answers like write
@@ -15,12 +16,15 @@
  *   dial PORT       connects to a port of the host, answers like write
  *   disk SERIAL     the name of the disk's device
  *   address MAC     the name of the network interface
+ *   bind -          has virtio-mmio's driver look at all places that it has found nothing in
+ *   unbind PATH     takes the driver from the place of a device of sysfs, answers like write
  *   panic | poweroff | reboot
  */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -125,6 +129,27 @@ static void find(int peer, const char *class, const char *attribute, const char 
     dprintf(peer, "none\n");
 }
 
+#define PLACES "/sys/bus/platform/drivers/virtio-mmio"
+
+static void bind_places(void) {
+    DIR *directory = opendir("/sys/bus/platform/devices");
+    struct dirent *entry;
+    while (directory && (entry = readdir(directory))) {
+        char path[512];
+        snprintf(path, sizeof path, PLACES "/%s", entry->d_name);
+        if (!strncmp(entry->d_name, "LNRO0005:", 9) && access(path, F_OK)) put(PLACES "/bind", entry->d_name);
+    }
+    if (directory) closedir(directory);
+}
+
+static int unbind_place(const char *device) {
+    char path[PATH_MAX], *place, *end;
+    if (!realpath(device, path)) return errno;
+    if (!(place = strstr(path, "LNRO0005:"))) return ENODEV;
+    if ((end = strchr(place, '/'))) *end = 0;
+    return put(PLACES "/unbind", place);
+}
+
 static int connect_to_host(unsigned port) {
     struct sockaddr_vm address = { .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = port };
     int made = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -145,15 +170,15 @@ static void source(int peer, long bytes) {
     }
 }
 
-static void sink(int peer) {
+static void sum(int from, int peer) {
     unsigned char bytes[65536];
-    unsigned long total = 0, sum = 0;
+    unsigned long total = 0, all = 0;
     ssize_t count;
-    while ((count = read(peer, bytes, sizeof bytes)) > 0) {
-        for (ssize_t at = 0; at < count; at++) sum += bytes[at];
+    while ((count = read(from, bytes, sizeof bytes)) > 0) {
+        for (ssize_t at = 0; at < count; at++) all += bytes[at];
         total += count;
     }
-    dprintf(peer, "%lu %lu\n", total, sum);
+    dprintf(peer, "%lu %lu\n", total, all);
 }
 
 static void serve(int peer) {
@@ -164,7 +189,7 @@ static void serve(int peer) {
     char *verb = strtok(line, " "), *first = strtok(NULL, " "), *second = strtok(NULL, " "), *third = strtok(NULL, " ");
     if (!verb) return;
     if (!strcmp(verb, "echo")) copy(peer, peer);
-    else if (!strcmp(verb, "sink")) sink(peer);
+    else if (!strcmp(verb, "sink")) sum(peer, peer);
     else if (!strcmp(verb, "hold")) { dprintf(peer, "held\n"); pause(); }
     else if (!strcmp(verb, "panic")) put("/proc/sysrq-trigger", "c");
     else if (!strcmp(verb, "poweroff")) reboot(RB_POWER_OFF);
@@ -172,6 +197,7 @@ static void serve(int peer) {
     else if (!first) dprintf(peer, "what?\n");
     else if (!strcmp(verb, "source")) source(peer, atol(first));
     else if (!strcmp(verb, "read")) show_file(peer, first);
+    else if (!strcmp(verb, "sum")) sum(open(first, O_RDONLY | O_CLOEXEC), peer);
     else if (!strcmp(verb, "list")) list(peer, first);
     else if (!strcmp(verb, "load")) answer(peer, load_with_needs(first));
     else if (!strcmp(verb, "dial")) answer(peer, connect_to_host(atoi(first)));
@@ -179,6 +205,8 @@ static void serve(int peer) {
     else if (!strcmp(verb, "sync")) { sync(); answer(peer, 0); }
     else if (!strcmp(verb, "disk")) find(peer, "/sys/block", "serial", first);
     else if (!strcmp(verb, "address")) find(peer, "/sys/class/net", "address", first);
+    else if (!strcmp(verb, "bind")) { bind_places(); answer(peer, 0); }
+    else if (!strcmp(verb, "unbind")) answer(peer, unbind_place(first));
     else if (!strcmp(verb, "write") && second) answer(peer, put(first, second));
     else if (!strcmp(verb, "mount") && third) {
         mkdir(third, 0755);

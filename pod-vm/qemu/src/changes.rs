@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use podvisor_hypervisor::failure::Failure;
+use podvisor_hypervisor::keeper::Answer;
 use podvisor_proto::hypervisor::{Done, Resized, reply, request::Verb};
 use serde_json::Value;
 
@@ -19,9 +20,6 @@ use crate::qmp::Qmp;
 
 /// How long a guest may take to let go of a device, or to take or give back memory.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// A request and its answer.
-pub(crate) type Answer = (u64, Result<reply::Result, Failure>);
 
 /// A command of QMP's.
 #[derive(Debug)]

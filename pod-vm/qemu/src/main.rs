@@ -11,7 +11,6 @@ mod inventory;
 mod kvm;
 mod landlock;
 mod launch;
-mod machine;
 mod plan;
 mod qmp;
 mod start;
@@ -24,8 +23,10 @@ use std::io;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 
-use plan::Choice;
+use plan::{Choice, Plan};
+use podvisor_hypervisor::keeper::Keeper;
 use podvisor_hypervisor::{failure, sys};
+use up::Up;
 
 /// Why the program had to end.
 #[derive(Debug, thiserror::Error)]
@@ -72,5 +73,6 @@ fn serve(number: i32, choice: Choice) -> Result<(), ProgramError> {
     // The machine is a pod's: where the monitor was started from must not be kept from being unmounted.
     let _ = std::env::set_current_dir("/");
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
-    machine::Machine::new(control, choice, clock).run().map_err(ProgramError::Wait)
+    let begin = |start, request| Up::new(Plan::new(start, choice)?, clock, request);
+    Keeper::new(control, begin).run().map_err(ProgramError::Wait)
 }

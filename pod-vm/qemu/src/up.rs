@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use podvisor_hypervisor::console::Tail;
 use podvisor_hypervisor::failure::{Failure, one_line};
+use podvisor_hypervisor::keeper::{Answer, Machine, Outcome};
 use podvisor_proto::hypervisor::{Done, Ended, Started, reply, request::Verb};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
 
-use crate::changes::{Answer, Changes};
+use crate::changes::Changes;
 use crate::plan::{Kind, Plan};
 use crate::qmp::Message;
 use crate::start::{Begun, begin};
@@ -54,69 +55,6 @@ impl Up {
             checks: BTreeMap::new(),
             deadline: None,
         })
-    }
-
-    /// What to watch for reading.
-    pub(crate) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
-        let begun = &self.begun;
-        let stderr = begun.process.stderr.as_ref().map(AsFd::as_fd);
-        [Some(begun.process.descriptor()), begun.qmp.descriptor(), begun.console.descriptor(), stderr]
-            .into_iter()
-            .flatten()
-            .collect()
-    }
-
-    /// When there is something to do though nothing has happened.
-    pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.deadline.into_iter().chain(self.changes.deadline()).min()
-    }
-
-    pub(crate) fn has_started(&self) -> bool {
-        self.starting.is_none()
-    }
-
-    /// Requests that wait for their answers.
-    pub(crate) fn unanswered(&self) -> Vec<u64> {
-        let checks = self.checks.values().copied();
-        self.starting.into_iter().chain(checks).chain(self.changes.unanswered()).collect()
-    }
-
-    /// Takes a request about the machine, which is answered later.
-    pub(crate) fn request(&mut self, request: u64, verb: Verb) {
-        if matches!(verb, Verb::Check(_)) {
-            // If it cannot be sent QEMU has ended, which is seen too, or does not read, and so does not work.
-            if let Ok(number) = self.begun.qmp.execute("query-status", Value::Null, None) {
-                self.checks.insert(number, request);
-            }
-        } else {
-            self.changes.push(request, verb);
-        }
-    }
-
-    /// Reads what there is to read, and goes on with changes; gives the answers that are ready.
-    pub(crate) fn listen(&mut self) -> Vec<Answer> {
-        self.begun.console.read();
-        self.read_words();
-        let mut answers = Vec::new();
-        match self.begun.qmp.read() {
-            Ok(messages) => {
-                for message in messages.into_iter().flatten() {
-                    answers.extend(self.hear(message));
-                }
-            }
-            Err(error) => {
-                self.words.push(format!("\nQEMU said what makes no sense: {error}").as_bytes());
-                self.begun.process.kill();
-            }
-        }
-        if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-            self.deadline = None;
-            self.begun.process.kill();
-        }
-        if self.has_started() {
-            answers.extend(self.changes.advance(&mut self.begun.qmp));
-        }
-        answers
     }
 
     fn hear(&mut self, message: Message) -> Option<Answer> {
@@ -178,14 +116,76 @@ impl Up {
             }
         }
     }
+}
 
-    pub(crate) fn has_ended(&self) -> bool {
+impl Machine for Up {
+    const NAME: &'static str = "QEMU";
+
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        let begun = &self.begun;
+        let stderr = begun.process.stderr.as_ref().map(AsFd::as_fd);
+        [Some(begun.process.descriptor()), begun.qmp.descriptor(), begun.console.descriptor(), stderr]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.deadline.into_iter().chain(self.changes.deadline()).min()
+    }
+
+    fn has_started(&self) -> bool {
+        self.starting.is_none()
+    }
+
+    fn has_ended(&self) -> bool {
         let mut watched = [PollFd::from_borrowed_fd(self.begun.process.descriptor(), PollFlags::IN)];
         poll(&mut watched, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
     }
 
-    /// Why it has ended. Its sockets still hold its last words.
-    pub(crate) fn end(mut self: Box<Self>) -> Ended {
+    fn unanswered(&self) -> Vec<u64> {
+        let checks = self.checks.values().copied();
+        self.starting.into_iter().chain(checks).chain(self.changes.unanswered()).collect()
+    }
+
+    fn request(&mut self, request: u64, verb: Verb) -> Option<Outcome> {
+        if matches!(verb, Verb::Check(_)) {
+            // If it cannot be sent QEMU has ended, which is seen too, or does not read, and so does not work.
+            if let Ok(number) = self.begun.qmp.execute("query-status", Value::Null, None) {
+                self.checks.insert(number, request);
+            }
+        } else {
+            self.changes.push(request, verb);
+        }
+        None
+    }
+
+    fn listen(&mut self) -> Vec<Answer> {
+        self.begun.console.read();
+        self.read_words();
+        let mut answers = Vec::new();
+        match self.begun.qmp.read() {
+            Ok(messages) => {
+                for message in messages.into_iter().flatten() {
+                    answers.extend(self.hear(message));
+                }
+            }
+            Err(error) => {
+                self.words.push(format!("\nQEMU said what makes no sense: {error}").as_bytes());
+                self.begun.process.kill();
+            }
+        }
+        if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            self.deadline = None;
+            self.begun.process.kill();
+        }
+        if self.has_started() {
+            answers.extend(self.changes.advance(&mut self.begun.qmp));
+        }
+        answers
+    }
+
+    fn end(mut self) -> Ended {
         let status = self.begun.process.wait();
         while self.begun.console.read() {}
         while self.read_words() {}

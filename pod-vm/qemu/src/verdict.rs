@@ -1,13 +1,10 @@
 //! Why a machine is gone, from what was seen of it.
 
-use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 
 use podvisor_hypervisor::failure::one_line;
+use podvisor_hypervisor::verdict::{of_process, panic_in};
 use podvisor_proto::hypervisor::EndReason;
-
-/// What Linux writes on the console when it gives up.
-const PANIC: &str = "Kernel panic - not syncing";
 
 /// What QEMU told while it ran.
 #[derive(Debug, Default)]
@@ -25,7 +22,7 @@ pub(crate) fn verdict(
     console: &str,
     words: &str,
 ) -> (EndReason, String) {
-    let panic = console.lines().rev().find_map(|line| line.find(PANIC).map(|at| line[at..].to_owned()));
+    let panic = panic_in(console);
     let shutdown = evidence.shutdown.as_deref();
     if evidence.panicked || shutdown == Some("guest-panic") {
         return (EndReason::Panic, panic.unwrap_or_else(|| "the guest's kernel panicked".to_owned()));
@@ -41,37 +38,19 @@ pub(crate) fn verdict(
         }
         _ => {}
     }
-    let with_words = |text: String| match one_line(words) {
-        words if words.is_empty() => text,
-        words => format!("{text}: {words}"),
-    };
-    match (shutdown, status.signal(), status.code()) {
-        (Some("host-signal"), _, _) => {
-            (EndReason::Killed, with_words("QEMU was ended by a signal".to_owned()))
-        }
-        (_, Some(libc::SIGKILL), _) => (
-            EndReason::Killed,
-            "QEMU was killed by SIGKILL, by the kernel for want of memory perhaps".to_owned(),
-        ),
-        (_, Some(libc::SIGTERM | libc::SIGINT | libc::SIGHUP), _) => {
-            (EndReason::Killed, with_words("QEMU was ended by a signal".to_owned()))
-        }
-        (_, Some(libc::SIGSYS), _) => (
-            EndReason::Failure,
-            with_words("QEMU was killed for a system call that its sandbox forbids".to_owned()),
-        ),
-        (_, Some(signal), _) => {
-            (EndReason::Failure, with_words(format!("QEMU was killed by signal {signal}")))
-        }
-        (_, None, code) => {
-            let code = code.unwrap_or_default();
-            (EndReason::Failure, with_words(format!("QEMU ended with exit code {code}")))
-        }
+    if shutdown == Some("host-signal") {
+        let words = one_line(words);
+        let detail = "QEMU was ended by a signal";
+        let detail = if words.is_empty() { detail.to_owned() } else { format!("{detail}: {words}") };
+        return (EndReason::Killed, detail);
     }
+    of_process("QEMU", status, words)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
     use super::*;
 
     const EXITED: i32 = 0;

@@ -10,7 +10,7 @@ use rustix::net::{
 };
 
 /// Bytes of a message: a request with all of a machine's devices is a few thousand.
-const LONGEST: usize = 128 << 10;
+pub(crate) const LONGEST: usize = 128 << 10;
 /// Descriptors of a message: what the kernel lets pass (SCM_MAX_FD).
 const MOST: usize = 253;
 
@@ -19,6 +19,7 @@ pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
 }
 
+/// Does not wait: a receiver that lets messages pile up does not work.
 pub(crate) fn send(link: impl AsFd, bytes: &[u8], descriptors: &[OwnedFd]) -> io::Result<()> {
     if bytes.len() > LONGEST || descriptors.len() > MOST {
         return Err(io::Error::other("it is more than a message can hold"));
@@ -26,14 +27,16 @@ pub(crate) fn send(link: impl AsFd, bytes: &[u8], descriptors: &[OwnedFd]) -> io
     let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    ancillary.push(SendAncillaryMessage::ScmRights(&borrowed));
-    sendmsg(link, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)?;
+    if !borrowed.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(&borrowed));
+    }
+    sendmsg(link, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?;
     Ok(())
 }
 
-/// Waits for the next message.
-pub(crate) fn receive(link: impl AsFd) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
-    let mut bytes = vec![0; LONGEST];
+/// Waits for the next message, of at most so many bytes.
+pub(crate) fn receive(link: impl AsFd, longest: usize) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let mut bytes = vec![0; longest];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let got = loop {
@@ -68,11 +71,11 @@ mod tests {
         let files: Vec<OwnedFd> = (0..30).map(|_| tempfile::tempfile().unwrap().into()).collect();
         send(&one, b"first", &files).unwrap();
         send(&one, b"second", &[]).unwrap();
-        let (bytes, descriptors) = receive(&other).unwrap();
+        let (bytes, descriptors) = receive(&other, LONGEST).unwrap();
         assert_eq!((bytes.as_slice(), descriptors.len()), (&b"first"[..], 30));
-        let (bytes, descriptors) = receive(&other).unwrap();
+        let (bytes, descriptors) = receive(&other, LONGEST).unwrap();
         assert_eq!((bytes.as_slice(), descriptors.len()), (&b"second"[..], 0));
         drop(one);
-        assert_eq!(receive(&other).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(receive(&other, LONGEST).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
 }

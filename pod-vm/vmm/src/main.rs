@@ -7,7 +7,6 @@ mod boot;
 mod confine;
 mod cpu;
 mod handover;
-mod keeper;
 mod layout;
 mod machine;
 mod open;
@@ -19,6 +18,7 @@ use std::os::fd::AsFd;
 use std::process::ExitCode;
 
 use podvisor_hypervisor::failure::chain;
+use podvisor_hypervisor::keeper::Keeper;
 use podvisor_hypervisor::sys::{close_other_descriptors, inherited_descriptor, tune_allocator};
 
 /// Why the program had to end.
@@ -95,7 +95,7 @@ fn serve(number: i32, part: &Part) -> Result<(), ProgramError> {
             // The machine is a pod's: where the monitor was started from must not be kept from being unmounted.
             let _ = std::env::set_current_dir("/");
             rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
-            keeper::Keeper::new(control).run().map_err(ProgramError::Wait)
+            Keeper::new(control, up::Up::begin).run().map_err(ProgramError::Wait)
         }
         Part::Machine => Ok(machine::run(control)?),
     }

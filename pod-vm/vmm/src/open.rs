@@ -7,10 +7,12 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use podvisor_hypervisor::failure::Failure;
-use podvisor_hypervisor::{files, tap};
-use podvisor_proto::hypervisor::Start;
+use podvisor_hypervisor::{files, request, tap};
+use podvisor_proto::hypervisor::{Network, Start, request::Verb};
+use podvisor_virtio::net::HEADER;
 
 use crate::machine::parts::Parts;
+use crate::sys;
 
 const KVM: &str = "/dev/kvm";
 
@@ -45,12 +47,47 @@ pub(crate) fn open(start: &Start, console: OwnedFd) -> Result<(Parts, Names), Fa
     }
     let mut networks = Vec::new();
     for network in &start.networks {
-        networks.push((network.clone(), tap::open(network)?));
+        networks.push((network.clone(), network_tap(network)?));
     }
     let path = Path::new(&start.vsock_path);
     let vsock = listen(path)?;
     let names = Names(vec![path.to_owned()]);
     Ok((Parts { kvm, kernel, initramfs, console, vsock, shares, disks, networks }, names))
+}
+
+/// What a request to change a machine's devices names, checked and opened.
+pub(crate) fn device(verb: &Verb) -> Result<Vec<OwnedFd>, Failure> {
+    let missing = || Failure::invalid("the request names no device");
+    let opened = match verb {
+        Verb::AddShare(add) => {
+            let share = add.share.as_ref().ok_or_else(missing)?;
+            request::check_share(share)?;
+            files::connect_share(share)?.into()
+        }
+        Verb::AddDisk(add) => {
+            let disk = add.disk.as_ref().ok_or_else(missing)?;
+            request::check_disk(disk)?;
+            files::open_disk(disk)?.0.into()
+        }
+        Verb::AddNetwork(add) => {
+            let network = add.network.as_ref().ok_or_else(missing)?;
+            request::check_network(network)?;
+            network_tap(network)?.into()
+        }
+        _ => return Ok(Vec::new()),
+    };
+    Ok(vec![opened])
+}
+
+/// A tap with everything set that the machine itself may not.
+pub(crate) fn network_tap(network: &Network) -> Result<File, Failure> {
+    let tap = tap::open(network)?;
+    let set = rustix::io::ioctl_fionbio(&tap, true)
+        .map_err(std::io::Error::from)
+        // A small number.
+        .and_then(|()| sys::set_tap_header(&tap, i32::try_from(HEADER).unwrap_or(0)));
+    set.map_err(|error| Failure::failed(format!("use tap {}", network.tap), error))?;
+    Ok(tap)
 }
 
 fn listen(path: &Path) -> Result<UnixListener, Failure> {

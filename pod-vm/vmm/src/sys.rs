@@ -42,6 +42,29 @@ pub(crate) fn set_tap_offload(tap: impl AsFd, flags: u32) -> io::Result<()> {
     check(unsafe { libc::ioctl(tap, TAP_SET_OFFLOAD, libc::c_ulong::from(flags)) })
 }
 
+/// How a process of its own ends in which `filter` holds and one system call is made: its wait status.
+#[cfg(test)]
+pub(crate) fn call_with(
+    filter: &seccompiler::BpfProgram,
+    number: libc::c_long,
+    [a, b, c, d, e, f]: [u64; 6],
+) -> libc::c_int {
+    // SAFETY: between fork and _exit the child makes system calls alone; callers give arguments that nothing comes of.
+    unsafe {
+        let child = libc::fork();
+        if child == 0 {
+            if seccompiler::apply_filter(filter).is_err() {
+                libc::_exit(3);
+            }
+            libc::syscall(number, a, b, c, d, e, f);
+            libc::_exit(0);
+        }
+        let mut status = 0;
+        assert!(child > 0 && libc::waitpid(child, &raw mut status, 0) == child);
+        status
+    }
+}
+
 /// `TUNSETVNETHDRSZ` and `TUNSETOFFLOAD` (linux/if_tun.h).
 const TAP_SET_HEADER: libc::c_ulong = 0x4004_54d8;
 pub(crate) const TAP_SET_OFFLOAD: libc::c_ulong = 0x4004_54d0;

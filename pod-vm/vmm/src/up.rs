@@ -2,28 +2,31 @@
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
+use std::time::{Duration, Instant};
 
 use podvisor_hypervisor::console::{Console, Tail};
 use podvisor_hypervisor::failure::{Failure, one_line};
+use podvisor_hypervisor::keeper::{Answer, Machine, Outcome};
 use podvisor_hypervisor::process::Process;
+use podvisor_hypervisor::request;
+use podvisor_hypervisor::verdict::{of_process, panic_in};
 use podvisor_proto::hypervisor::{
     Check, Done, EndReason, Ended, ErrorCode, Reply, Request, Start, Started, event, reply, request::Verb,
 };
 use prost::Message;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{RecvFlags, recv};
 
 use crate::open::{self, Names};
 use crate::{confine, handover};
 
-/// A request's number and its answer.
-pub(crate) type Answer = (u64, Result<reply::Result, Failure>);
 /// The longest message of a machine.
 const LONGEST: usize = 16 << 10;
-/// What Linux writes on the console when it gives up.
-const PANIC: &str = "Kernel panic - not syncing";
+/// How long a file server may take to say what it can do.
+const SERVER_PATIENCE: Duration = Duration::from_secs(5);
+/// Processors that a machine can have.
+const MOST_PROCESSORS: u32 = 32;
 
 /// A machine whose process runs.
 #[derive(Debug)]
@@ -34,8 +37,10 @@ pub(crate) struct Up {
     start: Start,
     /// The request for it, until it is answered.
     starting: Option<u64>,
-    /// Requests for a sign of life that the machine has not given yet.
-    checks: Vec<u64>,
+    /// Requests to the machine's own process that it has not answered yet.
+    asked: Vec<u64>,
+    /// Connections to file servers that the machine speaks with for a request, and until when.
+    servers: Vec<(u64, OwnedFd, Instant)>,
     started: bool,
     /// What it has written to stderr.
     words: Tail,
@@ -46,7 +51,8 @@ pub(crate) struct Up {
 
 impl Up {
     /// Opens everything, starts the process, and hands it over. What was made is gone again when it fails.
-    pub(crate) fn new(start: Start, request: u64) -> Result<Self, Failure> {
+    pub(crate) fn begin(start: Start, request: u64) -> Result<Self, Failure> {
+        let start = check(start)?;
         let descriptors =
             |error| Failure::failed("make the sockets between this process and the machine", error);
         let (console, theirs) = std::os::unix::net::UnixStream::pair().map_err(descriptors)?;
@@ -74,7 +80,8 @@ impl Up {
             console,
             start,
             starting: Some(request),
-            checks: Vec::new(),
+            asked: Vec::new(),
+            servers: Vec::new(),
             started: false,
             words: Tail::default(),
             ended: None,
@@ -82,65 +89,36 @@ impl Up {
         })
     }
 
-    /// What to watch for reading.
-    pub(crate) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
-        let stderr = self.process.stderr.as_ref().map(AsFd::as_fd);
-        let link = self.link.as_ref().map(AsFd::as_fd);
-        [Some(self.process.descriptor()), link, self.console.descriptor(), stderr]
-            .into_iter()
-            .flatten()
-            .collect()
-    }
-
-    pub(crate) fn has_started(&self) -> bool {
-        self.started
-    }
-
-    /// Requests that wait for their answers.
-    pub(crate) fn unanswered(&self) -> Vec<u64> {
-        self.starting.into_iter().chain(self.checks.iter().copied()).collect()
-    }
-
     /// Asks the machine's own process for a sign of life, which is answered later.
-    pub(crate) fn check(&mut self, request: u64) {
-        let message = Request { id: request, verb: Some(Verb::Check(Check {})) }.encode_to_vec();
-        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    fn check(&mut self, request: u64) {
         // If it cannot be sent the machine has ended, which is seen too, or does not read, and so does not work.
-        let _ = self.link.as_ref().map(|link| send(link, &message, flags));
-        self.checks.push(request);
+        let _ = self.send(request, Verb::Check(Check {}), &[]);
+        self.asked.push(request);
     }
 
-    /// Reads what there is to read; gives the answers that are ready.
-    pub(crate) fn listen(&mut self) -> Vec<Answer> {
-        self.console.read();
-        self.read_words();
-        let mut answers = Vec::new();
-        while let Some(reply) = self.hear() {
-            match reply.result {
-                Some(reply::Result::Started(started)) if self.starting == Some(reply.id) => {
-                    self.started = true;
-                    self.starting = None;
-                    let started = Started { pid: self.process.pid(), ..started };
-                    answers.push((reply.id, Ok(reply::Result::Started(started))));
-                }
-                Some(reply::Result::Error(error)) if self.starting == Some(reply.id) => {
-                    self.starting = None;
-                    let detail = one_line(&error.detail);
-                    answers.push((reply.id, Err(Failure { code: ErrorCode::Failed, detail })));
-                }
-                Some(reply::Result::Done(done)) if self.checks.contains(&reply.id) => {
-                    self.checks.retain(|check| *check != reply.id);
-                    answers.push((reply.id, Ok(reply::Result::Done(done))));
-                }
-                Some(reply::Result::Event(event)) => {
-                    if let Some(event::Kind::Ended(ended)) = event.kind {
-                        self.ended.get_or_insert(ended);
-                    }
-                }
-                _ => self.process.kill(),
+    fn send(&self, request: u64, verb: Verb, opened: &[OwnedFd]) -> std::io::Result<()> {
+        let message = Request { id: request, verb: Some(verb) }.encode_to_vec();
+        let link = self.link.as_ref().ok_or(std::io::ErrorKind::NotConnected)?;
+        handover::send(link, &message, opened)
+    }
+
+    /// The machine has one thread for all that it is asked: a file server that says nothing is hung up on.
+    fn hang_up(&mut self) {
+        let asked = &self.asked;
+        self.servers.retain(|(request, socket, deadline)| {
+            let is_over = *deadline <= Instant::now();
+            if is_over {
+                // One that has hung up itself is no error.
+                let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
             }
-        }
-        answers
+            !is_over && asked.contains(request)
+        });
+    }
+
+    /// Whether the machine owes an answer of that number, which has come now.
+    fn was_asked(&mut self, request: u64) -> bool {
+        let at = self.asked.iter().position(|asked| *asked == request);
+        at.map(|at| self.asked.swap_remove(at)).is_some()
     }
 
     /// The machine's next message. One that is none is its end.
@@ -163,22 +141,39 @@ impl Up {
         }
     }
 
-    /// Changes a machine that runs, as far as it can be.
-    pub(crate) fn change(&self, verb: &Verb) -> Result<reply::Result, Failure> {
+    /// Changes a machine that runs, as far as it can be. `None`: it is answered later.
+    fn change(&mut self, request: u64, verb: Verb) -> Option<Outcome> {
+        let done = Ok(reply::Result::Done(Done {}));
         match verb {
             // All processors are there from the start, and which of them the guest uses is between it and its agent.
-            Verb::SetCpus(wanted) if (1..=self.start.cpus_limit).contains(&wanted.count) => {
-                Ok(reply::Result::Done(Done {}))
-            }
+            Verb::SetCpus(wanted) if (1..=self.start.cpus_limit).contains(&wanted.count) => Some(done),
             Verb::SetCpus(_) => {
-                Err(Failure::invalid(format!("there must be 1 to {} processors", self.start.cpus_limit)))
+                let limit = self.start.cpus_limit;
+                Some(Err(Failure::invalid(format!("there must be 1 to {limit} processors"))))
             }
-            Verb::SetMemory(wanted) if wanted.bytes == self.start.memory => Ok(reply::Result::Done(Done {})),
+            Verb::SetMemory(wanted) if wanted.bytes == self.start.memory => Some(done),
             Verb::SetMemory(_) => {
-                Err(Failure::unsupported("this machine was started with memory that cannot change"))
+                Some(Err(Failure::unsupported("this machine was started with memory that cannot change")))
             }
-            _ => Err(Failure::unsupported("nothing can be plugged into, or out of, this machine")),
+            _ if !self.start.plugs => {
+                Some(Err(Failure::unsupported("nothing can be plugged into, or out of, this machine")))
+            }
+            verb => self.plug(request, verb).err().map(Err),
         }
+    }
+
+    /// Hands the machine what a change needs.
+    fn plug(&mut self, request: u64, verb: Verb) -> Result<(), Failure> {
+        let failed = |error| Failure::failed("ask the machine to change its devices", error);
+        let opened = open::device(&verb)?;
+        let is_share = matches!(verb, Verb::AddShare(_));
+        self.send(request, verb, &opened).map_err(failed)?;
+        self.asked.push(request);
+        if is_share {
+            let deadline = Instant::now() + SERVER_PATIENCE;
+            self.servers.extend(opened.into_iter().map(|socket| (request, socket, deadline)));
+        }
+        Ok(())
     }
 
     fn read_words(&mut self) -> bool {
@@ -197,14 +192,82 @@ impl Up {
             }
         }
     }
+}
 
-    pub(crate) fn has_ended(&self) -> bool {
+impl Machine for Up {
+    const NAME: &'static str = "the machine";
+
+    fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        let stderr = self.process.stderr.as_ref().map(AsFd::as_fd);
+        let link = self.link.as_ref().map(AsFd::as_fd);
+        [Some(self.process.descriptor()), link, self.console.descriptor(), stderr]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.servers.iter().map(|(_, _, deadline)| *deadline).min()
+    }
+
+    fn has_started(&self) -> bool {
+        self.started
+    }
+
+    fn has_ended(&self) -> bool {
         let mut watched = [PollFd::from_borrowed_fd(self.process.descriptor(), PollFlags::IN)];
         poll(&mut watched, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
     }
 
-    /// Why it has ended. Its sockets still hold its last words.
-    pub(crate) fn end(mut self: Box<Self>) -> Ended {
+    fn unanswered(&self) -> Vec<u64> {
+        self.starting.into_iter().chain(self.asked.iter().copied()).collect()
+    }
+
+    fn request(&mut self, request: u64, verb: Verb) -> Option<Outcome> {
+        if matches!(verb, Verb::Check(_)) {
+            self.check(request);
+            return None;
+        }
+        self.change(request, verb)
+    }
+
+    fn listen(&mut self) -> Vec<Answer> {
+        self.console.read();
+        self.read_words();
+        let mut answers = Vec::new();
+        while let Some(reply) = self.hear() {
+            match reply.result {
+                Some(reply::Result::Started(started)) if self.starting == Some(reply.id) => {
+                    self.started = true;
+                    self.starting = None;
+                    let started = Started { pid: self.process.pid(), ..started };
+                    answers.push((reply.id, Ok(reply::Result::Started(started))));
+                }
+                Some(reply::Result::Error(error)) if self.starting == Some(reply.id) => {
+                    self.starting = None;
+                    let detail = one_line(&error.detail);
+                    answers.push((reply.id, Err(Failure { code: ErrorCode::Failed, detail })));
+                }
+                Some(reply::Result::Done(done)) if self.was_asked(reply.id) => {
+                    answers.push((reply.id, Ok(reply::Result::Done(done))));
+                }
+                Some(reply::Result::Error(error)) if self.was_asked(reply.id) => {
+                    let failure = Failure { code: error.code(), detail: one_line(&error.detail) };
+                    answers.push((reply.id, Err(failure)));
+                }
+                Some(reply::Result::Event(event)) => {
+                    if let Some(event::Kind::Ended(ended)) = event.kind {
+                        self.ended.get_or_insert(ended);
+                    }
+                }
+                _ => self.process.kill(),
+            }
+        }
+        self.hang_up();
+        answers
+    }
+
+    fn end(mut self) -> Ended {
         let status = self.process.wait();
         while self.console.read() {}
         while self.read_words() {}
@@ -216,42 +279,34 @@ impl Up {
 
 /// The reason and its words, from what the machine said, how its process ended, its console and what it wrote to stderr.
 fn verdict(ended: Option<&Ended>, status: ExitStatus, console: &str, words: &str) -> (EndReason, String) {
-    let panic = console.lines().rev().find_map(|line| line.find(PANIC).map(|at| line[at..].to_owned()));
-    if let Some(ended) = ended {
-        return match (ended.reason(), panic) {
-            // A panicking kernel resets the machine (panic=-1).
-            (EndReason::Panic | EndReason::Reset, Some(panic)) => (EndReason::Panic, panic),
-            (reason, _) => (reason, ended.detail.clone()),
-        };
+    match ended.map(|ended| (ended.reason(), ended.detail.clone())) {
+        // A panicking kernel resets the machine (panic=-1).
+        Some((reason @ (EndReason::Panic | EndReason::Reset), detail)) => {
+            panic_in(console).map_or((reason, detail), |panic| (EndReason::Panic, panic))
+        }
+        Some(said) => said,
+        None => of_process("the machine", status, words),
     }
-    let with_words = |text: String| match one_line(words) {
-        words if words.is_empty() => text,
-        words => format!("{text}: {words}"),
-    };
-    match (status.signal(), status.code()) {
-        (Some(libc::SIGKILL), _) => (
-            EndReason::Killed,
-            "the machine was killed by SIGKILL, by the kernel for want of memory perhaps".to_owned(),
-        ),
-        (Some(libc::SIGTERM | libc::SIGINT | libc::SIGHUP), _) => {
-            (EndReason::Killed, with_words("the machine was ended by a signal".to_owned()))
-        }
-        (Some(libc::SIGSYS), _) => (
-            EndReason::Failure,
-            with_words("the machine was killed for a system call that its sandbox forbids".to_owned()),
-        ),
-        (Some(signal), _) => {
-            (EndReason::Failure, with_words(format!("the machine was killed by signal {signal}")))
-        }
-        (None, code) => {
-            let code = code.unwrap_or_default();
-            (EndReason::Failure, with_words(format!("the machine ended with exit code {code}")))
-        }
+}
+
+/// What can be started.
+fn check(mut start: Start) -> Result<Start, Failure> {
+    request::complete(&mut start)?;
+    if start.emulate {
+        return Err(Failure::unsupported("podvisor-vmm does not translate the processor: it needs KVM"));
     }
+    if start.cpus_limit > MOST_PROCESSORS {
+        return Err(Failure::unsupported(format!("a machine has at most {MOST_PROCESSORS} processors")));
+    }
+    // It is started all the same, and says in its answer that it cannot grow.
+    start.memory_limit = start.memory;
+    Ok(start)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
     use super::*;
 
     #[test]
@@ -270,10 +325,7 @@ mod tests {
             (EndReason::Panic, "Kernel panic - not syncing: sysrq triggered crash")
         );
         assert_eq!(judge(Some(EndReason::Panic), 0, ""), (EndReason::Panic, "so".to_owned()));
-        assert_eq!(judge(None, libc::SIGKILL, panic).0, EndReason::Killed);
-        assert_eq!(judge(None, libc::SIGTERM, "").0, EndReason::Killed);
-        let (reason, detail) = judge(None, libc::SIGSYS, "");
-        assert!(reason == EndReason::Failure && detail.contains("forbids: words"), "{detail}");
+        assert_eq!(judge(None, libc::SIGKILL, "").0, EndReason::Killed);
         assert_eq!(judge(None, 1 << 8, "").1, "the machine ended with exit code 1: words");
     }
 }

@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use podvisor_proto::agent::request::Verb as AgentVerb;
+use podvisor_proto::agent::{ReleaseDisk, request::Verb as AgentVerb};
 use podvisor_proto::hypervisor::{AddDisk, Disk, Error, RemoveDisk, request::Verb};
 
 use super::agent::Purpose;
@@ -81,17 +81,18 @@ impl Monitor {
                 if !forsaken {
                     continue;
                 }
-                plugged.stage = Stage::Going;
-                (number, remove(&disk.serial))
+                (number, None)
             } else {
                 let users = BTreeSet::from([container]);
                 let plugged =
                     Plugged { disk: disk.clone(), stage: Stage::Coming, users, leaving: Vec::new() };
                 machine.disks.0.insert(new, plugged);
-                (new, add(disk))
+                (new, Some(add(disk)))
             };
-            let ask = if matches!(verb, Verb::AddDisk(_)) { Ask::Plug(number) } else { Ask::Unplug(number) };
-            machine.hypervisor.ask(verb, ask, poller);
+            match verb {
+                Some(add) => machine.hypervisor.ask(add, Ask::Plug(number), poller),
+                None => self.unplug(number),
+            }
         }
         self.create_if_plugged(container);
     }
@@ -112,14 +113,11 @@ impl Monitor {
 
     /// The hypervisor has plugged a disk, or could not.
     pub(super) fn disk_plugged(&mut self, number: u64, outcome: Result<(), Error>) {
-        let Self { machine: Some(machine), poller, .. } = self else { return };
+        let Self { machine: Some(machine), .. } = self else { return };
         let Some(plugged) = machine.disks.0.get_mut(&number) else { return };
         let users = plugged.users.clone();
         match outcome {
-            Ok(()) if users.is_empty() => {
-                plugged.stage = Stage::Going;
-                machine.hypervisor.ask(remove(&plugged.disk.serial), Ask::Unplug(number), poller);
-            }
+            Ok(()) if users.is_empty() => self.unplug(number),
             Ok(()) => {
                 plugged.stage = Stage::There;
                 for container in users {
@@ -139,11 +137,12 @@ impl Monitor {
 
     /// Gives up what a container has, and unplugs what nobody else has. `false`: there is nothing to wait for.
     pub(super) fn unplug_disks(&mut self, container: u64, then: Then) -> bool {
-        let Self { machine: Some(machine), poller, .. } = self else { return false };
+        let Self { machine: Some(machine), .. } = self else { return false };
         if !machine.is_running() {
             return false;
         }
         let mut waits = false;
+        let mut forsaken = Vec::new();
         for (number, plugged) in &mut machine.disks.0 {
             if !plugged.users.remove(&container) || !plugged.users.is_empty() {
                 continue;
@@ -151,11 +150,24 @@ impl Monitor {
             waits = true;
             plugged.leaving.push((container, then));
             if plugged.stage == Stage::There {
-                plugged.stage = Stage::Going;
-                machine.hypervisor.ask(remove(&plugged.disk.serial), Ask::Unplug(*number), poller);
+                forsaken.push(*number);
             }
         }
+        for number in forsaken {
+            self.unplug(number);
+        }
         waits
+    }
+
+    /// Has a disk taken out, and the guest let go of it.
+    fn unplug(&mut self, number: u64) {
+        let Self { machine: Some(machine), poller, .. } = self else { return };
+        let Some(plugged) = machine.disks.0.get_mut(&number) else { return };
+        plugged.stage = Stage::Going;
+        let serial = plugged.disk.serial.clone();
+        machine.hypervisor.ask(remove(&serial), Ask::Unplug(number), poller);
+        // An agent that does not know it is one of a machine whose bus does it.
+        self.tell_agent(AgentVerb::ReleaseDisk(ReleaseDisk { serial }), Purpose::ReleaseDisk);
     }
 
     /// The guest has let go of a disk, or has not.

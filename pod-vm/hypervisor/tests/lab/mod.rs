@@ -1,6 +1,7 @@
 //! A hypervisor with the test in the place of the monitor, and a guest whose first process does what the tests tell it.
 #![allow(dead_code, missing_docs, unreachable_pub, unused_imports)]
 
+mod file_server;
 mod guest;
 mod namespace;
 
@@ -17,6 +18,7 @@ use podvisor_proto::hypervisor::{
 };
 use prost::Message;
 
+pub use file_server::{FileServer, built};
 pub use guest::{Guest, Suite, guest, target, with_agent};
 pub use namespace::Namespace;
 

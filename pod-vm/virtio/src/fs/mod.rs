@@ -19,6 +19,8 @@ mod bounce;
 mod device;
 mod request;
 mod server;
+#[cfg(test)]
+mod tests;
 
 pub use bounce::MEMORY;
 pub use device::Share;

@@ -2,10 +2,13 @@
 //!
 //! The line is the device's own and edge-triggered: a pulse that comes while the guest handles the one before is remembered by the interrupt
 //! controller, so none is lost. Status and acknowledgement of interrupts do not wait for whoever serves the device.
+//!
+//! A place without a device has registers too: they say that there is none (device number 0), and drivers leave it alone.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use virtio_bindings::bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK};
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -16,7 +19,10 @@ use crate::device::Interrupt;
 pub const LENGTH: u64 = 0x1000;
 /// The register that a driver writes a queue's number to.
 pub const QUEUE_NOTIFY: u64 = 0x50;
+/// The register that a driver says in how far it is.
+pub const STATUS: u64 = 0x70;
 
+const DEVICE: u64 = 0x08;
 const CONFIGURATION: u64 = 0x100;
 /// `virt`
 const MAGIC: u32 = 0x7472_6976;
@@ -39,6 +45,11 @@ impl Line {
     /// `trigger`: what raises the line.
     pub fn new(trigger: EventFd) -> Self {
         Self { status: AtomicU32::new(0), trigger }
+    }
+
+    /// Nothing has happened in the place that it belongs to: another device is there.
+    pub fn clear(&self) {
+        self.status.store(0, Ordering::SeqCst);
     }
 
     fn raise(&self, bit: u32) {
@@ -71,12 +82,24 @@ pub struct Registers {
     attached: Attached,
     line: Arc<Line>,
     selected: Selected,
+    leaving: bool,
 }
 
 impl Registers {
     /// The registers of a device whose interrupt is `line`.
     pub fn new(attached: Attached, line: Arc<Line>) -> Self {
-        Self { attached, line, selected: Selected::default() }
+        Self { attached, line, selected: Selected::default(), leaving: false }
+    }
+
+    /// The device is to go: who has not found it yet finds none.
+    pub fn leave(&mut self, leaving: bool) {
+        self.leaving = leaving;
+    }
+
+    /// Whether no driver uses the device. `None`: it is being served just now.
+    pub fn is_unused(&self) -> Option<bool> {
+        let driver = VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_DRIVER_OK;
+        self.attached.try_with(|endpoint, _| u32::from(endpoint.negotiated().status) & driver == 0)
     }
 
     /// The device behind them.
@@ -105,10 +128,9 @@ impl Registers {
     fn register(&self, offset: u64) -> u32 {
         let queue = usize::try_from(self.selected.queue).unwrap_or(usize::MAX);
         match offset {
-            0x00 => MAGIC,
-            0x04 => VERSION,
-            0x08 => self.attached.with(|endpoint, _| endpoint.device().kind()),
-            0x0c => VENDOR,
+            0x00 | 0x04 | 0x0c => identity(offset),
+            DEVICE if self.leaving => 0,
+            DEVICE => self.attached.with(|endpoint, _| endpoint.device().kind()),
             0x10 => {
                 let features = self.attached.with(|endpoint, _| endpoint.features());
                 match self.selected.device_features {
@@ -120,7 +142,7 @@ impl Registers {
             0x34 => self.attached.with(|endpoint, _| endpoint.queue_limit(queue)).into(),
             0x44 => self.attached.with(|endpoint, _| endpoint.queue_ready(queue)).into(),
             0x60 => self.line.status.load(Ordering::SeqCst),
-            0x70 => self.attached.with(|endpoint, _| endpoint.negotiated().status).into(),
+            STATUS => self.attached.with(|endpoint, _| endpoint.negotiated().status).into(),
             // No shared memory: its length is all ones.
             0xb0 | 0xb4 | 0xb8 | 0xbc => u32::MAX,
             // The generation of a configuration that never changes, and everything else.
@@ -152,7 +174,7 @@ impl Registers {
             0x64 => {
                 self.line.status.fetch_and(!value, Ordering::SeqCst);
             }
-            0x70 => {
+            STATUS => {
                 let status = u8::try_from(value).unwrap_or(u8::MAX);
                 if self.attached.with(|endpoint, interrupt| endpoint.set_status(status, interrupt)) {
                     self.attached.kick_all();
@@ -175,6 +197,24 @@ impl Registers {
     fn queue(&self, set: impl FnOnce(&mut Queue)) {
         let index = usize::try_from(self.selected.queue).unwrap_or(usize::MAX);
         self.attached.with(|endpoint, _| endpoint.queue(index).map(set));
+    }
+}
+
+/// What a place without a device answers.
+pub fn read_empty(offset: u64, bytes: &mut [u8]) {
+    bytes.fill(0);
+    if let Ok(bytes) = <&mut [u8; 4]>::try_from(bytes) {
+        *bytes = identity(offset).to_le_bytes();
+    }
+}
+
+/// What all of them answer.
+fn identity(offset: u64) -> u32 {
+    match offset {
+        0x00 => MAGIC,
+        0x04 => VERSION,
+        0x0c => VENDOR,
+        _ => 0,
     }
 }
 

@@ -4,7 +4,7 @@ pub mod mmio;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -16,21 +16,27 @@ use crate::endpoint::Endpoint;
 pub struct Attached {
     endpoint: Arc<Mutex<Endpoint>>,
     interrupt: Arc<dyn Interrupt>,
-    /// One for each queue: the guest has put something into it.
+    /// One for each queue: the guest has put something into it. There may be more, of the place that the device is in.
     kicks: Arc<[EventFd]>,
+    queues: usize,
 }
 
 impl Attached {
     /// A device with the way that it makes itself heard. Fails when there are no descriptors left.
     pub fn new(endpoint: Endpoint, interrupt: Arc<dyn Interrupt>) -> std::io::Result<Self> {
-        let kicks = endpoint.device().queues().iter().map(|_| EventFd::new(flags()));
-        let kicks = kicks.collect::<Result<Arc<[_]>, _>>()?;
-        Ok(Self { endpoint: Arc::new(Mutex::new(endpoint)), interrupt, kicks })
+        let kicks = kicks(endpoint.device().queues().len())?;
+        Ok(Self::with_kicks(endpoint, interrupt, kicks))
+    }
+
+    /// The same, in a place that has its wakes already. A queue without one is not heard.
+    pub fn with_kicks(endpoint: Endpoint, interrupt: Arc<dyn Interrupt>, kicks: Arc<[EventFd]>) -> Self {
+        let queues = endpoint.device().queues().len().min(kicks.len());
+        Self { endpoint: Arc::new(Mutex::new(endpoint)), interrupt, kicks, queues }
     }
 
     /// What the guest's writes to a queue's notification are to be turned into.
     pub fn kicks(&self) -> &[EventFd] {
-        &self.kicks
+        &self.kicks[..self.queues]
     }
 
     /// Looks at, or changes, the device. Whoever panicked with it has not left it half changed in a way that the guest could use.
@@ -39,11 +45,21 @@ impl Attached {
         look(&mut endpoint, &*self.interrupt)
     }
 
+    /// The same, when nobody else does just now.
+    pub fn try_with<R>(&self, look: impl FnOnce(&mut Endpoint, &dyn Interrupt) -> R) -> Option<R> {
+        let mut endpoint = match self.endpoint.try_lock() {
+            Ok(endpoint) => endpoint,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(look(&mut endpoint, &*self.interrupt))
+    }
+
     /// Serves what has woken the device; what is left is made to wake it again.
     pub fn serve(&self, wake: Wake) {
         if let Wake::Queue(index) = wake {
             // Read before the queue is: what comes later wakes again.
-            let _ = self.kicks.get(index).map(EventFd::read);
+            let _ = self.kicks().get(index).map(EventFd::read);
         }
         if self.with(|endpoint, interrupt| endpoint.serve(wake, interrupt)) {
             match wake {
@@ -56,12 +72,17 @@ impl Attached {
     /// Has a queue looked at.
     pub fn kick(&self, index: usize) {
         // Fails only when it would overflow, and then it is set.
-        let _ = self.kicks.get(index).map(|kick| kick.write(1));
+        let _ = self.kicks().get(index).map(|kick| kick.write(1));
     }
 
     fn kick_all(&self) {
-        (0..self.kicks.len()).for_each(|index| self.kick(index));
+        (0..self.queues).for_each(|index| self.kick(index));
     }
+}
+
+/// Wakes for so many queues.
+pub fn kicks(count: usize) -> std::io::Result<Arc<[EventFd]>> {
+    (0..count).map(|_| EventFd::new(flags())).collect()
 }
 
 /// How events are made.

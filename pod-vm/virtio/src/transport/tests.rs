@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::mmio::{Line, QUEUE_NOTIFY, Registers};
+use super::mmio::{Line, QUEUE_NOTIFY, Registers, read_empty};
 use super::{Attached, flags};
 use crate::device::{Memory, Wake};
 use crate::endpoint::Endpoint;
@@ -104,4 +104,33 @@ proptest! {
             it.attached().serve(Wake::Queue(0));
         }
     }
+}
+
+/// What a driver sees of a device that is to go, and of a place without one.
+#[test]
+fn a_device_leaves() {
+    let (mut it, _) = registers();
+    assert_eq!((it.is_unused(), read(&mut it, 8)), (Some(true), 4));
+    for status in [1, 3] {
+        write(&mut it, 0x70, status);
+    }
+    it.leave(true);
+    assert_eq!((it.is_unused(), read(&mut it, 8), read(&mut it, 0)), (Some(false), 0, 0x7472_6976));
+    let attached = it.attached().clone();
+    assert_eq!(attached.with(|_, _| it.is_unused()), None);
+    write(&mut it, 0x70, 0);
+    // As Linux leaves a device that it has no driver for.
+    write(&mut it, 0x70, 1);
+    assert_eq!(it.is_unused(), Some(true));
+    it.leave(false);
+    assert_eq!(read(&mut it, 8), 4);
+
+    let mut bytes = [1; 4];
+    for (offset, expected) in [(0, 0x7472_6976u32), (4, 2), (8, 0), (0x70, 0), (0x100, 0), (u64::MAX, 0)] {
+        read_empty(offset, &mut bytes);
+        assert_eq!(u32::from_le_bytes(bytes), expected, "{offset:#x}");
+    }
+    let mut odd = [1; 3];
+    read_empty(0, &mut odd);
+    assert_eq!(odd, [0; 3]);
 }

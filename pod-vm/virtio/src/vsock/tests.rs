@@ -1,5 +1,6 @@
 //! The muxer against guests that keep the rules, and against those that do not.
 
+mod device;
 mod hostile;
 mod queues;
 mod random;

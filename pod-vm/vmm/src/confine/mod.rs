@@ -100,7 +100,7 @@ fn limits(start: &Start) -> io::Result<()> {
     let limit = |value: u64| Rlimit { current: Some(value), maximum: Some(value) };
     setrlimit(Resource::Nofile, limit(DESCRIPTORS))?;
     // No file grows but in itself: disks have the size that they have.
-    if start.disks.iter().all(|disk| disk.read_only) {
+    if !start.plugs && start.disks.iter().all(|disk| disk.read_only) {
         setrlimit(Resource::Fsize, limit(podvisor_virtio::fs::MEMORY))?;
     }
     Ok(())

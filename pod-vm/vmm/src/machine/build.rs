@@ -6,12 +6,8 @@ use std::sync::Arc;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use podvisor_proto::hypervisor::Start;
-use podvisor_virtio::block::Disk;
-use podvisor_virtio::device::{Device, Memory};
-use podvisor_virtio::endpoint::Endpoint;
+use podvisor_virtio::device::Memory;
 use podvisor_virtio::entropy::Entropy;
-use podvisor_virtio::fs::Share;
-use podvisor_virtio::net::{HEADER, Network};
 use podvisor_virtio::vsock::{Muxer, Vsock};
 use vm_memory::{GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -19,12 +15,11 @@ use vmm_sys_util::eventfd::EventFd;
 use super::MachineError;
 use super::bus::Bus;
 use super::console::Console;
+use super::devices::Devices;
 use super::ending::Ending;
 use super::parts::Parts;
 use super::transport::{Mmio, Transport};
-use super::workers::Worker;
 use crate::boot::{self, acpi, elf, pvh};
-use crate::confine::Role;
 use crate::layout::{self, IDENTITY_MAP, SERIAL_INTERRUPT, TASK_STATE};
 use crate::{cpu, sys};
 
@@ -35,15 +30,24 @@ const KERNEL_WORDS: &str = "console=ttyS0 quiet reboot=t panic=-1 random.trust_c
 const NEEDED: [Cap; 6] =
     [Cap::Irqchip, Cap::Irqfd, Cap::Ioeventfd, Cap::UserMemory, Cap::ExtCpuid, Cap::TscDeadlineTimer];
 
+/// Devices that every machine has: entropy and vsock.
+const OWN_DEVICES: usize = 2;
+/// Threads that serve disks which come later. None can be started when the machine runs.
+const SPARE_DISK_THREADS: usize = 4;
+
 /// A machine that does not run yet.
 pub(crate) struct Machine {
     pub(crate) vm: VmFd,
     pub(crate) vcpus: Vec<VcpuFd>,
     pub(crate) bus: Bus,
     pub(crate) ending: Arc<Ending>,
-    pub(crate) workers: Vec<(Role, Worker)>,
+    pub(crate) devices: Devices,
+    /// A driver has said how far it is.
+    pub(crate) news: EventFd,
     /// Bytes.
     pub(crate) memory: u64,
+    /// Devices can be added.
+    pub(crate) plugs: bool,
 }
 
 pub(crate) fn build(start: &Start, parts: Parts, link: OwnedFd) -> Result<Machine, MachineError> {
@@ -54,41 +58,27 @@ pub(crate) fn build(start: &Start, parts: Parts, link: OwnedFd) -> Result<Machin
     vm.register_irqfd(&interrupt, SERIAL_INTERRUPT).map_err(kvm_failed("connect the console's interrupt"))?;
     let console = Console::new(console, interrupt);
 
-    let mut transport: Box<dyn Transport> = Box::new(Mmio::default());
-    let mut attach = |device: Box<dyn Device>| {
-        let endpoint = Endpoint::new(device, memory.clone())?;
-        transport.attach(&vm, endpoint)
-    };
     // Disks wait for the host's: each is served by a thread of its own, all else by one.
-    let (mut quick, mut workers) = (Vec::new(), Vec::new());
-    quick.push(attach(Box::new(Entropy))?);
+    let spare_disks = if start.plugs { SPARE_DISK_THREADS } else { 0 };
+    let own = OWN_DEVICES + shares.len() + disks.len() + networks.len();
+    let places = if start.plugs { own.max(Mmio::PLACES) } else { own };
+    let news = event()?;
+    let told = news.try_clone().map_err(MachineError::Descriptors)?;
+    let transport: Arc<dyn Transport> = Arc::new(Mmio::new(&vm, places, told)?);
+    let mut devices = Devices::new(memory.clone(), Arc::clone(&transport), disks.len() + spare_disks)?;
+    devices.add_own(Entropy)?;
     let muxer = Muxer::new(vsock)
         .map_err(|error| MachineError::Device("vsock".to_owned(), std::io::Error::other(error)))?;
-    quick.push(attach(Box::new(Vsock::new(muxer)))?);
+    devices.add_own(Vsock::new(muxer))?;
     for (share, socket) in shares {
-        let device = Share::new(socket, &share.tag).map_err(|error| MachineError::Share(share.tag, error))?;
-        quick.push(attach(Box::new(device))?);
+        devices.add_share(&share, socket)?;
     }
     for (network, tap) in networks {
-        let failed = |error| MachineError::Device(network.tap.clone(), error);
-        rustix::io::ioctl_fionbio(&tap, true).map_err(|error| failed(error.into()))?;
-        // A small number.
-        sys::set_tap_header(&tap, i32::try_from(HEADER).unwrap_or(0)).map_err(failed)?;
-        let mtu = u16::try_from(network.mtu).unwrap_or(0);
-        let address = address(&network.hardware_address);
-        let offload = |tap: std::os::fd::BorrowedFd<'_>, offloads: podvisor_virtio::net::Offloads| {
-            sys::set_tap_offload(tap, offloads.0)
-        };
-        quick.push(attach(Box::new(Network::new(tap, address, mtu, offload)))?);
+        devices.add_network(&network, tap)?;
     }
     for (disk, file) in disks {
-        let device = Disk::new(file, &disk.serial, disk.read_only)
-            .map_err(|error| MachineError::Device(disk.serial, error))?;
-        let attached = attach(Box::new(device))?;
-        let worker = Worker::new(vec![attached]).map_err(MachineError::Descriptors)?;
-        workers.push((Role::Disk, worker));
+        devices.add_disk(&disk, file)?;
     }
-    workers.push((Role::Devices, Worker::new(quick).map_err(MachineError::Descriptors)?));
 
     // At most 32, which was checked.
     let processors = u8::try_from(start.cpus_limit).unwrap_or(u8::MAX);
@@ -96,7 +86,7 @@ pub(crate) fn build(start: &Start, parts: Parts, link: OwnedFd) -> Result<Machin
     let vcpus = processors_of(&vm, &memory, &supported, processors, entry)?;
     let ending = Arc::new(Ending::new(link, console.clone()));
     let bus = Bus::new(transport, console, Arc::clone(&ending));
-    Ok(Machine { vm, vcpus, bus, ending, workers, memory: start.memory })
+    Ok(Machine { vm, vcpus, bus, ending, devices, news, memory: start.memory, plugs: start.plugs })
 }
 
 fn kvm_failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError {
@@ -195,13 +185,4 @@ fn processors_of(
             Ok(vcpu)
         })
         .collect()
-}
-
-/// A hardware address whose form was checked.
-fn address(text: &str) -> [u8; 6] {
-    let mut address = [0; 6];
-    for (byte, digits) in address.iter_mut().zip(text.split(':')) {
-        *byte = u8::from_str_radix(digits, 16).unwrap_or(0);
-    }
-    address
 }

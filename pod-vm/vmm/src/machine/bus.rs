@@ -18,13 +18,13 @@ const PANICKED: u8 = 1;
 
 /// All of it.
 pub(crate) struct Bus {
-    transport: Box<dyn Transport>,
+    transport: Arc<dyn Transport>,
     console: Console,
     ending: Arc<Ending>,
 }
 
 impl Bus {
-    pub(crate) fn new(transport: Box<dyn Transport>, console: Console, ending: Arc<Ending>) -> Self {
+    pub(crate) fn new(transport: Arc<dyn Transport>, console: Console, ending: Arc<Ending>) -> Self {
         Self { transport, console, ending }
     }
 

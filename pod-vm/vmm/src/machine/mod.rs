@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `parts.rs` | what it gets |
 //! | `build.rs` | from those to a machine that can run |
+//! | `devices.rs` | devices that come and go |
 //! | `bus.rs`, `transport.rs` | what processors reach besides memory |
 //! | `console.rs` | the serial port |
 //! | `workers.rs` | threads that serve devices |
@@ -13,6 +14,7 @@
 mod build;
 pub(crate) mod bus;
 pub(crate) mod console;
+mod devices;
 pub(crate) mod ending;
 pub(crate) mod parts;
 pub(crate) mod transport;
@@ -22,13 +24,17 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Barrier};
 use std::thread;
+use std::time::Instant;
 
 use podvisor_hypervisor::failure::{Failure, chain};
 use podvisor_proto::hypervisor::{Done, EndReason, Request, Started, reply, request::Verb};
 use prost::Message;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::confine::{self, ConfineError, Role};
 use crate::{cpu, handover};
+use devices::Devices;
 use ending::Ending;
 use parts::Parts;
 
@@ -59,6 +65,8 @@ pub(crate) enum MachineError {
     Queues(#[from] podvisor_virtio::device::Misuse),
     #[error("give every device a place: there are {0}")]
     Places(usize),
+    #[error("find a place for one more device")]
+    Full,
 }
 
 /// Why this process has to end before there is a machine, or without one.
@@ -70,12 +78,15 @@ pub(crate) enum LinkError {
     Nonsense,
 }
 
+/// Bytes of a request to a machine that runs.
+const LONGEST_CHANGE: usize = 4096;
+
 /// Stacks of this process's threads, in bytes.
 const STACK: usize = 256 << 10;
 
 /// Makes the machine that is asked for by `link`, and runs it.
 pub(crate) fn run(link: OwnedFd) -> Result<(), LinkError> {
-    let (bytes, descriptors) = handover::receive(&link).map_err(LinkError::Receive)?;
+    let (bytes, descriptors) = handover::receive(&link, handover::LONGEST).map_err(LinkError::Receive)?;
     let request = Request::decode(bytes.as_slice()).map_err(|_| LinkError::Nonsense)?;
     let Some(Verb::Start(start)) = request.verb else { return Err(LinkError::Nonsense) };
     let parts = Parts::from_descriptors(&start, descriptors).ok_or(LinkError::Nonsense)?;
@@ -83,8 +94,8 @@ pub(crate) fn run(link: OwnedFd) -> Result<(), LinkError> {
         .map_err(MachineError::from)
         .and_then(|()| build::build(&start, parts, link.try_clone().map_err(MachineError::Descriptors)?));
     match made.and_then(|machine| begin(machine, request.id)) {
-        Ok(ending) => {
-            wait(&ending);
+        Ok(mut running) => {
+            running.wait();
             Ok(())
         }
         Err(error) => {
@@ -100,9 +111,17 @@ pub(crate) fn run(link: OwnedFd) -> Result<(), LinkError> {
     }
 }
 
+/// A machine whose processors run.
+struct Running {
+    ending: Arc<Ending>,
+    devices: Devices,
+    news: EventFd,
+    plugs: bool,
+}
+
 /// Starts all threads, confines them, says so, and lets the processors run.
-fn begin(machine: build::Machine, request: u64) -> Result<Arc<Ending>, MachineError> {
-    let build::Machine { vm, vcpus, bus, ending, workers, .. } = machine;
+fn begin(machine: build::Machine, request: u64) -> Result<Running, MachineError> {
+    let build::Machine { vm, vcpus, bus, ending, devices, news, memory, plugs } = machine;
     let filters = confine::filters().map_err(ConfineError::from)?;
     let (bus, filters) = (Arc::new(bus), Arc::new(filters));
     let ready = Arc::new(Barrier::new(vcpus.len() + 1));
@@ -120,7 +139,9 @@ fn begin(machine: build::Machine, request: u64) -> Result<Arc<Ending>, MachineEr
             })
             .map_err(MachineError::Threads)
     };
-    for (number, (role, worker)) in workers.into_iter().enumerate() {
+    let (quick, disks) = devices.workers();
+    let workers = std::iter::once((Role::Devices, quick)).chain(disks.into_iter().map(|it| (Role::Disk, it)));
+    for (number, (role, worker)) in workers.enumerate() {
         let serve = move |ending: &Ending| {
             let error = worker.run();
             ending.tell(EndReason::Failure, &format!("wait for devices: {error}"));
@@ -141,30 +162,77 @@ fn begin(machine: build::Machine, request: u64) -> Result<Arc<Ending>, MachineEr
         reply::Result::Started(Started {
             name: "podvisor-vmm".to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            adds_shares: plugs,
+            adds_disks: plugs,
+            adds_networks: plugs,
             cpus_limit: cpus,
-            memory_limit: machine.memory,
+            memory_limit: memory,
             ..Started::default()
         }),
     );
     // The machine's descriptor lives as long as the process.
     std::mem::forget(vm);
     ready.wait();
-    Ok(ending)
+    Ok(Running { ending, devices, news, plugs })
 }
 
-/// Gives signs of life until who started this process has gone, or sends what it never does. Then the machine goes with this process.
-fn wait(link: &Ending) {
-    let mut bytes = [0; 64];
-    loop {
-        let flags = rustix::net::RecvFlags::empty();
-        let request = match rustix::net::recv(link, &mut bytes, flags) {
-            Err(rustix::io::Errno::INTR) => continue,
-            Ok((count @ 1.., _)) => Request::decode(&bytes[..count]).ok(),
-            Ok((0, _)) | Err(_) => return,
-        };
-        match request {
-            Some(Request { id, verb: Some(Verb::Check(_)) }) => link.send(id, reply::Result::Done(Done {})),
-            _ => return,
+impl Running {
+    /// Gives signs of life and changes devices, until who started this process has gone, or sends what it never does. Then the machine goes with
+    /// this process.
+    fn wait(&mut self) {
+        loop {
+            for (request, outcome) in self.devices.removed() {
+                self.answer(request, outcome);
+            }
+            let timeout = self.devices.deadline().map(|deadline| {
+                let left = deadline.saturating_duration_since(Instant::now());
+                // Less than a minute.
+                Timespec {
+                    tv_sec: i64::try_from(left.as_secs()).unwrap_or(1),
+                    tv_nsec: left.subsec_nanos().into(),
+                }
+            });
+            let link = PollFd::new(&*self.ending, PollFlags::IN);
+            let news = PollFd::from_borrowed_fd(podvisor_virtio::sys::descriptor(&self.news), PollFlags::IN);
+            let mut watched = [link, news];
+            match poll(&mut watched, timeout.as_ref()) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => self.ending.tell(EndReason::Failure, &format!("wait for requests: {error}")),
+            }
+            let asked = !watched[0].revents().is_empty();
+            // What is told from now on wakes again.
+            let _ = self.news.read();
+            if asked && !self.hear() {
+                return;
+            }
         }
+    }
+
+    /// Takes a request; false: there will be none.
+    fn hear(&mut self) -> bool {
+        let Ok((bytes, descriptors)) = handover::receive(&*self.ending, LONGEST_CHANGE) else { return false };
+        match Request::decode(bytes.as_slice()) {
+            Ok(Request { id, verb: Some(Verb::Check(_)) }) => {
+                self.ending.send(id, reply::Result::Done(Done {}));
+                true
+            }
+            Ok(Request { id, verb: Some(verb) }) if self.plugs => {
+                match self.devices.change(id, verb, descriptors) {
+                    Ok(true) => self.answer(id, Ok(())),
+                    Ok(false) => {}
+                    Err(failure) => self.answer(id, Err(failure)),
+                }
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn answer(&self, request: u64, outcome: Result<(), Failure>) {
+        let result = match outcome {
+            Ok(()) => reply::Result::Done(Done {}),
+            Err(failure) => reply::Result::Error(failure.into()),
+        };
+        self.ending.send(request, result);
     }
 }

@@ -1,6 +1,9 @@
-//! Threads that serve devices: each waits for the devices that it has.
+//! Threads that serve devices: each waits for the devices that it has. Devices come and go while it waits.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, PoisonError};
 
 use podvisor_virtio::device::Wake;
 use podvisor_virtio::sys;
@@ -9,35 +12,69 @@ use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
 
+/// A wake as a number: the device's place, then its queue, or its source from here on.
+const SOURCES: usize = 128;
+const WAKES: usize = 256;
+
 /// A thread's devices, and what wakes them.
 pub(crate) struct Worker {
-    epoll: std::os::fd::OwnedFd,
-    wakes: Vec<(usize, Wake)>,
-    devices: Vec<Attached>,
+    epoll: OwnedFd,
+    /// By their places.
+    devices: Mutex<BTreeMap<usize, Attached>>,
 }
 
 impl Worker {
-    /// Watches all that belongs to `devices`.
-    pub(crate) fn new(devices: Vec<Attached>) -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let mut wakes = Vec::new();
-        for (number, device) in devices.iter().enumerate() {
-            for (queue, kick) in device.kicks().iter().enumerate() {
-                let data = EventData::new_u64(wakes.len() as u64);
-                epoll::add(&epoll, sys::descriptor(kick), data, EventFlags::IN)?;
-                wakes.push((number, Wake::Queue(queue)));
-            }
-            device.with(|endpoint, _| -> io::Result<()> {
-                for (index, source) in endpoint.device().sources().into_iter().enumerate() {
-                    let edge = if source.edge { EventFlags::ET } else { EventFlags::empty() };
-                    let data = EventData::new_u64(wakes.len() as u64);
-                    epoll::add(&epoll, source.descriptor, data, EventFlags::IN | edge)?;
-                    wakes.push((number, Wake::Source(index)));
-                }
-                Ok(())
-            })?;
+        Ok(Self { epoll, devices: Mutex::default() })
+    }
+
+    fn with<R>(&self, look: impl FnOnce(&mut BTreeMap<usize, Attached>) -> R) -> R {
+        look(&mut self.devices.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// How many devices it has.
+    pub(crate) fn load(&self) -> usize {
+        self.with(|devices| devices.len())
+    }
+
+    /// Watches all that belongs to a device from now on.
+    pub(crate) fn add(&self, place: usize, device: Attached) -> io::Result<()> {
+        self.with(|devices| devices.insert(place, device.clone()));
+        let watched = self.watch(place, &device);
+        if watched.is_err() {
+            self.remove(place);
         }
-        Ok(Self { epoll, wakes, devices })
+        watched
+    }
+
+    fn watch(&self, place: usize, device: &Attached) -> io::Result<()> {
+        let number = |wake: usize| EventData::new_u64((place * WAKES + wake) as u64);
+        for (queue, kick) in device.kicks().iter().enumerate() {
+            epoll::add(&self.epoll, sys::descriptor(kick), number(queue), EventFlags::IN)?;
+        }
+        device.with(|endpoint, _| -> io::Result<()> {
+            for (index, source) in endpoint.device().sources().into_iter().enumerate() {
+                let edge = if source.edge { EventFlags::ET } else { EventFlags::empty() };
+                let data = number(SOURCES + index);
+                epoll::add(&self.epoll, source.descriptor, data, EventFlags::IN | edge)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Watches nothing of a device any more.
+    pub(crate) fn remove(&self, place: usize) {
+        let Some(device) = self.with(|devices| devices.remove(&place)) else { return };
+        // One that was not watched yet is no error.
+        for kick in device.kicks() {
+            let _ = epoll::delete(&self.epoll, sys::descriptor(kick));
+        }
+        device.with(|endpoint, _| {
+            for source in endpoint.device().sources() {
+                let _ = epoll::delete(&self.epoll, source.descriptor);
+            }
+        });
     }
 
     /// Serves until the machine ends.
@@ -53,9 +90,15 @@ impl Worker {
             for event in &events {
                 // The kernel's struct is packed: copy the field out.
                 let data = event.data;
-                let wake = usize::try_from(data.u64()).ok().and_then(|index| self.wakes.get(index));
-                if let Some((number, wake)) = wake {
-                    self.devices[*number].serve(*wake);
+                let Ok(number) = usize::try_from(data.u64()) else { continue };
+                let wake = match number % WAKES {
+                    queue @ ..SOURCES => Wake::Queue(queue),
+                    source => Wake::Source(source - SOURCES),
+                };
+                // One that has left since the events were taken is not there.
+                let device = self.with(|devices| devices.get(&(number / WAKES)).cloned());
+                if let Some(device) = device {
+                    device.serve(wake);
                 }
             }
         }
