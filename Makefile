@@ -62,6 +62,11 @@ critest: deps images guest
 critest-vm: deps images guest
 	tests/scripts/critest vm
 
+# One of the targets of pod-vm/fuzz/src/lib.rs, for so many seconds.
+SECONDS := 60
+fuzz: packages
+	tests/scripts/fuzz $(TARGET) $(SECONDS)
+
 # Pods on gVisor: what the conformance suite does not ask.
 test-gvisor: deps images
 	critest/tools/build runsc

@@ -70,6 +70,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("podvisor-hypervisor", &["podvisor-proto"]),
     ("podvisor-qemu", &["podvisor-hypervisor", "podvisor-proto", "podvisor-virtio"]),
     ("podvisor-vmm", &["podvisor-hypervisor", "podvisor-proto", "podvisor-virtio"]),
+    // Whatever reads what others have written.
+    ("podvisor-fuzz", &["podvisor-guest", "podvisor-hypervisor", "podvisor-proto", "podvisor-virtio"]),
     // One per pod, small: the protocol and cgroups, nothing else.
     ("podvisor-monitor", &["podvisor-proto", "podvisor-cgroup"]),
     // The daemon joins the parts; it never links a virtual machine monitor.

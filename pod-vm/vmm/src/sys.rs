@@ -47,7 +47,7 @@ pub(crate) fn set_tap_offload(tap: impl AsFd, flags: u32) -> io::Result<()> {
 pub(crate) fn call_with(
     filter: &seccompiler::BpfProgram,
     number: libc::c_long,
-    [a, b, c, d, e, f]: [u64; 6],
+    arguments: [u64; 6],
 ) -> libc::c_int {
     // SAFETY: between fork and _exit the child makes system calls alone; callers give arguments that nothing comes of.
     unsafe {
@@ -56,7 +56,8 @@ pub(crate) fn call_with(
             if seccompiler::apply_filter(filter).is_err() {
                 libc::_exit(3);
             }
-            libc::syscall(number, a, b, c, d, e, f);
+            let [first, second, third, fourth, fifth, sixth] = arguments;
+            libc::syscall(number, first, second, third, fourth, fifth, sixth);
             libc::_exit(0);
         }
         let mut status = 0;
