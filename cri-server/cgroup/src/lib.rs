@@ -6,6 +6,7 @@
 //! | `cgroup.rs` | one cgroup: make, fill, kill, remove |
 //! | `stats.rs` | what it uses |
 //! | `details.rs` | what else metrics want to know |
+//! | `kin.rs` | who of its processes has been started by whom |
 //! | `driver.rs` | names in kubelet's two syntaxes |
 //! | `systemd.rs` | slices and scopes over D-Bus (feature `systemd`) |
 //!
@@ -24,6 +25,7 @@ mod details;
 mod driver;
 mod error;
 mod files;
+pub mod kin;
 mod layout;
 mod stats;
 #[cfg(feature = "systemd")]

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 
 use oci_spec::runtime::Process;
+use podvisor_cgroup::kin;
 use podvisor_container::{Launch, Pending, ProcessPlan, Running};
 use podvisor_proto::agent::{self as wire, Exit, KillExec, ProcessState, Started, reply};
 use rustix::process::Pid;
@@ -143,9 +144,9 @@ impl Agent {
             State::Exited { .. } => return Ok(()),
         };
         if kill.all {
-            // It leads a session and so a process group; what has left that is the container's now.
             let signal = crate::container::signal(kill.signal)?;
-            let _ = rustix::process::kill_process_group(pid, signal);
+            let place = self.containers.get(&exec.container).map(|container| container.cgroup.place());
+            kin::signal(pid, signal, || place.and_then(|place| place.all_pids().ok()).unwrap_or_default());
         }
         send(pidfd, kill.signal)
     }

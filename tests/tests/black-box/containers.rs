@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use podvisor_critest::node::Options;
+use podvisor_critest::node::{Options, VM};
 use podvisor_proto::cri::{
     Capability, ContainerFilter, ContainerState, ContainerStateValue, Int64Value, KeyValue,
     ListContainersRequest, Mount, MountPropagation, ReopenContainerLogRequest, SecurityProfile, Signal,
@@ -14,6 +14,7 @@ use podvisor_proto::cri::{
 use podvisor_tests::cri::spec;
 use podvisor_tests::fixture::numbered;
 use podvisor_tests::images::{BUSYBOX, CONFIGURED};
+use podvisor_tests::stream::Session;
 use podvisor_tests::{Fixture, ask, eventually};
 use tonic::Code;
 
@@ -34,6 +35,9 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add("containers::reopen_their_log", reopen_their_log);
     tests.add("containers::log_to_the_last_line", log_to_the_last_line);
     tests.add("containers::exec_with_output_exit_code_and_time_limit", exec_sync);
+    tests.add("containers::exec_takes_with_it_what_it_started", exec_takes_with_it_what_it_started);
+    let machine = Options { handler: VM.to_owned(), ..Options::default() };
+    tests.add_with("vm::exec_takes_with_it_what_it_started", machine, exec_takes_with_it_what_it_started);
     tests.add("containers::run_as_the_user_asked_for", run_as_the_user_asked_for);
     tests.add("containers::have_the_capabilities_asked_for", capabilities);
     tests.add("containers::are_confined", are_confined);
@@ -348,6 +352,41 @@ async fn log_to_the_last_line(f: &mut Fixture) -> Result<()> {
         let expected = numbered("", 1..3001);
         ensure!(output == expected, "run {number}: {} of {} bytes", output.len(), expected.len());
     }
+    Ok(())
+}
+
+/// One that is cut short, by its time limit or by its client, leaves nothing behind: not what left its process group and session either.
+async fn exec_takes_with_it_what_it_started(f: &mut Fixture) -> Result<()> {
+    const STARTS: &str =
+        "(sleep 5001 & sleep 5002) & setsid sh -c 'setsid sleep 5003 & sleep 5004' & sleep 5005";
+    let (_, id) = f.running("exec", &ask::waiting("c")).await?;
+    let running = async || -> Result<usize> {
+        let found = f.cri.exec(&id, &["pgrep", "-f", "^sleep 500[1-5]$"], 60).await?;
+        Ok(String::from_utf8_lossy(&found.stdout).lines().count())
+    };
+    let gone = async || {
+        eventually("nothing of it is left", || async {
+            let left = running().await?;
+            ensure!(left == 0, "{left} of its processes");
+            Ok(())
+        })
+        .await
+    };
+    let error = f.cri.exec(&id, &["sh", "-c", STARTS], 2).await.err().context("no time limit")?;
+    ensure!(error.code() == Code::DeadlineExceeded, "{error:?}");
+    gone().await?;
+
+    let url = f.cri.exec_url(&id, &["sh", "-c", STARTS]).await?;
+    let session = Session::open(&url).await?;
+    eventually("all of it runs", || async {
+        let there = running().await?;
+        ensure!(there == 5, "{there} of its processes");
+        Ok(())
+    })
+    .await?;
+    drop(session);
+    gone().await?;
+    ensure!(f.cri.status(&id).await?.state() == ContainerState::ContainerRunning);
     Ok(())
 }
 
