@@ -92,6 +92,10 @@ pub(crate) fn prepare() -> Result<Duties, BootError> {
     let _ = fs::write("/proc/sys/kernel/modprobe", "/init");
     let devices = Uevents::open().map_err(BootError::Devices)?;
     let modules = Waiting::begin()?;
+    // Programs in real time leave the same share of the processors to all else (the kernel's own work, and this program), in shorter turns, so
+    // that nobody takes the guest for one that hangs. Kernel 6.12 and later keep time for others in a way of their own.
+    let _ = fs::write("/proc/sys/kernel/sched_rt_runtime_us", "190000");
+    let _ = fs::write("/proc/sys/kernel/sched_rt_period_us", "200000");
     // Who forks in a loop is stopped by its container's limit, not by the guest's.
     let _ = fs::write("/proc/sys/kernel/pid_max", "4194304");
     Ok(Duties { modules, devices })

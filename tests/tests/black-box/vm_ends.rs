@@ -36,6 +36,7 @@ impl Neighbour {
 pub(crate) fn add(tests: &mut Tests) {
     let options = || Options { handler: VM.to_owned(), ..Options::default() };
     tests.add_with("vm_ends::panics_and_hangs_are_told", options(), panics_and_hangs_are_told);
+    tests.add_with("vm_ends::who_works_is_not_called_hung", options(), who_works_is_not_called_hung);
     tests.add_with("vm_ends::memory_that_is_used_up_costs_a_container", options(), memory_costs_a_container);
     tests.add_with("vm_ends::bombs_and_floods_stay_inside", options(), bombs_and_floods_stay_inside);
     tests.add_with("vm_ends::silence_holds_nothing_up", options(), silence_holds_nothing_up);
@@ -64,11 +65,21 @@ async fn panics_and_hangs_are_told(f: &mut Fixture) -> Result<()> {
             "the guest's kernel panicked: Kernel panic - not syncing: sysrq triggered crash",
             "Kernel panic - not syncing",
         ),
-        // Its processor runs one program and nothing else, not even the kernel's own.
+        // Its processor runs one program and nothing else, not even the kernel's own. (The second line: kernels of 6.12 and later.)
         (
-            "echo -1 >/proc/sys/kernel/sched_rt_runtime_us; exec chrt -f 99 sh -c 'while :; do :; done'",
+            "echo h >/proc/sysrq-trigger; echo -1 >/proc/sys/kernel/sched_rt_runtime_us
+             mkdir /d; mount -t debugfs d /d; for cpu in /d/sched/fair_server/cpu*; do echo 0 >$cpu/runtime; done
+             exec chrt -f 99 sh -c 'while :; do :; done'",
             "the guest hangs: neither its kernel nor its agent has answered",
-            "",
+            "sysrq: HELP",
+        ),
+        // Its processor is halted, and no interrupt wakes it. Only in the first namespaces of the guest does that mean the guest: there a
+        // program is started for whoever dumps core.
+        (
+            "echo h >/proc/sysrq-trigger; echo '|/proc/%P/root/bin/busybox halt -f -n' >/proc/sys/kernel/core_pattern
+             ulimit -c unlimited; sh -c 'kill -SEGV $$'",
+            "the guest stands still: neither its kernel nor its agent answers",
+            "sysrq: HELP",
         ),
     ];
     for (number, (script, reason, console)) in ends.into_iter().enumerate() {
@@ -92,6 +103,34 @@ async fn panics_and_hangs_are_told(f: &mut Fixture) -> Result<()> {
         f.cri.stop_pod(&pod.id).await?;
         f.cri.remove_pod(&pod.id).await?;
         neighbour.has_noticed_nothing(f).await?;
+    }
+    Ok(())
+}
+
+/// A guest whose processor a program has for itself as far as the kernel allows it, one with more to do than it can, and one that waits for
+/// the processor behind them.
+async fn who_works_is_not_called_hung(f: &mut Fixture) -> Result<()> {
+    let neighbour = Neighbour::new(f).await?;
+    let mut pods = Vec::new();
+    for (name, script) in [
+        ("real-time", "exec chrt -f 99 sh -c 'while :; do :; done'"),
+        ("busy", "for i in $(seq 200); do while :; do :; done & done; wait"),
+    ] {
+        let (pod, container) = privileged(f, name).await?;
+        let later = format!("(sleep 0.5; {script}) >/dev/null 2>&1 </dev/null &");
+        f.cri.output(&container, &["sh", "-c", &later]).await?;
+        pods.push((pod, container));
+    }
+    // Longer than any silence that means an end.
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(10) {
+        for (pod, container) in &pods {
+            ensure!(f.cri.exec(container, &["true"], 60).await?.exit_code == 0);
+            let told = info(f, &pod.id).await?;
+            ensure!(f.cri.pod_status(&pod.id).await?.state() == PodSandboxState::SandboxReady, "{told}");
+        }
+        ensure!(f.cri.exec(&neighbour.container, &["true"], 60).await?.exit_code == 0);
+        ensure!(f.cri.pod_status(&neighbour.pod.id).await?.state() == PodSandboxState::SandboxReady);
     }
     Ok(())
 }

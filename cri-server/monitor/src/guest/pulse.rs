@@ -10,6 +10,9 @@
 //! | silent | silent | its processors run | dead after [`BUSY`] of their time |
 //! | silent | silent | waits for a processor or a disk, is stopped or frozen | nothing is known |
 //! | silent | answers | | a request's own time limit decides |
+//!
+//! Whatever comes first, a hang is known within two seconds in which the machine has the processors that it wants. A guest that works is
+//! asked at [`GLANCE`] already, as one that hangs with its processors running cannot be told from it.
 
 use std::time::{Duration, Instant};
 
@@ -26,6 +29,9 @@ use crate::poll::{Timer, TimerId};
 
 /// How often the guest is given the time.
 const PERIOD: Duration = Duration::from_secs(1);
+/// How long after an answer is looked whether the machine works, and what of a processor's time since the last such look that is.
+const GLANCE: Duration = Duration::from_millis(500);
+const WORKS: Duration = Duration::from_millis(100);
 /// How long an answer usually does not take, and how often is looked from then on.
 const USUAL: Duration = Duration::from_millis(50);
 const LOOK: Duration = Duration::from_millis(100);
@@ -33,9 +39,9 @@ const LOOK: Duration = Duration::from_millis(100);
 const LONGEST_LOOK: Duration = Duration::from_millis(200);
 /// A machine that sleeps though a request waits for it will not wake up by itself. With [`PERIOD`] and a look it makes two seconds.
 const STILL: Duration = Duration::from_millis(800);
-/// In a guest that has too much to do, programs that may use 95 % of each second in real time leave its kernel's own work the rest
-/// (`sched_rt_runtime_us`); four such seconds are too many.
-const BUSY: Duration = Duration::from_secs(4);
+/// The most that a kernel that works keeps what asks for it waiting is what programs in real time may use at a stretch: 0.19 s (the agent's
+/// `sched_rt_runtime_us`), or 0.95 s where kernels of 6.12 and later count otherwise. With [`GLANCE`] and [`WORKS`] it makes two seconds.
+const BUSY: Duration = Duration::from_millis(1200);
 /// How much of an answering kernel's time passes before it is asked again.
 const AGAIN: Duration = Duration::from_millis(300);
 /// The kernel's port: nobody listens there.
@@ -67,6 +73,9 @@ pub(super) struct Pulse {
     heard: Option<Instant>,
     /// When it is given the time, or looked at, next.
     timer: Option<TimerId>,
+    /// What the machine's threads had done at the last glance, and whether one is due before the next beat.
+    glanced: Option<Threads>,
+    glance: bool,
     /// `None`: it answers.
     silence: Option<Silence>,
 }
@@ -131,7 +140,7 @@ impl Silence {
             return Some("the guest stands still: neither its kernel nor its agent answers".to_owned());
         }
         (self.kernel.total() >= BUSY).then(|| {
-            let seconds = BUSY.as_secs();
+            let seconds = BUSY.as_secs_f32();
             format!("the guest hangs: neither its kernel nor its agent has answered in {seconds} s of processor time")
         })
     }
@@ -149,7 +158,28 @@ impl Monitor {
     /// The next beat or look is due.
     pub(crate) fn pulse_is_due(&mut self) {
         let Some(machine) = self.machine.as_mut().filter(|machine| machine.is_running()) else { return };
-        if machine.agent.pulse.silence.is_some() { self.look_at_guest() } else { self.beat() }
+        let pulse = &mut machine.agent.pulse;
+        if pulse.silence.is_some() {
+            self.look_at_guest();
+        } else if std::mem::take(&mut pulse.glance) && !self.machine_works() {
+            self.set_pulse_timer(PERIOD.saturating_sub(GLANCE));
+        } else {
+            self.beat();
+        }
+    }
+
+    /// Whether the machine's process has used much of a processor since the last glance.
+    fn machine_works(&mut self) -> bool {
+        let Some(machine) = &mut self.machine else { return false };
+        let Some(threads) =
+            machine.process.as_ref().and_then(|it| Threads::of([it.relative.pid.as_raw_pid()]))
+        else {
+            return false;
+        };
+        let works =
+            machine.agent.pulse.glanced.as_ref().is_some_and(|before| threads.ran_since(before) >= WORKS);
+        machine.agent.pulse.glanced = Some(threads);
+        works
     }
 
     /// Gives the guest the time. One that has not taken it the last time is only listened to.
@@ -185,8 +215,9 @@ impl Monitor {
         let Some(machine) = self.machine.as_mut().filter(|machine| machine.is_running()) else { return };
         machine.agent.pulse.heard = Some(Instant::now());
         if machine.agent.pulse.silence.take().is_some() {
+            machine.agent.pulse.glance = true;
             self.hang_up(|goal| *goal == Goal::Kernel);
-            self.set_pulse_timer(PERIOD);
+            self.set_pulse_timer(GLANCE);
         }
     }
 
@@ -268,11 +299,20 @@ mod tests {
         assert_eq!(after(1000, Hypervisor::Asked, sleeps), None);
         assert_eq!(after(1000, Hypervisor::Unasked, sleeps), None);
         let runs = |look| spinning(LOOK * look);
-        assert_eq!(after(30, Hypervisor::Runs, runs), None);
-        assert!(after(45, Hypervisor::Runs, runs).unwrap().starts_with("the guest hangs"));
+        assert_eq!(after(11, Hypervisor::Runs, runs), None);
+        assert!(after(13, Hypervisor::Runs, runs).unwrap().starts_with("the guest hangs"));
         // Which gets a tenth of a processor.
         let starved = |look| spinning(LOOK / 10 * look);
-        assert_eq!(after(300, Hypervisor::Runs, starved), None);
+        assert_eq!(after(100, Hypervisor::Runs, starved), None);
+    }
+
+    #[test]
+    fn a_hang_is_known_within_two_seconds() {
+        let limit = Duration::from_secs(2);
+        // It hangs right after an answer; or when it has worked too little at the glance to be asked then. Each look is late by up to one.
+        assert!(GLANCE + USUAL + BUSY + LOOK <= limit);
+        assert!(PERIOD + WORKS + USUAL + BUSY + LOOK <= limit + GLANCE);
+        assert!(PERIOD + USUAL + STILL + LOOK <= limit);
     }
 
     #[test]

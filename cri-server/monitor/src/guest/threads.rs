@@ -48,9 +48,16 @@ impl Threads {
         (!threads.is_empty()).then_some(Self(threads))
     }
 
+    /// How long they have run since `before`, all together.
+    pub(super) fn ran_since(&self, before: &Self) -> Duration {
+        let ran =
+            |(id, now): (&i32, &Thread)| now.ran.saturating_sub(before.0.get(id).map_or(0, |then| then.ran));
+        Duration::from_nanos(self.0.iter().map(ran).sum())
+    }
+
     /// What has happened since `before`, which is `interval` ago.
     pub(super) fn since(&self, before: &Self, interval: Duration) -> Seen {
-        let mut seen = Seen { unhindered: interval, ran: Duration::ZERO };
+        let mut seen = Seen { unhindered: interval, ran: self.ran_since(before) };
         for (id, now) in &self.0 {
             let then = before.0.get(id);
             let ran = now.ran.saturating_sub(then.map_or(0, |then| then.ran));
@@ -64,7 +71,6 @@ impl Threads {
                 _ => Duration::ZERO,
             };
             seen.unhindered = seen.unhindered.min(unhindered);
-            seen.ran += ran;
         }
         seen
     }
