@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use podvisor_proto::cri;
 
+use crate::machine_usage;
 use crate::pod::image_volumes;
 use crate::pod::record::{ContainerRecord, Engine};
 use crate::pod::state::State;
@@ -68,6 +69,17 @@ fn virtual_machine(view: &PodView) -> Option<serde_json::Value> {
         shown["cpus"] = machine.cpus.into();
         shown["hypervisorPid"] = machine.hypervisor_pid.into();
         shown["fileServerPid"] = machine.file_server.pid.into();
+        let processes = machine_usage::of(view).into_iter().map(|process| {
+            let shown = serde_json::json!({
+                "pid": process.pid,
+                "cpuSeconds": process.cpu.as_secs_f64(),
+                "anonymousBytes": process.memory.anonymous,
+                "fileBytes": process.memory.file,
+                "sharedBytes": process.memory.shared,
+            });
+            (process.role.to_owned(), shown)
+        });
+        shown["processes"] = processes.collect::<serde_json::Map<_, _>>().into();
     }
     if vm.emulate {
         shown["warning"] = "emulated, not an isolation boundary".into();

@@ -1,4 +1,5 @@
-//! The page: what was counted, and what there is at the moment. Everything comes from memory; looking costs nobody anything.
+//! The page: what was counted, and what there is at the moment. Everything comes from memory, or from the
+//! kernel without a wait; looking costs nobody anything.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use podvisor_proto::cri;
 
 use super::text::{Kind, Page};
 use super::{Telemetry, process};
+use crate::machine_usage::{self, Memory};
 use crate::meters::Meters;
 use crate::node::{Node, kernel_version};
 use crate::pod::Pods;
@@ -26,6 +28,7 @@ impl Subjects {
         build_info(&mut page);
         self.node.telemetry.write(&mut page);
         self.pods(&mut page);
+        self.machines(&mut page);
         self.images(&mut page);
         let hanging = "Pods whose statistics cannot be read because the kernel does not answer.";
         page.single(
@@ -68,6 +71,40 @@ impl Subjects {
         page.single("podvisor_monitors", Kind::Gauge, "Pods that have a living monitor.", number(monitors));
         let help = "Pods of an earlier daemon that are not yet compared with what there is.";
         page.single("podvisor_pods_unobserved", Kind::Gauge, help, number(unobserved));
+    }
+
+    fn machines(&self, page: &mut Page) {
+        let views = self.pods.views();
+        let used: Vec<_> = views
+            .iter()
+            .map(|view| (view.record.id.to_string(), view.metadata(), machine_usage::of(view)))
+            .collect();
+        let processes = || {
+            used.iter().flat_map(|(id, metadata, processes)| {
+                processes.iter().map(move |process| {
+                    let labels = [
+                        ("namespace", metadata.namespace.as_str()),
+                        ("pod", metadata.name.as_str()),
+                        ("sandbox", id.as_str()),
+                        ("process", process.role),
+                    ];
+                    (labels, process)
+                })
+            })
+        };
+        let help = "CPU time of the processes of pods' virtual machines on the node; that of the process machine holds the guest's.";
+        let mut family = page.family("podvisor_machine_cpu_seconds_total", Kind::Counter, help);
+        for (labels, process) in processes() {
+            family.sample("", &labels, process.cpu.as_secs_f64());
+        }
+        let help = "Resident memory of the processes of pods' virtual machines, bytes; the guest's is counted with the process machine, as shared by QEMU, as anonymous by podvisor-vmm.";
+        let mut family = page.family("podvisor_machine_memory_bytes", Kind::Gauge, help);
+        for (labels, process) in processes() {
+            let Memory { anonymous, file, shared } = process.memory;
+            for (kind, bytes) in [("anonymous", anonymous), ("file", file), ("shared", shared)] {
+                family.sample("", &[&labels[..], &[("kind", kind)]].concat(), float(bytes));
+            }
+        }
     }
 
     fn images(&self, page: &mut Page) {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use podvisor_critest::node::Options;
+use podvisor_critest::node::{Options, VM};
 use podvisor_tests::images::BUSYBOX;
 use podvisor_tests::prometheus::{self, Family};
 use podvisor_tests::{Fixture, ask, eventually};
@@ -18,6 +18,8 @@ pub(crate) fn add(tests: &mut Tests) {
     let options = || Options { more: format!("[metrics]\naddress = \"{ADDRESS}\"\n"), ..Options::default() };
     tests.add_with("telemetry::tells_what_happens", options(), tells_what_happens);
     tests.add_with("telemetry::answers_only_what_it_has", options(), answers_only_what_it_has);
+    let machine = Options { handler: VM.to_owned(), ..options() };
+    tests.add_with("telemetry::tells_what_virtual_machines_cost", machine, tells_what_virtual_machines_cost);
     tests.add("telemetry::is_off_unless_asked_for", is_off_unless_asked_for);
 }
 
@@ -108,6 +110,49 @@ async fn tells_what_happens(f: &mut Fixture) -> Result<()> {
         Ok(())
     })
     .await
+}
+
+async fn tells_what_virtual_machines_cost(f: &mut Fixture) -> Result<()> {
+    const MIB: f64 = 1_048_576.0;
+    let (pod, container) = f.running("told", &ask::waiting("c")).await?;
+    let told = super::vm::machine(f, &pod.id).await?;
+    let page_before = page().await?;
+    let labels = |process| [("sandbox", pod.id.as_str()), ("pod", "told"), ("process", process)];
+    for process in ["machine", "hypervisor", "file_server", "monitor"] {
+        let shown = &told["processes"][process];
+        ensure!(shown["pid"].as_i64().is_some_and(|pid| pid > 1), "{process}: {told}");
+        ensure!(
+            shown["cpuSeconds"].is_f64() && shown["anonymousBytes"].as_u64() > Some(0),
+            "{process}: {told}"
+        );
+        let of_kind = |kind| {
+            let labels = [&labels(process)[..], &[("kind", kind)]].concat();
+            value(&page_before, "podvisor_machine_memory_bytes", &labels)
+        };
+        ensure!(of_kind("anonymous")? > 0.0 && of_kind("file")? > 0.0, "{process}");
+    }
+    for (process, key) in
+        [("machine", "pid"), ("hypervisor", "hypervisorPid"), ("file_server", "fileServerPid")]
+    {
+        let expected = super::vm::process(f, &pod.id, key).await?.as_raw_nonzero().get();
+        ensure!(told["processes"][process]["pid"] == expected, "{key}: {told}");
+    }
+    // The guest's memory is in it.
+    let machine = &told["processes"]["machine"];
+    let resident =
+        machine["anonymousBytes"].as_f64().unwrap_or(0.0) + machine["sharedBytes"].as_f64().unwrap_or(0.0);
+    ensure!(resident > 16.0 * MIB, "{machine}");
+
+    let cpu = |page: &BTreeMap<String, Family>| {
+        value(page, "podvisor_machine_cpu_seconds_total", &labels("machine"))
+    };
+    let before = cpu(&page_before)?;
+    f.cri.exec(&container, &["sh", "-c", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done"], 600).await?;
+    let after = cpu(&page().await?)?;
+    ensure!(after > before, "{before} {after}");
+    f.cri.stop_pod(&pod.id).await?;
+    ensure!(cpu(&page().await?).is_err(), "a machine that is gone is told of");
+    Ok(())
 }
 
 async fn answers_only_what_it_has(f: &mut Fixture) -> Result<()> {
