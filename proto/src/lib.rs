@@ -46,6 +46,8 @@ pub mod monitor {
     /// Most bytes and files of a volume that a guest gets a copy of (`FollowedVolume`).
     pub const FOLLOWED_BYTES: u64 = 4 << 20;
     pub const FOLLOWED_FILES: usize = 1024;
+    /// Most bytes of all of them that a pod has. Each is there twice while it is exchanged.
+    pub const FOLLOWED_BYTES_OF_A_POD: u64 = 16 << 20;
 }
 
 /// The agent protocol: what a pod's monitor and the agent in its guest say to each other, on vsock.

@@ -28,6 +28,8 @@ pub(crate) struct Version {
     pub(crate) name: String,
     attributes: Attributes,
     entries: Vec<Entry>,
+    /// Of its files.
+    pub(crate) bytes: u64,
 }
 
 /// Why there is none.
@@ -134,7 +136,7 @@ fn whole(root: BorrowedFd<'_>, name: &str, shift: Shift) -> Result<Version, Fail
     let mut reading = Reading { entries: Vec::new(), bytes: 0, files: 0, shift };
     reading.directory(directory.as_fd(), "", DEPTH)?;
     let attributes = attributes(&directory.metadata()?, shift);
-    Ok(Version { name: name.to_owned(), attributes, entries: reading.entries })
+    Ok(Version { name: name.to_owned(), attributes, entries: reading.entries, bytes: reading.bytes })
 }
 
 struct Reading {

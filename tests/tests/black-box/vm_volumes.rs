@@ -22,6 +22,7 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add_with("vm_volumes::are_one_for_all_containers", options(), are_one_for_all_containers);
     tests.add_with("vm_volumes::are_as_on_the_host", options(), are_as_on_the_host);
     tests.add_with("vm_volumes::keep_memory_in_the_guest", options(), keep_memory_in_the_guest);
+    tests.add_with("vm_volumes::are_copied_within_a_bound", options(), are_copied_within_a_bound);
     tests.add_with("vm_volumes::wake_who_watches_them", options(), wake_who_watches_them);
 }
 
@@ -282,6 +283,47 @@ fn publish(volume: &Path, version: &str, files: &[(&str, &str)]) -> Result<()> {
         }
     }
     old.map_or(Ok(()), |old| Ok(fs::remove_dir_all(volume.join(old))?))
+}
+
+/// Copies of volumes that kubelet changes take the guest's own memory: there is an end to it, which is told.
+async fn are_copied_within_a_bound(f: &mut Fixture) -> Result<()> {
+    let text = "x".repeat(3 << 20);
+    let mut mounts = Vec::new();
+    for number in 0..6 {
+        let volume = f.node.path(&format!("pods/uid/volumes/kubernetes.io~configmap/c{number}"));
+        publish(&volume, "..1", &[("value", &text)])?;
+        mounts.push((volume.clone(), read_only(mount(&volume, &format!("/c{number}")))));
+    }
+    let some = |range: std::ops::Range<usize>| mounts[range].iter().map(|(_, mount)| mount.clone()).collect();
+    let (pod, first) = f.running("pod", &container("first", some(0..4))).await?;
+    let second = pod.start(&container("second", some(3..5))).await?;
+    let refused = pod.create(&container("third", some(5..6))).await.err().context("there is no end to it")?;
+    let told = format!("{refused:#}");
+    ensure!(told.contains("can have 16777216 bytes of them") && told.contains("15728640 already"), "{told}");
+    // One that grows keeps its last version as long as there is no room for the new one. (A volume may have 4 MiB.)
+    let grown = "y".repeat((4 << 20) - 1024);
+    let larger = "z".repeat((3 << 20) + (512 << 10));
+    publish(&mounts[2].0, "..2", &[("value", &larger)])?;
+    publish(&mounts[0].0, "..2", &[("value", &grown)])?;
+    publish(&mounts[1].0, "..2", &[("value", "small")])?;
+    let run = async |container: &str, script: &str| f.cri.output(container, &["sh", "-c", script]).await;
+    eventually("a smaller version comes", || async {
+        ensure!(run(&first, "cat /c1/value").await? == "small");
+        Ok(())
+    })
+    .await?;
+    // Which has made room for the other one.
+    eventually("a larger version comes", || async {
+        ensure!(run(&first, "head -c 1 /c0/value").await? == "y");
+        Ok(())
+    })
+    .await?;
+    // What nobody uses any more makes room too.
+    f.cri.stop(&second, 0).await?;
+    f.cri.remove(&second).await?;
+    let third = pod.start(&container("third", some(5..6))).await?;
+    ensure!(run(&third, "wc -c </c5/value").await? == format!("{}\n", text.len()));
+    Ok(())
 }
 
 async fn wake_who_watches_them(f: &mut Fixture) -> Result<()> {

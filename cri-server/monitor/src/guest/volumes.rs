@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use podvisor_proto::agent::{AddVolume, Attributes, RemoveVolume, request::Verb};
 use podvisor_proto::monitor::guest_volume::Kind;
-use podvisor_proto::monitor::{FOLLOWED_BYTES, FOLLOWED_FILES, FollowedVolume};
+use podvisor_proto::monitor::{FOLLOWED_BYTES, FOLLOWED_BYTES_OF_A_POD, FOLLOWED_FILES, FollowedVolume};
 
 use super::agent::Purpose;
 use crate::container::{Maker, State};
@@ -30,6 +30,10 @@ struct Followed {
     users: BTreeSet<u64>,
     waiting: Vec<u64>,
     there: bool,
+    /// Of the version that is there, or on its way.
+    bytes: u64,
+    /// It does not fit beside the others, which has been said.
+    too_much: bool,
     /// What is still to be asked for a version to be there. The first has been asked.
     requests: VecDeque<Verb>,
 }
@@ -103,6 +107,8 @@ impl Monitor {
             users: BTreeSet::from([key]),
             waiting: vec![key],
             there: false,
+            bytes: 0,
+            too_much: false,
             requests: VecDeque::new(),
         };
         machine.volumes.followed.insert(volume, followed);
@@ -142,8 +148,15 @@ impl Monitor {
     }
 
     fn new_version(&mut self, volume: u64, root: Attributes, version: Version) {
+        let Some(machine) = &mut self.machine else { return };
+        let all = &mut machine.volumes.followed;
+        let others: u64 = all.iter().filter(|(key, _)| **key != volume).map(|(_, other)| other.bytes).sum();
         // Whoever used it may have gone meanwhile.
-        let Some(followed) = self.followed(volume) else { return };
+        let Some(followed) = all.get_mut(&volume) else { return };
+        if others + version.bytes > FOLLOWED_BYTES_OF_A_POD {
+            return self.too_much(volume, others, version.bytes);
+        }
+        (followed.bytes, followed.too_much) = (version.bytes, false);
         let parts = version.parts(&followed.name).into_iter().map(Verb::WriteVersion);
         followed.requests = parts.collect();
         if !followed.there {
@@ -158,6 +171,27 @@ impl Monitor {
             followed.requests.push_front(Verb::AddVolume(add));
         }
         self.next_request(volume);
+    }
+
+    /// There is no room for a version beside the pod's other volumes. What is there stays; it is tried again, as one of them may go.
+    fn too_much(&mut self, volume: u64, others: u64, bytes: u64) {
+        let why = format!(
+            "it has {bytes} bytes, and the configMaps, secrets, projected and downward volumes of the pod have {others} already: a pod in a virtual \
+             machine can have {FOLLOWED_BYTES_OF_A_POD} bytes of them. Mount fewer, or what is large from another volume"
+        );
+        let Some(followed) = self.followed(volume) else { return };
+        let said = std::mem::replace(&mut followed.too_much, true);
+        let (name, waiting) = (followed.name.clone(), std::mem::take(&mut followed.waiting));
+        if !said {
+            self.journal.note("a volume's version was not written", &name, &why);
+        }
+        if let Some((follower, _)) = self.follower() {
+            follower.written(volume, false);
+        }
+        let failure = Failure::system("copy a volume into the guest", why);
+        for container in waiting {
+            self.volume_added(container, Err(failure.clone()));
+        }
     }
 
     fn next_request(&mut self, volume: u64) {
