@@ -116,7 +116,7 @@ pub fn nginx(port: u16) -> Result<Files> {
         .symlink("var/log/nginx/access.log", "/dev/stdout")
         .symlink("var/log/nginx/error.log", "/dev/stderr");
     let files = web_user(files, "nginx");
-    with_program(files, "usr/sbin/nginx", "usr/sbin/nginx", &[])
+    with_program(files, "webservers", "usr/sbin/nginx", "usr/sbin/nginx", &[])
 }
 
 /// Apache under the name httpd on port 80, to go over [`busybox`].
@@ -151,7 +151,29 @@ pub fn httpd() -> Result<Files> {
     }
     let files = web_user(files, "httpd");
     // glibc loads libgcc_s by name when a thread is cancelled.
-    with_program(files, "usr/sbin/apache2", "usr/sbin/httpd", &["libgcc_s.so.1"])
+    with_program(files, "webservers", "usr/sbin/apache2", "usr/sbin/httpd", &["libgcc_s.so.1"])
+}
+
+/// What kube-proxy calls, to go over [`busybox`]: nft, iptables on top of nftables, conntrack.
+pub fn kube_proxy_tools() -> Result<Files> {
+    let mut files = with_program(Files::new(), "kube-proxy", "usr/sbin/nft", "usr/sbin/nft", &[])?;
+    files = with_program(files, "kube-proxy", "usr/sbin/conntrack", "usr/sbin/conntrack", &[])?;
+    files =
+        with_program(files, "kube-proxy", "usr/sbin/xtables-nft-multi", "usr/sbin/xtables-nft-multi", &[])?;
+    for name in ["iptables", "iptables-save", "iptables-restore"] {
+        files = files.symlink(&format!("usr/sbin/{name}"), "xtables-nft-multi");
+        files = files.symlink(&format!("usr/sbin/{}", name.replace("ip", "ip6")), "xtables-nft-multi");
+    }
+    let extensions = contents_dir().join("kube-proxy/files/usr/lib/x86_64-linux-gnu/xtables");
+    let listed = fs::read_dir(&extensions).with_context(|| format!("listing {}", extensions.display()))?;
+    for extension in listed {
+        let extension = extension?;
+        let name = extension.file_name().display().to_string();
+        // Some are links to others; a copy serves as well.
+        files =
+            files.file(&format!("usr/lib/x86_64-linux-gnu/xtables/{name}"), 0o644, read(&extension.path())?);
+    }
+    Ok(files)
 }
 
 fn web_user(files: Files, name: &str) -> Files {
@@ -164,9 +186,9 @@ fn web_user(files: Files, name: &str) -> Files {
         .file("etc/group", 0o644, format!("{GROUP}{name}:x:{WEB_USER}:\n"))
 }
 
-/// A program out of the unpacked packages, installed as `target`, with the libraries that its loader asks for.
-fn with_program(files: Files, source: &str, target: &str, by_name: &[&str]) -> Result<Files> {
-    let root = contents_dir().join("webservers/files");
+/// A program out of the packages that are unpacked in `packages`, installed as `target`, with the libraries that its loader asks for.
+fn with_program(files: Files, packages: &str, source: &str, target: &str, by_name: &[&str]) -> Result<Files> {
+    let root = contents_dir().join(packages).join("files");
     let folders = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"].map(|folder| root.join(folder));
     let loader = folders[0].join("ld-linux-x86-64.so.2");
     let search = folders.iter().map(|folder| folder.display().to_string()).collect::<Vec<_>>().join(":");
