@@ -4,7 +4,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 CRITEST := $(TARGET)/release/podvisor-critest
 
 .PHONY: all packages deps build deb images kernels guest test lint critest lab critest-lab test-lab demo bench clean
-.PHONY: critest-vm critest-orders critest-peer test-gvisor bench-pull bench-fs test-faults bench-load
+.PHONY: critest-vm critest-orders critest-peer test-gvisor bench-pull bench-fs test-faults bench-load kubernetes test-kubernetes
 
 all: build
 
@@ -71,6 +71,15 @@ fuzz: packages
 test-gvisor: deps images
 	critest/tools/build runsc
 	tests/scripts/cargo-test -p podvisor-tests --test black-box -- --ignored gvisor::
+
+# A control plane of Kubernetes from its own modules. The first time takes ten minutes.
+kubernetes:
+	tests/kubernetes/build
+
+# Clusters on podvisor, started by kubeadm. RUNTIME=containerd runs on the peer what holds for every runtime.
+test-kubernetes: deps images guest kubernetes
+	$(if $(filter containerd,$(RUNTIME)),critest/tools/build containerd)
+	tests/scripts/cargo-test -p podvisor-tests --test kubernetes -- --ignored
 
 # The same suite in three random orders and with four specs at once.
 SEEDS := 1 20 300

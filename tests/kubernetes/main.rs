@@ -1,0 +1,162 @@
+//! Kubernetes on podvisor: a control plane that was built from its own modules, started by kubeadm, every image through a mirror, offline.
+//!
+//! `make test-kubernetes` builds what it takes and runs all of it. Each test says which cluster it wants; those that agree share one, and
+//! the last act of a cluster is `kubeadm reset`. Only `runtime.rs` knows what is below kubelet: with `RUNTIME=containerd` the tests that
+//! hold for every runtime run on the peer.
+
+mod bring_up;
+mod cluster;
+mod figures;
+mod images;
+mod machine;
+mod pods;
+mod runtime;
+mod services;
+mod trust;
+mod workloads;
+
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use libtest_mimic::{Arguments, Failed, Trial};
+use podvisor_critest::registry::Registry;
+
+use cluster::{Cluster, Settings};
+
+/// How long anything may take that happens by itself. kubelet waits up to a minute and a half before it looks again at some things, and
+/// machines that test are slow.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
+
+const WHY: &str = "needs Kubernetes: make test-kubernetes";
+
+/// Asks `probe` again and again until it is `Ok`; after [`PATIENCE`] its last error is the result.
+pub(crate) fn until<T>(what: &str, mut probe: impl FnMut() -> Result<T>) -> Result<T> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match probe() {
+            Ok(value) => return Ok(value),
+            Err(error) if Instant::now() > deadline => {
+                return Err(error.context(anyhow!("{what}: not within {PATIENCE:?}")));
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(100)),
+        }
+    }
+}
+
+/// What the tests share.
+#[derive(Debug, Default)]
+struct Shared {
+    registry: Mutex<Option<Arc<Registry>>>,
+    cluster: Mutex<Option<Cluster>>,
+}
+
+impl Shared {
+    fn registry(&self) -> Result<Arc<Registry>> {
+        let mut registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        if registry.is_none() {
+            *registry = Some(Arc::new(images::serve()?));
+        }
+        registry.clone().context("no registry")
+    }
+
+    /// Runs a test on a cluster with these settings: the one that is up, or a new one.
+    fn run(&self, name: &str, settings: &Settings, test: fn(&mut Cluster) -> Result<()>) -> Result<()> {
+        let mut cluster = self.cluster.lock().unwrap_or_else(PoisonError::into_inner);
+        if cluster.as_ref().is_some_and(|have| have.settings != *settings) {
+            down(&mut cluster)?;
+        }
+        if cluster.is_none() {
+            *cluster = Some(Cluster::up(settings, &*self.registry()?)?);
+        }
+        let cluster = cluster.as_mut().context("no cluster")?;
+        test(cluster).inspect_err(|_| cluster.keep_logs(name))
+    }
+
+    fn down(&self) -> Result<()> {
+        down(&mut self.cluster.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+fn down(cluster: &mut Option<Cluster>) -> Result<()> {
+    cluster.take().map_or(Ok(()), Cluster::down)
+}
+
+/// The tests, as they are collected from the modules.
+#[derive(Debug, Default)]
+pub(crate) struct Tests {
+    shared: Arc<Shared>,
+    trials: Vec<Trial>,
+    names: Vec<String>,
+}
+
+impl Tests {
+    /// A test of podvisor on a cluster with these settings.
+    pub(crate) fn add(&mut self, name: &str, settings: &Settings, test: fn(&mut Cluster) -> Result<()>) {
+        if !runtime::is_peer() {
+            self.add_for_all(name, settings, test);
+        }
+    }
+
+    /// A test that holds for every runtime.
+    pub(crate) fn add_for_all(
+        &mut self,
+        name: &str,
+        settings: &Settings,
+        test: fn(&mut Cluster) -> Result<()>,
+    ) {
+        let shared = Arc::clone(&self.shared);
+        let (title, settings) = (name.to_owned(), settings.clone());
+        let trial = Trial::test(name, move || {
+            shared.run(&title, &settings, test).map_err(|error| Failed::from(format!("{error:#}")))
+        });
+        self.trials.push(trial.with_ignored_flag(true));
+        self.names.push(name.to_owned());
+    }
+}
+
+fn main() -> ExitCode {
+    let mut tests = Tests::default();
+    bring_up::add(&mut tests);
+    workloads::add(&mut tests);
+    trust::add(&mut tests);
+    services::add(&mut tests);
+    figures::add(&mut tests);
+    let shared = Arc::clone(&tests.shared);
+    tests.add_reset();
+    let mut arguments = Arguments::from_args();
+    // They share a cluster, and what one does to it must not be what another one sees.
+    arguments.test_threads = Some(1);
+    if !arguments.ignored && !arguments.include_ignored && !arguments.list {
+        tests.names.iter().for_each(|name| println!("skipped {name}: {WHY}"));
+    }
+    let conclusion = libtest_mimic::run(&arguments, tests.trials);
+    // Where a filter left out the reset.
+    match shared.down() {
+        Ok(()) => conclusion.exit_code(),
+        Err(error) => {
+            eprintln!("kubeadm reset: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Tests {
+    /// The end of the last cluster as a test of its own.
+    fn add_reset(&mut self) {
+        let name = "reset::leaves_nothing_behind";
+        let shared = Arc::clone(&self.shared);
+        let trial = Trial::test(name, move || {
+            let up = shared.cluster.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+            if !up {
+                shared
+                    .run(name, &Settings::default(), |_| Ok(()))
+                    .map_err(|e| Failed::from(format!("{e:#}")))?;
+            }
+            shared.down().map_err(|error| Failed::from(format!("{error:#}")))
+        });
+        self.trials.push(trial.with_ignored_flag(true));
+        self.names.push(name.to_owned());
+    }
+}
