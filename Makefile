@@ -111,8 +111,8 @@ demo: build kernels
 	critest/tools/contents busybox-static
 	tests/scripts/demo
 
-# Times and memory, beside those of the OCI runtimes alone.
-bench: deps build
+# Times and memory, beside those of the OCI runtimes alone, and of QEMU alone for pods in virtual machines.
+bench: deps build guest
 	critest/tools/contents busybox
 	cargo build --release -p podvisor-tests --bin podvisor-bench
 	$(CRITEST) sandbox -- $(TARGET)/release/podvisor-bench

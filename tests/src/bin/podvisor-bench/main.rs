@@ -1,7 +1,9 @@
 //! Latency and memory of the daemon through its socket, and of the bare OCI runtime for comparison.
 //!
-//! To be run in a sandbox (`make bench`). All times are medians in milliseconds. The arguments `memory` and `times` measure only
-//! that.
+//! To be run in a sandbox (`make bench`). All times are medians in milliseconds. The arguments `memory`, `times` and
+//! `machines` measure only that; `clock`, which takes eleven minutes, is measured only when it is asked for.
+
+mod machines;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -66,6 +68,13 @@ fn main() -> Result<()> {
     for handler in ["runc", "crun"].into_iter().filter(|_| wanted("times")) {
         runtime.block_on(measure(&images, handler)).with_context(|| format!("measuring with {handler}"))?;
         bare(handler)?.print(&format!("{handler} alone"));
+    }
+    if wanted("machines") {
+        runtime.block_on(Box::pin(machines::measure(&images))).context("measuring virtual machines")?;
+    }
+    // Takes longer than all the rest, so only when it is asked for.
+    if only.as_deref() == Some("clock") {
+        runtime.block_on(Box::pin(machines::clock(&images))).context("measuring a guest's clock")?;
     }
     Ok(())
 }
