@@ -72,7 +72,9 @@ pub(crate) fn arguments(plan: &Plan, numbers: &Numbers, kilohertz: Option<u64>) 
     line.option("-initrd", &format!("/proc/self/fd/{}", numbers.initramfs));
     let mut words = KERNEL_WORDS.to_owned();
     if let Some(kilohertz) = kilohertz {
-        words = format!("{words} tsc_early_khz={kilohertz}");
+        // What would watch over it is the tick, which comes late on a busy machine: the guest would take its own counter for the one that is
+        // wrong, and from then on never sleep longer than a tick.
+        words = format!("{words} tsc_early_khz={kilohertz} tsc=reliable");
     }
     if start.cpus_limit > start.cpus {
         // The others are there and not used until the agent says so.
@@ -217,7 +219,7 @@ mod tests {
             "-machine microvm,",
             "-accel tcg,thread=multi,tb-size=128 -cpu max,-cx16",
             "-kernel /proc/self/fd/10 -initrd /proc/self/fd/11",
-            "tsc_early_khz=2000000 podvisor.debug=1",
+            "tsc_early_khz=2000000 tsc=reliable podvisor.debug=1",
             "-chardev socket,id=share0-backend,fd=20",
             r#"{"chardev":"share0-backend","driver":"vhost-user-fs-device","id":"share0","tag":"pod"}"#,
             "-add-fd fd=30,set=1",
