@@ -4,7 +4,8 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 CRITEST := $(TARGET)/release/podvisor-critest
 
 .PHONY: all packages deps build deb images kernels guest test lint critest lab critest-lab test-lab demo bench clean
-.PHONY: critest-vm critest-orders critest-peer test-gvisor bench-pull bench-fs test-faults bench-load kubernetes test-kubernetes
+.PHONY: critest-vm critest-orders critest-peer test-gvisor kubernetes test-kubernetes fuzz
+.PHONY: bench-peers bench-pull bench-fs bench-load test-faults
 
 all: build
 
@@ -116,6 +117,13 @@ bench: deps build guest
 	critest/tools/contents busybox
 	cargo build --release -p podvisor-tests --bin podvisor-bench
 	$(CRITEST) sandbox -- $(TARGET)/release/podvisor-bench
+
+# The same beside containerd and CRI-O: tests/bench.
+bench-peers: deps build
+	critest/tools/contents busybox programs
+	critest/tools/build containerd crio
+	cargo build --release -p podvisor-compare
+	$(TARGET)/release/podvisor-compare run --output $(TARGET)/bench $(ARGUMENTS)
 
 # A pull's time beside containerd's, on the file system that target/ is on.
 bench-pull: deps build

@@ -13,7 +13,7 @@ use podvisor_critest::expected::{Expected, as_list};
 use podvisor_critest::image::Image;
 use podvisor_critest::layer::Compression;
 use podvisor_critest::node::{self, Node};
-use podvisor_critest::peer::Peer;
+use podvisor_critest::peer::{Kind, Peer};
 use podvisor_critest::registry::{Access, Registry};
 use podvisor_critest::report::{Outcome, Outcomes};
 use podvisor_critest::sandbox::{self, Stage};
@@ -152,8 +152,8 @@ fn on_a_node(handler: String, suite: &suite::Options, daemon_log: Option<&Path>)
 /// The same against containerd.
 fn on_the_peer(suite: &suite::Options, daemon_log: Option<&Path>) -> Result<Outcomes> {
     let registry = Prepared::make()?.serve()?;
-    let peer = Peer::start(&MIRRORED, registry.address())?;
-    let outcomes = suite::run(&peer.socket(), suite);
+    let peer = Peer::start(Kind::Containerd, &MIRRORED, registry.address(), "registry.k8s.io/pause:3.9")?;
+    let outcomes = suite::run(peer.socket(), suite);
     if let Some(copy) = daemon_log {
         std::fs::write(copy, peer.log()).with_context(|| format!("writing {}", copy.display()))?;
     }

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use podvisor_critest::node::{Daemon, Node, Options, guests_dir};
-use podvisor_critest::peer::Peer;
+use podvisor_critest::peer::{Kind as PeerKind, Peer};
 use podvisor_critest::registry::Registry;
 use rustix::process::{Signal, kill_process};
 
@@ -60,7 +60,12 @@ impl Runtime {
     pub(crate) fn start(setup: &Setup, registry: &Registry) -> Result<Self> {
         if is_peer() {
             let hosts = [DEFAULT_REPOSITORY, host(OTHER_REPOSITORY)];
-            return Ok(Self(Kind::Containerd(Peer::start(&hosts, registry.address())?)));
+            return Ok(Self(Kind::Containerd(Peer::start(
+                PeerKind::Containerd,
+                &hosts,
+                registry.address(),
+                "registry.k8s.io/pause:3.10.2",
+            )?)));
         }
         let directory = Path::new("/var/lib/podvisor");
         let options = Options {
@@ -89,7 +94,7 @@ impl Runtime {
     pub(crate) fn endpoint(&self) -> String {
         let socket = match &self.0 {
             Kind::Podvisor { node, .. } => node.socket(),
-            Kind::Containerd(peer) => peer.socket(),
+            Kind::Containerd(peer) => peer.socket().to_owned(),
         };
         format!("unix://{}", socket.display())
     }

@@ -96,6 +96,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     // The tools of the tests start the daemon as a process.
     ("podvisor-critest", &[]),
     ("podvisor-tests", &["podvisor-critest", "podvisor-fault", "podvisor-proto"]),
+    ("podvisor-compare", &["podvisor-critest", "podvisor-proto", "podvisor-tests"]),
 ];
 
 fn metadata() -> Value {

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, ensure};
 use podvisor_critest::image::Image;
 use podvisor_critest::layer::{Compression, Files};
 use podvisor_critest::node::{Node, Options};
-use podvisor_critest::peer::Peer;
+use podvisor_critest::peer::{Kind, Peer};
 use podvisor_critest::registry::{Access, Registry};
 use podvisor_tests::cri::{Cri, spec};
 use serde_json::json;
@@ -38,9 +38,10 @@ fn main() -> Result<()> {
         ..Options::default()
     })?;
     let daemon = node.start()?;
-    let peer = Peer::start(&[HOST], registry.address())?;
+    let peer =
+        Peer::start(Kind::Containerd, &[HOST], registry.address(), "registry.example.invalid/pause:1")?;
     let _inside = runtime.enter();
-    let clients = [("podvisor", Cri::new(&node.socket())?), ("containerd", Cri::new(&peer.socket())?)];
+    let clients = [("podvisor", Cri::new(&node.socket())?), ("containerd", Cri::new(peer.socket())?)];
     let mut times = [const { Vec::new() }; 2];
     for round in 0..=ROUNDS {
         for ((name, client), times) in clients.iter().zip(&mut times) {

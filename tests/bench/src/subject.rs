@@ -1,0 +1,175 @@
+//! Who is measured: a daemon in this sandbox, with its client.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use podvisor_critest::node::{Daemon, Node, Options};
+use podvisor_critest::peer::{self, Kind, Peer};
+use podvisor_proto::cri::VersionRequest;
+use podvisor_tests::cri::Cri;
+use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
+
+use crate::images::{HOST, PAUSE};
+use crate::process;
+
+/// Who.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Name {
+    /// podvisor with the runc of this project's tools.
+    Podvisor,
+    /// podvisor with the distribution's crun.
+    PodvisorCrun,
+    /// containerd with the same runc.
+    Containerd,
+    /// CRI-O with the same runc.
+    Crio,
+    /// runc without a daemon: what nobody who uses it can be faster than.
+    Runc,
+    /// The same of crun.
+    Crun,
+}
+
+impl Name {
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Podvisor, Self::PodvisorCrun, Self::Containerd, Self::Crio, Self::Runc, Self::Crun];
+
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Podvisor => "podvisor",
+            Self::PodvisorCrun => "podvisor-crun",
+            Self::Containerd => "containerd",
+            Self::Crio => "crio",
+            Self::Runc => "runc",
+            Self::Crun => "crun",
+        }
+    }
+
+    /// The OCI runtime alone.
+    pub(crate) fn is_bare(self) -> bool {
+        matches!(self, Self::Runc | Self::Crun)
+    }
+
+    /// What the project is compared with.
+    pub(crate) fn is_peer(self) -> bool {
+        matches!(self, Self::Containerd | Self::Crio)
+    }
+
+    /// The OCI runtime that it calls.
+    pub(crate) fn limit(self) -> Self {
+        match self {
+            Self::Podvisor | Self::Containerd | Self::Crio | Self::Runc => Self::Runc,
+            Self::PodvisorCrun | Self::Crun => Self::Crun,
+        }
+    }
+}
+
+/// A daemon that runs; it ends when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Subject {
+    pub(crate) cri: Cri,
+    own: Own,
+    logs: TempDir,
+}
+
+#[derive(Debug)]
+enum Own {
+    Podvisor { daemon: Daemon, node: Node },
+    Peer(Peer),
+}
+
+impl Subject {
+    /// Starts it, with images from the mirror.
+    pub(crate) fn start(name: Name, mirror: SocketAddr) -> Result<Self> {
+        let logs =
+            tempfile::Builder::new().prefix("logs.").tempdir().context("making a directory for logs")?;
+        let (own, socket) = match name {
+            Name::Podvisor => podvisor("runc", mirror)?,
+            Name::PodvisorCrun => podvisor("crun", mirror)?,
+            Name::Containerd => of_peer(Kind::Containerd, mirror)?,
+            Name::Crio => of_peer(Kind::Crio, mirror)?,
+            Name::Runc | Name::Crun => anyhow::bail!("{name:?} is no daemon"),
+        };
+        Ok(Self { cri: Cri::new(&socket)?, own, logs })
+    }
+
+    pub(crate) async fn version(&self) -> Result<String> {
+        let request = VersionRequest { version: "v1".to_owned() };
+        let answer = self.cri.runtime.clone().version(request).await?.into_inner();
+        Ok(format!("{} {}", answer.runtime_name, answer.runtime_version))
+    }
+
+    /// Where pods have their logs.
+    pub(crate) fn logs(&self) -> &Path {
+        self.logs.path()
+    }
+
+    fn pid(&self) -> i32 {
+        match &self.own {
+            Own::Podvisor { daemon, .. } => daemon.pid(),
+            Own::Peer(peer) => peer.pid(),
+        }
+        .as_raw_nonzero()
+        .get()
+    }
+
+    /// Its daemon.
+    pub(crate) fn daemon(&self) -> Vec<i32> {
+        vec![self.pid()]
+    }
+
+    /// Its helpers, which it has per pod or per container.
+    pub(crate) fn helpers(&self) -> Result<Vec<i32>> {
+        process::named(match &self.own {
+            Own::Podvisor { .. } => &["podvisor-monit"],
+            Own::Peer(_) => &["containerd-shim", "conmon"],
+        })
+    }
+
+    /// Stops it. No pod is left.
+    pub(crate) fn end(self) -> Result<()> {
+        if let Own::Podvisor { daemon, node } = self.own {
+            let status = daemon.stop()?;
+            ensure!(status.success(), "after SIGTERM the daemon ended with {status}\n{}", node.log_tail(20));
+            peer::remove_network();
+        }
+        Ok(())
+    }
+
+    /// The end of what it has logged.
+    pub(crate) fn log_tail(&self) -> String {
+        let log = match &self.own {
+            Own::Podvisor { node, .. } => node.log_tail(20),
+            Own::Peer(peer) => peer.log(),
+        };
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+}
+
+fn podvisor(handler: &str, mirror: SocketAddr) -> Result<(Own, PathBuf)> {
+    let node = Node::new(&Options {
+        mirrored: vec![HOST.to_owned()],
+        mirror: Some(mirror),
+        handler: handler.to_owned(),
+        log: "info".to_owned(),
+        // The same plugins as the peers call.
+        network: "cni".to_owned(),
+        ..Options::default()
+    })?;
+    let networks = node.path("cni/net.d");
+    fs::create_dir_all(&networks)?;
+    fs::write(networks.join("10-peer.conflist"), peer::network())?;
+    let daemon = node.start()?;
+    let socket = node.socket();
+    Ok((Own::Podvisor { daemon, node }, socket))
+}
+
+fn of_peer(kind: Kind, mirror: SocketAddr) -> Result<(Own, PathBuf)> {
+    let peer = Peer::start(kind, &[HOST], mirror, PAUSE)?;
+    let socket = peer.socket().to_owned();
+    Ok((Own::Peer(peer), socket))
+}
