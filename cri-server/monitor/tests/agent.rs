@@ -5,6 +5,7 @@ mod lab;
 
 use std::collections::BTreeSet;
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use lab::agent::{Agent, Instead, event_frame, exit, frame};
@@ -307,6 +308,42 @@ fn output_that_does_not_end_does_not_hold_up_an_end() {
         drop(silent);
         assert!(std::fs::metadata(pod.log("flooding")).unwrap().len() < 32 << 20);
         assert_eq!(pod.state(POD), Some(ProcessState::Running));
+    });
+}
+
+#[test]
+fn a_guest_that_is_kept_from_running_loses_no_output() {
+    run(|lab| {
+        let (mut pod, agent) = lab.with_agent("run");
+        let mut events = pod.subscribe();
+        created(&mut pod, &agent, "c1");
+        let mut exec = pod.connect();
+        exec.open(Verb::Exec(stream("c1", "e1", "true")));
+        let of = |open: &wire::Open, exec: bool| match &open.stream {
+            Some(open::Stream::Standard(it)) if it.id.starts_with("exec.") == exec => Some(it.id.clone()),
+            _ => None,
+        };
+        let (of_exec, of_container): (Vec<_>, Vec<_>) =
+            agent.take_streams().into_iter().partition(|(open, _)| of(open, true).is_some());
+        let name = of(&of_exec[0].0, true).unwrap();
+        let last_words = |streams: Vec<(wire::Open, UnixStream)>| {
+            let stdout = streams.into_iter().find(|(open, _)| {
+                matches!(&open.stream, Some(open::Stream::Standard(it)) if it.which() == wire::StandardStream::Stdout)
+            });
+            stdout.unwrap().1.write_all(b"last words\n").unwrap();
+        };
+        // It says that a process has ended, and then gets no processor for longer than output is waited for.
+        agent.instead(|_| Some(Instead::Say(Vec::new())));
+        agent.exited(&name, 4);
+        std::thread::sleep(Duration::from_millis(800));
+        last_words(of_exec);
+        let output = exec.rest();
+        assert_eq!((output.stdout.as_slice(), output.exit.unwrap().code), (b"last words\n".as_slice(), 4));
+        agent.exited("c1", 5);
+        std::thread::sleep(Duration::from_millis(2500));
+        last_words(of_container);
+        assert_eq!(events.end(), ("c1".into(), 5, String::new()));
+        assert!(pod.log_lines("c1").contains(&"stdout F last words".to_owned()));
     });
 }
 

@@ -125,7 +125,8 @@ async fn who_works_is_not_called_hung(f: &mut Fixture) -> Result<()> {
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(10) {
         for (pod, container) in &pods {
-            ensure!(f.cri.exec(container, &["true"], 60).await?.exit_code == 0);
+            let answer = f.cri.exec(container, &["echo", "here"], 60).await?;
+            ensure!((answer.stdout.as_slice(), answer.exit_code) == (b"here\n".as_slice(), 0), "{answer:?}");
             let told = info(f, &pod.id).await?;
             ensure!(f.cri.pod_status(&pod.id).await?.state() == PodSandboxState::SandboxReady, "{told}");
         }

@@ -1,6 +1,6 @@
 //! The end of a container: what is read, drained and written before anybody is told, and the runtime's `delete`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use podvisor_proto::monitor::{self as proto, Exit, Place, event, reply, stream_frame::Frame};
 use rustix::process::Signal;
@@ -44,6 +44,7 @@ impl Monitor {
             drained: false,
             recorded: false,
             patience: self.timers.set(PATIENCE, Timer::Drain(key)),
+            since: Instant::now(),
         });
         if let Some(mut memory) = container.memory.take() {
             let _ = memory.watch.set(&self.poller, &memory.notices, None);
@@ -67,9 +68,13 @@ impl Monitor {
 
     /// A container that has ended should have come to the end of its output by now.
     pub(crate) fn container_drain_is_over(&mut self, key: u64) {
+        let mut arrives = self.containers.get(&key).is_some_and(|container| {
+            let guest = matches!(container.maker, Maker::Guest(_));
+            let State::Ending(ending) = &container.state else { return false };
+            guest && !self.guest_has_spoken_since(ending.since)
+        });
         let Some(container) = self.containers.get_mut(&key) else { return };
         let held_back = container.held_back;
-        let mut arrives = false;
         for output in container.streams.outputs() {
             arrives |= output.still_arrives(held_back);
         }

@@ -23,6 +23,8 @@ mod maker;
 
 pub(crate) use create::{present_text, read_pid};
 pub(crate) use maker::{InGuest, Maker, OnHost};
+use std::time::Instant;
+
 use podvisor_proto::monitor::{self as proto, Exit, ProcessState};
 use rustix::process::Pid;
 
@@ -111,6 +113,7 @@ pub(crate) struct Ending {
     /// The exit record is durable.
     recorded: bool,
     patience: TimerId,
+    since: Instant,
 }
 
 /// How far its maker is with deleting a container that has ended.

@@ -11,7 +11,7 @@
 mod host;
 mod output;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use podvisor_proto::monitor::{
     self as proto, ExecProcess, ExecSyncReply, Exit, StreamFrame, reply, stream_frame::Frame,
@@ -30,7 +30,8 @@ use crate::verbs::{Answer, Answered, ReplyTo};
 
 /// Bytes that may wait for the client of a stream before its process has to.
 const WINDOW: usize = 256 * 1024;
-/// How long a terminal may take to report its end after its process has ended, and a guest to send more of what a process there wrote.
+/// How long a terminal may take to report its end after its process has ended, and a guest that answers to send more of what a process there
+/// wrote.
 const PATIENCE: Duration = Duration::from_millis(500);
 
 /// An exec from its request until its process is reaped and its client has everything.
@@ -217,7 +218,13 @@ impl Monitor {
         if let Some(input) = exec.streams.stdin.take() {
             input.close(&self.poller);
         }
-        let guest = exec.in_guest().is_some();
+        let guest = match &mut exec.known {
+            Known::InGuest(guest) => {
+                guest.ended_at = Some(Instant::now());
+                true
+            }
+            Known::OnHost { .. } => false,
+        };
         let mut wait = false;
         for output in exec.streams.outputs() {
             if guest {

@@ -2,7 +2,7 @@
 
 use podvisor_proto::monitor::{ExecSyncReply, reply, stream_frame::Frame};
 
-use super::{Client, PATIENCE, Stage, WINDOW};
+use super::{Client, Exec, PATIENCE, Stage, WINDOW};
 use crate::connection::Role;
 use crate::monitor::Monitor;
 use crate::output::lines::Stream;
@@ -86,9 +86,10 @@ impl Monitor {
 
     /// An exec whose process has ended should have come to the end of its output by now.
     pub(crate) fn exec_drain_is_over(&mut self, key: u64) {
+        let ended_at = self.execs.get(&key).and_then(Exec::in_guest).and_then(|guest| guest.ended_at);
+        let mut arrives = ended_at.is_some_and(|then| !self.guest_has_spoken_since(then));
         let Some(exec) = self.execs.get_mut(&key) else { return };
         let full = exec.window_is_full(&self.connections);
-        let mut arrives = false;
         for output in exec.streams.outputs() {
             arrives |= output.still_arrives(full);
         }

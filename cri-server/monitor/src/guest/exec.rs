@@ -1,5 +1,7 @@
 //! Execs in the guest: the agent starts the process, its streams are connected, and an event says how it ended.
 
+use std::time::Instant;
+
 use podvisor_proto::agent::{self as wire, KillExec, Resize, reply, request::Verb};
 use podvisor_proto::monitor::{self as proto, TerminalSize};
 use rustix::process::Signal;
@@ -22,6 +24,8 @@ pub(crate) struct GuestExec {
     connecting: bool,
     /// The code of an end that came before its streams were there.
     ended: Option<i32>,
+    /// When its end was dealt with.
+    pub(crate) ended_at: Option<Instant>,
 }
 
 /// A terminal's size on its way into the guest: one at a time, and of those that wait only the newest.
@@ -54,7 +58,7 @@ impl Monitor {
             stdin: wanted.stdin,
         };
         self.ask_agent(Verb::Exec(request), Purpose::Exec(key))?;
-        Ok(GuestExec { name, connecting: false, ended: None })
+        Ok(GuestExec { name, connecting: false, ended: None, ended_at: None })
     }
 
     /// The process runs, or has run, or could not be started.

@@ -168,6 +168,13 @@ impl Monitor {
         }
     }
 
+    /// Whether the agent has said anything since then, or never will. Until it has, what a process wrote that has ended may still be on its
+    /// way: a guest that gets no processor sends nothing, and has not kept anything back.
+    pub(crate) fn guest_has_spoken_since(&self, then: Instant) -> bool {
+        let Some(machine) = self.machine.as_ref().filter(|machine| machine.is_running()) else { return true };
+        machine.agent.pulse.heard.is_some_and(|heard| heard > then)
+    }
+
     /// Whether the machine's process has used much of a processor since the last glance.
     fn machine_works(&mut self) -> bool {
         let Some(machine) = &mut self.machine else { return false };
