@@ -139,6 +139,12 @@ impl Server {
         fs::read_dir(self.proc("fd")).unwrap().count()
     }
 
+    /// What they are open on.
+    pub(crate) fn open_files(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.proc("fd")).unwrap();
+        entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok()).collect()
+    }
+
     /// Waits for its end.
     pub(crate) fn end(mut self) -> std::process::ExitStatus {
         self.process.wait().unwrap()
