@@ -93,10 +93,16 @@ impl Peer {
 
     /// Calls a method of the runtime service.
     pub fn call(&mut self, method: &str, payload: &[u8]) -> Result<Response> {
+        let asked = self.stream;
         self.send_call(method, payload)?;
-        let (connection, _, kind, body) = self.receive()?;
-        ensure!((connection, kind) == (2, 2), "no answer, but {connection} {kind}");
-        Ok(Response::decode(body.as_slice())?)
+        loop {
+            let (connection, stream, kind, body) = self.receive()?;
+            ensure!((connection, kind) == (2, 2), "no answer, but {connection} {kind}");
+            // The answer to RegisterPlugin may come after all that leads to it.
+            if stream == asked {
+                return Ok(Response::decode(body.as_slice())?);
+            }
+        }
     }
 
     /// The next message.

@@ -361,7 +361,11 @@ fn mounts_of_the_host_come_and_go(suite: &str, version: &str) {
     assert_eq!(server.file("mountinfo").lines().count(), 1);
     let deadline = Instant::now() + Duration::from_secs(60);
     while server.descriptors() > before {
-        assert!(Instant::now() < deadline, "at first {open:?} were open, and now {:?} are", server.open_files());
+        assert!(
+            Instant::now() < deadline,
+            "at first {open:?} were open, and now {:?} are",
+            server.open_files()
+        );
         std::thread::yield_now();
     }
 }
