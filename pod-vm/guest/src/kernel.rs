@@ -92,10 +92,11 @@ impl Kernel {
     }
 
     fn from_elf(file: &[u8]) -> Result<Self, KernelError> {
-        let elf = Elf::parse(file).map_err(KernelError::Elf)?;
-        let release = release(file).ok_or(KernelError::NoRelease)?;
-        let pvh_entry = pvh_entry(&elf)?;
-        Ok(Self { elf: strip(&elf)?, release, pvh_entry })
+        // What counts is what is loaded: a damaged file may say something else besides.
+        let elf = strip(&Elf::parse(file).map_err(KernelError::Elf)?)?;
+        let release = release(&elf).ok_or(KernelError::NoRelease)?;
+        let pvh_entry = pvh_entry(&Elf::parse(&elf).map_err(KernelError::Elf)?)?;
+        Ok(Self { elf, release, pvh_entry })
     }
 }
 
@@ -344,6 +345,20 @@ mod tests {
             let whole = fake::bzimage(&payload);
             for length in (0..whole.len() - b"what follows the payload".len()).step_by(5) {
                 assert!(Kernel::extract(&whole[..length]).is_err(), "{how} {length}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_damaged_byte_gives_no_kernel_that_cannot_be_read_again() {
+        for how in fake::PACKINGS {
+            let mut file = fake::bzimage(&fake::pack(how, &fake::kernel()));
+            for at in 0..file.len() {
+                let good = std::mem::replace(&mut file[at], b's');
+                if let Ok(kernel) = Kernel::extract(&file) {
+                    assert_eq!(Kernel::extract(&kernel.elf).unwrap().elf, kernel.elf, "{how} {at}");
+                }
+                file[at] = good;
             }
         }
     }
