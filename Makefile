@@ -77,9 +77,11 @@ test-gvisor: deps images
 kubernetes:
 	tests/kubernetes/build
 
-# Clusters on podvisor, started by kubeadm. RUNTIME=containerd runs on the peer what holds for every runtime.
+# Clusters on podvisor, started by kubeadm. RUNTIME=containerd runs on the peer what holds for every runtime. The debug build is what the
+# daemon is upgraded to and from.
 test-kubernetes: deps images guest kubernetes
 	$(if $(filter containerd,$(RUNTIME)),critest/tools/build containerd)
+	cargo build -p podvisor -p podvisor-monitor -p podvisor-fs -p podvisor-qemu -p podvisor-vmm
 	tests/scripts/cargo-test -p podvisor-tests --test kubernetes -- --ignored
 
 # The same suite in three random orders and with four specs at once.

@@ -1,5 +1,5 @@
-//! kubeadm on a node where the pause image's registry cannot be reached: the cluster comes up, with the built-in pause and with one from
-//! another repository that both are told of, and kubeadm does not warn.
+//! kubeadm on a node where the pause image's registry cannot be reached: whichever of kubeadm and the runtime is told of another repository,
+//! and wherever the mirrors are written down, the cluster comes up, and kubeadm warns exactly when the two differ.
 
 use anyhow::{Context, Result, anyhow, ensure};
 
@@ -9,7 +9,8 @@ use crate::pods::pod;
 use crate::runtime::{DEAD_MIRRORS, Mirrors, Setup, is_peer};
 use crate::{Tests, until};
 
-/// The pause image of the other repository, as the runtime is told of it.
+/// The pause images of kubeadm's two repositories, as the runtime is told of them.
+const DEFAULT_PAUSE: &str = "registry.k8s.io/pause:3.10.2";
 const OTHER_PAUSE: &str = "mirror.example.invalid/k8s/pause:3.10.2";
 
 pub(crate) fn add(tests: &mut Tests) {
@@ -23,6 +24,16 @@ pub(crate) fn add(tests: &mut Tests) {
         &settings(OTHER_PAUSE, OTHER_REPOSITORY, Mirrors::HostsToml),
         warns_not,
     );
+    tests.add(
+        "bring_up::with_another_repository_for_kubeadm",
+        &settings(DEFAULT_PAUSE, OTHER_REPOSITORY, Mirrors::RegistriesConf),
+        warns_of_the_difference,
+    );
+    tests.add(
+        "bring_up::with_another_repository_for_the_runtime",
+        &settings(OTHER_PAUSE, "", Mirrors::HostsToml),
+        warns_of_the_difference,
+    );
     // The other tests' cluster: the built-in pause.
     tests.add_for_all("bring_up::with_neither", &Settings::default(), warns_not);
     tests.add("bring_up::says_what_was_tried", &Settings::default(), says_what_was_tried);
@@ -34,6 +45,19 @@ const WARNING: &str = "detected that the sandbox image";
 fn warns_not(cluster: &mut Cluster) -> Result<()> {
     // The peer's is older than what kubeadm names.
     ensure!(is_peer() || !cluster.said.contains(WARNING), "{}", cluster.said);
+    has_pulled_pause(cluster)
+}
+
+fn warns_of_the_difference(cluster: &mut Cluster) -> Result<()> {
+    let repository = cluster.settings.image_repository;
+    let kubeadms = if repository.is_empty() { DEFAULT_PAUSE } else { OTHER_PAUSE };
+    let ours = cluster.settings.setup.pause_image;
+    let wanted = format!(
+        "{WARNING} \"{ours}\" of the container runtime is inconsistent with that used by kubeadm. \
+         It is recommended to use \"{kubeadms}\" as the CRI sandbox image."
+    );
+    let lines: Vec<&str> = cluster.said.lines().filter(|line| line.contains(WARNING)).collect();
+    ensure!(lines.len() == 1 && lines[0].contains(&wanted), "{lines:?} instead of {wanted:?}");
     has_pulled_pause(cluster)
 }
 

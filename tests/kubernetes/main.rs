@@ -10,6 +10,7 @@ mod figures;
 mod images;
 mod machine;
 mod pods;
+mod restarts;
 mod runtime;
 mod services;
 mod trust;
@@ -123,8 +124,11 @@ fn main() -> ExitCode {
     trust::add(&mut tests);
     services::add(&mut tests);
     figures::add(&mut tests);
+    restarts::add(&mut tests);
     let shared = Arc::clone(&tests.shared);
     tests.add_reset();
+    figures::add_without_cri(&mut tests);
+    trust::add_untrusted(&mut tests);
     let mut arguments = Arguments::from_args();
     // They share a cluster, and what one does to it must not be what another one sees.
     arguments.test_threads = Some(1);

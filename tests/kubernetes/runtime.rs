@@ -7,7 +7,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use podvisor_critest::node::{Daemon, Node, Options, guests_dir};
+use podvisor_critest::node::{Daemon, Node, Options, daemon_program, guests_dir};
 use podvisor_critest::peer::{Kind as PeerKind, Peer};
 use podvisor_critest::registry::Registry;
 use rustix::process::{Signal, kill_process};
@@ -68,7 +68,9 @@ impl Runtime {
             )?)));
         }
         let directory = Path::new("/var/lib/podvisor");
+        install(&daemon_program())?;
         let options = Options {
+            program: Path::new(PROGRAMS).join("podvisor"),
             network: "builtin".to_owned(),
             mirrored: Vec::new(),
             mirror: None,
@@ -86,7 +88,7 @@ impl Runtime {
         let mut runtime = Self(Kind::Podvisor { node, daemon: None });
         runtime.set_trust(setup.untrusted)?;
         runtime.set_pause_image(setup.pause_image)?;
-        runtime.serve()?;
+        runtime.start_again()?;
         Ok(runtime)
     }
 
@@ -107,7 +109,16 @@ impl Runtime {
         }
     }
 
-    fn serve(&mut self) -> Result<()> {
+    /// SIGKILL, as a crash.
+    pub(crate) fn kill(&mut self) -> Result<()> {
+        match &mut self.0 {
+            Kind::Podvisor { daemon, .. } => daemon.take().context("the daemon does not run")?.kill(),
+            Kind::Containerd(_) => bail!("the peer is not killed"),
+        }
+    }
+
+    /// Starts it after [`Runtime::kill`] or [`Runtime::stop`].
+    pub(crate) fn start_again(&mut self) -> Result<()> {
         match &mut self.0 {
             Kind::Podvisor { node, daemon } => {
                 ensure!(daemon.is_none(), "the daemon runs already");
@@ -116,6 +127,14 @@ impl Runtime {
             }
             Kind::Containerd(_) => bail!("the peer is not started again"),
         }
+    }
+
+    /// Ends it as its unit does.
+    pub(crate) fn stop(&mut self) -> Result<()> {
+        let Kind::Podvisor { daemon, .. } = &mut self.0 else { bail!("the peer is not stopped") };
+        let status = daemon.take().context("the daemon does not run")?.stop()?;
+        ensure!(status.success(), "the daemon ended by {status}");
+        Ok(())
     }
 
     /// What pods are that say nothing; counts from [`Runtime::reload`] on.
@@ -162,6 +181,23 @@ impl Runtime {
         let Kind::Podvisor { node, .. } = &self.0 else { bail!("the peer has no guests") };
         Ok(node.path("root/guests"))
     }
+}
+
+/// Where podvisor's programs are installed.
+const PROGRAMS: &str = "/var/lib/podvisor/bin";
+
+/// Installs podvisor's programs, each by renaming, as dpkg does: who runs an older one goes on with it. `daemon` is one of them, and the
+/// others lie beside it.
+pub(crate) fn install(daemon: &Path) -> Result<()> {
+    let source = daemon.parent().context("the daemon has no directory")?;
+    fs::create_dir_all(PROGRAMS).with_context(|| format!("making {PROGRAMS}"))?;
+    for name in ["podvisor", "podvisor-monitor", "podvisor-vmm", "podvisor-qemu", "podvisor-fs"] {
+        let (part, to) = (format!("{PROGRAMS}/{name}.dpkg-new"), format!("{PROGRAMS}/{name}"));
+        fs::copy(source.join(name), &part)
+            .with_context(|| format!("copying {}", source.join(name).display()))?;
+        fs::rename(&part, &to).with_context(|| format!("installing {to}"))?;
+    }
+    Ok(())
 }
 
 impl Drop for Runtime {

@@ -18,6 +18,7 @@ use crate::{Tests, until};
 pub(crate) fn add(tests: &mut Tests) {
     let usual = Settings::default();
     tests.add_for_all("services::join_three_pods_of_both_kinds", &usual, |cluster| join(cluster, 2, 1));
+    tests.add_for_all("services::join_ten_pods_of_both_kinds", &usual, |cluster| join(cluster, 5, 5));
 }
 
 fn deployment(name: &str, replicas: usize, annotations: &Value) -> Value {

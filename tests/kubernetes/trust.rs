@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use crate::cluster::{Cluster, Settings, name};
 use crate::images::BUSYBOX;
 use crate::pods::{TRUSTED_SANDBOX, UNTRUSTED, host_kernel, machine, of_class, pod};
+use crate::runtime::Setup;
 use crate::{Tests, until};
 
 pub(crate) fn add(tests: &mut Tests) {
@@ -19,6 +20,13 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add("trust::keeps_within_memory_limits", &usual, keeps_within_memory_limits);
     tests.add("trust::of_a_running_pod_does_not_change", &usual, of_a_running_pod_does_not_change);
     tests.add("trust::new_guests_are_for_new_pods", &usual, new_guests_are_for_new_pods);
+}
+
+/// Those that need a cluster of their own.
+pub(crate) fn add_untrusted(tests: &mut Tests) {
+    let setup = Setup { untrusted: true, ..Setup::default() };
+    let settings = Settings { setup, ..Settings::default() };
+    tests.add("trust::by_the_nodes_default", &settings, by_the_nodes_default);
 }
 
 /// The RuntimeClasses that are delivered, and one by another of the names that manifests for Kata Containers use.
@@ -95,6 +103,27 @@ fn of_the_control_plane_stays(cluster: &mut Cluster) -> Result<()> {
     }
     ensure!(seen >= 7, "only {seen} pods of the control plane");
     Ok(())
+}
+
+/// On a node whose default is untrusted: its own agents stay on its kernel, and of the control plane only CoreDNS is none of them.
+fn by_the_nodes_default(cluster: &mut Cluster) -> Result<()> {
+    let pods = cluster.get(&["pods", "--namespace", "kube-system"])?;
+    for pod in pods["items"].as_array().context("no pods")? {
+        let wanted = if name(pod).starts_with("coredns") { "vm" } else { "runc" };
+        let handler = cluster.handler(name(pod))?;
+        ensure!(handler == wanted, "{} runs by {handler}", name(pod));
+    }
+    let mut agreeing = pod("agreeing");
+    agreeing["metadata"]["annotations"][TRUSTED_SANDBOX] = "true".into();
+    let mut on_host = pod("on-host");
+    on_host["spec"]["hostNetwork"] = true.into();
+    on_host["spec"]["containers"][0]["args"] = json!(["pause"]);
+    cluster.run(&[pod("silent"), agreeing, on_host])?;
+    // A pod cannot make itself trusted by saying so.
+    is_machine(cluster, "silent")?;
+    is_machine(cluster, "agreeing")?;
+    is_trusted(cluster, "on-host")?;
+    cluster.delete(&["silent", "agreeing", "on-host"])
 }
 
 /// A pod with a memory limit, which uses nearly all of it, and then more.
