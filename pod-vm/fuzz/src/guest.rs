@@ -49,9 +49,12 @@ fn place(index: usize) -> u32 {
 }
 
 impl Guest {
-    pub(crate) fn new(device: Box<dyn Device>, input: &mut Input<'_>) -> Self {
-        let range = (GuestAddress(0), usize::try_from(END).unwrap_or(0));
-        let memory = Memory::from_ranges(&[range]).expect("memory");
+    /// A guest with memory from 0 on, and where `further` says.
+    pub(crate) fn new(device: Box<dyn Device>, input: &mut Input<'_>, further: &[(u64, usize)]) -> Self {
+        let first = (GuestAddress(0), usize::try_from(END).unwrap_or(0));
+        let further = further.iter().map(|(begin, length)| (GuestAddress(*begin), *length));
+        let ranges: Vec<_> = std::iter::once(first).chain(further).collect();
+        let memory = Memory::from_ranges(&ranges).expect("memory");
         let (queues, sources) = (device.queues().len(), device.sources().len());
         let endpoint = Endpoint::new(device, memory.clone()).expect("queues");
         let features = input.long() | 1 << 32;

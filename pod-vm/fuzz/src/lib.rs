@@ -19,10 +19,12 @@ mod server;
 pub type Target = fn(&[u8]);
 
 /// All there are, by name.
-pub const TARGETS: [(&str, Target); 10] = [
+pub const TARGETS: [(&str, Target); 12] = [
+    ("balloon", devices::balloon),
     ("block", devices::block),
     ("entropy", devices::entropy),
     ("fs", devices::fs),
+    ("mem", devices::mem),
     ("net", devices::net),
     ("vsock", devices::vsock),
     ("mmio", messages::mmio),

@@ -7,6 +7,7 @@
  *   hold            answers "held" and then does nothing
  *   read PATH       a file's content
  *   sum PATH        how many bytes a file has, and their sum
+ *   keep PATH       the same, read past the page cache into memory of its own, which it keeps until the connection's end
  *   write PATH TEXT writes into a file, answers "ok" or the error
  *   list PATH       a directory's entries, one a line
  *   load MODULE     loads one and what it needs, answers like write
@@ -29,6 +30,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
@@ -181,6 +183,20 @@ static void sum(int from, int peer) {
     dprintf(peer, "%lu %lu\n", total, all);
 }
 
+static void keep(int peer, const char *path) {
+    int file = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
+    off_t size = file < 0 ? -1 : lseek(file, 0, SEEK_END);
+    unsigned char *bytes = size <= 0 ? MAP_FAILED
+        : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (bytes == MAP_FAILED) { answer(peer, errno); return; }
+    off_t total = 0;
+    unsigned long all = 0;
+    for (ssize_t count; (count = pread(file, bytes + total, size - total, total)) > 0;) total += count;
+    for (off_t at = 0; at < total; at++) all += bytes[at];
+    dprintf(peer, "%lu %lu\n", (unsigned long)total, all);
+    while (read(peer, bytes, 1) > 0) {}
+}
+
 static void serve(int peer) {
     char line[512];
     size_t length = 0;
@@ -198,6 +214,7 @@ static void serve(int peer) {
     else if (!strcmp(verb, "source")) source(peer, atol(first));
     else if (!strcmp(verb, "read")) show_file(peer, first);
     else if (!strcmp(verb, "sum")) sum(open(first, O_RDONLY | O_CLOEXEC), peer);
+    else if (!strcmp(verb, "keep")) keep(peer, first);
     else if (!strcmp(verb, "list")) list(peer, first);
     else if (!strcmp(verb, "load")) answer(peer, load_with_needs(first));
     else if (!strcmp(verb, "dial")) answer(peer, connect_to_host(atoi(first)));

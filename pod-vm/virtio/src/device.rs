@@ -69,6 +69,10 @@ pub trait Device: Send {
     fn features(&self) -> u64;
     /// Its configuration, as the guest reads it; what lies beyond is zero.
     fn configuration(&self) -> &[u8];
+    /// Another number each time that the configuration has changed.
+    fn generation(&self) -> u32 {
+        0
+    }
     /// The guest's driver begins, with these features.
     fn begin(&mut self, features: u64) -> Result<(), Misuse>;
     /// The guest's driver has gone: nothing is left of what it asked for.
@@ -223,7 +227,7 @@ impl Buffers {
 
     /// Calls `copy` with each part of the guest's memory that holds the bytes from `from` on, at most `length` of them, and with how many were
     /// before it. Gives their number.
-    fn each(
+    pub(crate) fn each(
         &self,
         memory: &Memory,
         writable: bool,

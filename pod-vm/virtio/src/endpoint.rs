@@ -43,6 +43,11 @@ impl Endpoint {
         &*self.device
     }
 
+    /// The guest has more memory, or less. What a driver has put into queues lies in both.
+    pub fn set_memory(&mut self, memory: Memory) {
+        self.memory = memory;
+    }
+
     /// What was negotiated.
     pub fn negotiated(&self) -> Negotiated {
         self.negotiated

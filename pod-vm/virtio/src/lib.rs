@@ -7,9 +7,11 @@
 //! | `device.rs` | what a device is: queues, interrupts, buffers |
 //! | `endpoint.rs` | a device with what was negotiated with the guest's driver |
 //! | `transport/` | how a guest finds devices and speaks with them |
+//! | `balloon/` | memory that the guest does not use |
 //! | `block/` | a disk: a file or a block device |
 //! | `entropy/` | random bytes |
 //! | `fs/` | a share: requests are passed on to a file server that never sees the guest's memory |
+//! | `mem/` | memory that comes and goes |
 //! | `net/` | a network interface: a tap |
 //! | `vsock/` | the guest's ports as unix sockets of the host |
 //!
@@ -22,6 +24,7 @@
 //! - State that has to survive a device's threads and descriptors is in plain structs ([`endpoint::Negotiated`], `virtio_queue::QueueState`, each
 //!   device's `State`).
 
+pub mod balloon;
 pub mod block;
 pub mod device;
 #[cfg(test)]
@@ -29,6 +32,7 @@ mod driver;
 pub mod endpoint;
 pub mod entropy;
 pub mod fs;
+pub mod mem;
 pub mod net;
 pub mod sys;
 pub mod transport;

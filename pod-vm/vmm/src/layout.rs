@@ -58,6 +58,13 @@ pub(crate) fn memory(size: u64) -> Vec<(GuestAddress, usize)> {
     ranges
 }
 
+/// Where memory lies that a guest gets later: above all that it begins with, and above the hole.
+pub(crate) fn growth(size: u64) -> u64 {
+    const GIGABYTE: u64 = 1 << 30;
+    let high = size.saturating_sub(HOLE.begin);
+    (HOLE.begin + HOLE.length + high).next_multiple_of(GIGABYTE)
+}
+
 /// The memory map of a guest with that much memory.
 pub(crate) fn map(size: u64) -> Vec<(Range, bool)> {
     let low = size.min(HOLE.begin);
@@ -90,6 +97,7 @@ mod tests {
             let map = map(size);
             let usable: u64 = map.iter().filter(|(_, usable)| *usable).map(|(range, _)| range.length).sum();
             assert_eq!(usable + MEBIBYTE - RESERVED, size);
+            assert!(map.iter().all(|(range, _)| range.begin + range.length <= growth(size)));
             assert!(map.windows(2).all(|pair| pair[0].0.begin + pair[0].0.length <= pair[1].0.begin));
         }
     }

@@ -66,6 +66,8 @@ pub(crate) fn call_with(
     }
 }
 
+/// `KVM_SET_USER_MEMORY_REGION` (linux/kvm.h)
+pub(crate) const ADD_MEMORY: u64 = 0x4020_ae46;
 /// `TUNSETVNETHDRSZ` and `TUNSETOFFLOAD` (linux/if_tun.h).
 const TAP_SET_HEADER: libc::c_ulong = 0x4004_54d8;
 pub(crate) const TAP_SET_OFFLOAD: libc::c_ulong = 0x4004_54d0;

@@ -9,7 +9,7 @@ use podvisor_hypervisor::console::{Console, Tail};
 use podvisor_hypervisor::failure::{Failure, one_line};
 use podvisor_hypervisor::keeper::{Answer, Machine, Outcome};
 use podvisor_hypervisor::process::Process;
-use podvisor_hypervisor::request;
+use podvisor_hypervisor::request::{self, MEMORY_STEP};
 use podvisor_hypervisor::verdict::{of_process, panic_in};
 use podvisor_proto::hypervisor::{
     Check, Done, EndReason, Ended, ErrorCode, Reply, Request, Start, Started, event, reply, request::Verb,
@@ -151,9 +151,21 @@ impl Up {
                 let limit = self.start.cpus_limit;
                 Some(Err(Failure::invalid(format!("there must be 1 to {limit} processors"))))
             }
-            Verb::SetMemory(wanted) if wanted.bytes == self.start.memory => Some(done),
-            Verb::SetMemory(_) => {
+            Verb::SetMemory(wanted)
+                if self.start.memory_limit == self.start.memory && wanted.bytes == self.start.memory =>
+            {
+                Some(done)
+            }
+            Verb::SetMemory(_) if self.start.memory_limit == self.start.memory => {
                 Some(Err(Failure::unsupported("this machine was started with memory that cannot change")))
+            }
+            Verb::SetMemory(wanted) => {
+                let (least, most) = (self.start.memory, self.start.memory_limit);
+                if !wanted.bytes.is_multiple_of(MEMORY_STEP) || !(least..=most).contains(&wanted.bytes) {
+                    let limits = format!("memory must be a multiple of 2 MiB from {least} to {most} bytes");
+                    return Some(Err(Failure::invalid(limits)));
+                }
+                self.plug(request, verb).err().map(Err)
             }
             _ if !self.start.plugs => {
                 Some(Err(Failure::unsupported("nothing can be plugged into, or out of, this machine")))
@@ -248,8 +260,10 @@ impl Machine for Up {
                     let detail = one_line(&error.detail);
                     answers.push((reply.id, Err(Failure { code: ErrorCode::Failed, detail })));
                 }
-                Some(reply::Result::Done(done)) if self.was_asked(reply.id) => {
-                    answers.push((reply.id, Ok(reply::Result::Done(done))));
+                Some(result @ (reply::Result::Done(_) | reply::Result::Resized(_)))
+                    if self.was_asked(reply.id) =>
+                {
+                    answers.push((reply.id, Ok(result)));
                 }
                 Some(reply::Result::Error(error)) if self.was_asked(reply.id) => {
                     let failure = Failure { code: error.code(), detail: one_line(&error.detail) };
@@ -298,8 +312,6 @@ fn check(mut start: Start) -> Result<Start, Failure> {
     if start.cpus_limit > MOST_PROCESSORS {
         return Err(Failure::unsupported(format!("a machine has at most {MOST_PROCESSORS} processors")));
     }
-    // It is started all the same, and says in its answer that it cannot grow.
-    start.memory_limit = start.memory;
     Ok(start)
 }
 

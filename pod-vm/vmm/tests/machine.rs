@@ -15,7 +15,7 @@ use std::path::Path;
 
 use lab::{Hypervisor, Namespace, Suite, eventually};
 use podvisor_proto::hypervisor::{
-    AddDisk, Check, Disk, EndReason, ErrorCode, Network, SetCpus, SetMemory, Start, Started, Stop,
+    AddDisk, Check, Disk, EndReason, ErrorCode, Network, SetCpus, SetMemory, Start, Started, Stop, reply,
     request::Verb,
 };
 
@@ -176,6 +176,74 @@ fn kvm_processors() {
     hypervisor.done(Verb::Stop(Stop {}));
     assert!(!Path::new(&format!("/proc/{}", started.pid)).exists(), "it is gone when that is answered");
     assert!(hypervisor.finish(started.pid).success());
+}
+
+fn total_memory(hypervisor: &Hypervisor) -> u64 {
+    let text = hypervisor.tell("read /proc/meminfo");
+    let line = text.lines().find(|line| line.starts_with("MemTotal:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+/// A disk's content in the guest's memory, its length and sum, and the connection until whose end it stays there.
+fn kept(hypervisor: &Hypervisor, device: &str) -> (UnixStream, String) {
+    let mut guest = hypervisor.guest(&format!("keep /dev/{device}"));
+    let (mut answer, mut byte) = (String::new(), [0]);
+    while guest.read(&mut byte).unwrap() == 1 && byte != *b"\n" {
+        answer.push(byte[0].into());
+    }
+    (guest, answer)
+}
+
+/// Both kernels, up and down and up again; a disk that is read into memory that was added.
+#[test]
+#[ignore = "runs in the lab: make test-lab"]
+fn kvm_memory_grows_and_shrinks() {
+    const MIB: u64 = 1 << 20;
+    for suite in [Suite::Bookworm, Suite::Backports] {
+        let mut hypervisor = Hypervisor::new(&[]);
+        let mut start = Start { memory_limit: 1024 * MIB, ..start(&hypervisor, suite) };
+        fs::write(hypervisor.path("image"), vec![7; 300 << 20]).unwrap();
+        let sum = format!("{} {}", 300 << 20, 7u64 * (300 << 20));
+        let path = hypervisor.path("image").to_str().unwrap().to_owned();
+        start.disks.push(Disk { serial: "image".into(), path, read_only: true });
+        let started = hypervisor.begin(start);
+        assert_eq!(started.memory_limit, 1024 * MIB);
+        let set = |hypervisor: &mut Hypervisor, mib: u64| match hypervisor
+            .ask(Verb::SetMemory(SetMemory { bytes: mib * MIB }))
+        {
+            Ok(reply::Result::Resized(is)) => is.memory / MIB,
+            other => panic!("expected Resized, got {other:?}"),
+        };
+        let before = total_memory(&hypervisor);
+        assert_eq!(hypervisor.tell("load virtio_mem"), "ok");
+        assert_eq!(set(&mut hypervisor, 700), 700);
+        let grown = total_memory(&hypervisor);
+        assert!(grown > before + 430 * MIB, "{before} {grown}");
+        let device = hypervisor.tell("disk image");
+        assert_eq!(kept(&hypervisor, &device).1, sum);
+        let left = set(&mut hypervisor, 256);
+        assert!((256..700).contains(&left), "{left}");
+        assert_eq!(set(&mut hypervisor, 1024), 1024);
+        assert!(total_memory(&hypervisor) > grown);
+        for bytes in [128 * MIB, 1026 * MIB, 512 * MIB + 4096] {
+            let refused = hypervisor.refused(Verb::SetMemory(SetMemory { bytes }));
+            assert_eq!(refused.0, ErrorCode::Invalid);
+        }
+        // What the guest does not use any more is the host's again.
+        let resident = || {
+            let status = fs::read_to_string(format!("/proc/{}/status", started.pid)).unwrap();
+            let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+        };
+        assert_eq!(hypervisor.tell("load virtio_balloon"), "ok");
+        let keeper = kept(&hypervisor, &device);
+        let used = resident();
+        assert!(keeper.1 == sum && used > 300, "{} {used} MiB", keeper.1);
+        drop(keeper);
+        eventually("the guest gives memory back", || resident() + 200 < used);
+        hypervisor.done(Verb::Stop(Stop {}));
+        hypervisor.finish(started.pid);
+    }
 }
 
 #[test]

@@ -145,7 +145,7 @@ impl Registers {
             STATUS => self.attached.with(|endpoint, _| endpoint.negotiated().status).into(),
             // No shared memory: its length is all ones.
             0xb0 | 0xb4 | 0xb8 | 0xbc => u32::MAX,
-            // The generation of a configuration that never changes, and everything else.
+            0xfc => self.attached.with(|endpoint, _| endpoint.device().generation()),
             _ => 0,
         }
     }

@@ -7,7 +7,7 @@ use seccompiler::{
     SeccompRule, apply_filter,
 };
 
-use crate::sys::TAP_SET_OFFLOAD;
+use crate::sys::{ADD_MEMORY, TAP_SET_OFFLOAD};
 
 /// Why system calls could not be restricted.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +106,8 @@ impl Role {
     /// What it may ask of devices of the host.
     fn requests(self) -> &'static [u64] {
         match self {
+            // Of this process's own memory the guest may get more.
+            Self::Main => &[ADD_MEMORY],
             Self::Processor => &[KVM_RUN, TAP_SET_OFFLOAD],
             _ => &[],
         }
@@ -231,8 +233,9 @@ mod tests {
             let processor = *role == Role::Processor;
             assert_eq!(killed(libc::SYS_ioctl, 1, KVM_RUN), !processor);
             assert_eq!(killed(libc::SYS_ioctl, 1, TAP_SET_OFFLOAD), !processor);
-            // KVM_CREATE_VM, KVM_SET_USER_MEMORY_REGION, TUNSETIFF, TIOCSTI
-            for forbidden in [0xae01, 0x4020_ae46, 0x4004_54ca, 0x5412] {
+            assert_eq!(killed(libc::SYS_ioctl, 1, ADD_MEMORY), *role != Role::Main);
+            // KVM_CREATE_VM, KVM_SET_GSI_ROUTING, TUNSETIFF, TIOCSTI
+            for forbidden in [0xae01, 0x4008_ae6a, 0x4004_54ca, 0x5412] {
                 assert!(killed(libc::SYS_ioctl, 1, forbidden), "{role:?} {forbidden:#x}");
             }
         }

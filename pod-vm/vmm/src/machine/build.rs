@@ -6,8 +6,10 @@ use std::sync::Arc;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use podvisor_proto::hypervisor::Start;
+use podvisor_virtio::balloon::Balloon;
 use podvisor_virtio::device::Memory;
 use podvisor_virtio::entropy::Entropy;
+use podvisor_virtio::mem::{LARGE_BLOCK, Reserve, Size};
 use podvisor_virtio::vsock::{Muxer, Vsock};
 use vm_memory::{GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -17,6 +19,7 @@ use super::bus::Bus;
 use super::console::Console;
 use super::devices::Devices;
 use super::ending::Ending;
+use super::growth::{Growth, Region};
 use super::parts::Parts;
 use super::transport::{Mmio, Transport};
 use crate::boot::{self, acpi, elf, pvh};
@@ -26,26 +29,33 @@ use crate::{cpu, sys};
 /// Words for the kernel, before those of the request. A guest that begins anew or panics ends its machine, by a triple fault.
 const KERNEL_WORDS: &str = "console=ttyS0 quiet reboot=t panic=-1 random.trust_cpu=on no5lvl cryptomgr.notests=1 8250.nr_uarts=1 pci=off";
 
+/// What a guest does with memory that is added: uses it at once, so that it can be given back as far as possible, and keeps the administration of it
+/// in it. Memory beyond 4 GiB is no reason to set some aside for devices that reach no further: there are none.
+const MEMORY_WORDS: &str = "memhp_default_state=online memory_hotplug.online_policy=auto-movable memory_hotplug.memmap_on_memory=1 swiotlb=noforce";
+
 /// What KVM has to be able to do: each with what it is for.
 const NEEDED: [Cap; 6] =
     [Cap::Irqchip, Cap::Irqfd, Cap::Ioeventfd, Cap::UserMemory, Cap::ExtCpuid, Cap::TscDeadlineTimer];
 
-/// Devices that every machine has: entropy and vsock.
-const OWN_DEVICES: usize = 2;
+/// Devices that every machine has: entropy, vsock and balloon.
+const OWN_DEVICES: usize = 3;
 /// Threads that serve disks which come later. None can be started when the machine runs.
 const SPARE_DISK_THREADS: usize = 4;
 
 /// A machine that does not run yet.
 pub(crate) struct Machine {
-    pub(crate) vm: VmFd,
+    /// Unless `growth` has it.
+    pub(crate) vm: Option<VmFd>,
     pub(crate) vcpus: Vec<VcpuFd>,
     pub(crate) bus: Bus,
     pub(crate) ending: Arc<Ending>,
     pub(crate) devices: Devices,
-    /// A driver has said how far it is.
+    /// `None`: the memory stays as it is.
+    pub(crate) growth: Option<Growth>,
+    /// A driver has said how far it is, or has taken memory.
     pub(crate) news: EventFd,
     /// Bytes.
-    pub(crate) memory: u64,
+    pub(crate) memory_limit: u64,
     /// Devices can be added.
     pub(crate) plugs: bool,
 }
@@ -60,7 +70,8 @@ pub(crate) fn build(start: &Start, parts: Parts, link: OwnedFd) -> Result<Machin
 
     // Disks wait for the host's: each is served by a thread of its own, all else by one.
     let spare_disks = if start.plugs { SPARE_DISK_THREADS } else { 0 };
-    let own = OWN_DEVICES + shares.len() + disks.len() + networks.len();
+    let grows = start.memory_limit > start.memory;
+    let own = OWN_DEVICES + usize::from(grows) + shares.len() + disks.len() + networks.len();
     let places = if start.plugs { own.max(Mmio::PLACES) } else { own };
     let news = event()?;
     let told = news.try_clone().map_err(MachineError::Descriptors)?;
@@ -70,6 +81,8 @@ pub(crate) fn build(start: &Start, parts: Parts, link: OwnedFd) -> Result<Machin
     let muxer = Muxer::new(vsock)
         .map_err(|error| MachineError::Device("vsock".to_owned(), std::io::Error::other(error)))?;
     devices.add_own(Vsock::new(muxer))?;
+    devices.add_own(Balloon::default())?;
+    let reserve = if grows { Some(reserve(start, &memory, &news, &mut devices)?) } else { None };
     for (share, socket) in shares {
         devices.add_share(&share, socket)?;
     }
@@ -86,7 +99,12 @@ pub(crate) fn build(start: &Start, parts: Parts, link: OwnedFd) -> Result<Machin
     let vcpus = processors_of(&vm, &memory, &supported, processors, entry)?;
     let ending = Arc::new(Ending::new(link, console.clone()));
     let bus = Bus::new(transport, console, Arc::clone(&ending));
-    Ok(Machine { vm, vcpus, bus, ending, devices, news, memory: start.memory, plugs: start.plugs })
+    let limit = start.memory_limit;
+    let (vm, growth) = match reserve {
+        Some((region, size)) => (None, Some(Growth::new(vm, region, size, start.memory))),
+        None => (Some(vm), None),
+    };
+    Ok(Machine { vm, vcpus, bus, ending, devices, growth, news, memory_limit: limit, plugs: start.plugs })
 }
 
 fn kvm_failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError {
@@ -139,6 +157,24 @@ fn memory(vm: &VmFd, size: u64) -> Result<Memory, MachineError> {
     Ok(memory)
 }
 
+/// The device for memory that comes later.
+fn reserve(
+    start: &Start,
+    memory: &Memory,
+    news: &EventFd,
+    devices: &mut Devices,
+) -> Result<(Region, Arc<Size>), MachineError> {
+    let told = news.try_clone().map_err(MachineError::Descriptors)?;
+    let size = Arc::new(Size::new(told).map_err(MachineError::Descriptors)?);
+    let region = Region {
+        begin: layout::growth(start.memory),
+        length: (start.memory_limit - start.memory).next_multiple_of(LARGE_BLOCK),
+        slot: u32::try_from(memory.num_regions()).unwrap_or(u32::MAX),
+    };
+    devices.add_own(Reserve::new(region.begin, region.length, Arc::clone(&size)))?;
+    Ok((region, size))
+}
+
 /// Puts everything that the first processor finds into memory; gives its entry.
 fn load(
     start: &Start,
@@ -155,6 +191,9 @@ fn load(
     boot::load(memory, "initramfs", initramfs, 0, place.begin, length)?;
     let rsdp = acpi::write(memory, &acpi::Tables { processors, devices })?;
     let mut words = KERNEL_WORDS.to_owned();
+    if start.memory_limit > start.memory {
+        words = format!("{words} {MEMORY_WORDS}");
+    }
     if start.cpus_limit > start.cpus {
         // The others are there and not used until the agent says so.
         words = format!("{words} maxcpus={}", start.cpus);

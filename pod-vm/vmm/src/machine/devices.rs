@@ -72,6 +72,19 @@ impl Devices {
         (Arc::clone(&self.quick), self.disks.clone())
     }
 
+    /// The guest's memory.
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// From now on the guest's memory is this, for the devices that there are and those that come.
+    pub(crate) fn set_memory(&mut self, memory: &Memory) {
+        self.memory = memory.clone();
+        for worker in self.disks.iter().chain([&self.quick]) {
+            worker.each(|device| device.with(|endpoint, _| endpoint.set_memory(memory.clone())));
+        }
+    }
+
     fn put(&mut self, worker: &Arc<Worker>, device: Box<dyn Device>) -> Result<usize, MachineError> {
         let endpoint = Endpoint::new(device, self.memory.clone())?;
         let (place, attached) = self.transport.attach(endpoint).ok_or(MachineError::Full)?;

@@ -6,6 +6,7 @@
 //! | `parts.rs` | what it gets |
 //! | `build.rs` | from those to a machine that can run |
 //! | `devices.rs` | devices that come and go |
+//! | `growth.rs` | memory that comes and goes |
 //! | `bus.rs`, `transport.rs` | what processors reach besides memory |
 //! | `console.rs` | the serial port |
 //! | `workers.rs` | threads that serve devices |
@@ -16,6 +17,7 @@ pub(crate) mod bus;
 pub(crate) mod console;
 mod devices;
 pub(crate) mod ending;
+mod growth;
 pub(crate) mod parts;
 pub(crate) mod transport;
 mod workers;
@@ -36,6 +38,7 @@ use crate::confine::{self, ConfineError, Role};
 use crate::{cpu, handover};
 use devices::Devices;
 use ending::Ending;
+use growth::Growth;
 use parts::Parts;
 
 /// Why there is no machine.
@@ -115,13 +118,14 @@ pub(crate) fn run(link: OwnedFd) -> Result<(), LinkError> {
 struct Running {
     ending: Arc<Ending>,
     devices: Devices,
+    growth: Option<Growth>,
     news: EventFd,
     plugs: bool,
 }
 
 /// Starts all threads, confines them, says so, and lets the processors run.
 fn begin(machine: build::Machine, request: u64) -> Result<Running, MachineError> {
-    let build::Machine { vm, vcpus, bus, ending, devices, news, memory, plugs } = machine;
+    let build::Machine { vm, vcpus, bus, ending, devices, growth, news, memory_limit, plugs } = machine;
     let filters = confine::filters().map_err(ConfineError::from)?;
     let (bus, filters) = (Arc::new(bus), Arc::new(filters));
     let ready = Arc::new(Barrier::new(vcpus.len() + 1));
@@ -166,14 +170,14 @@ fn begin(machine: build::Machine, request: u64) -> Result<Running, MachineError>
             adds_disks: plugs,
             adds_networks: plugs,
             cpus_limit: cpus,
-            memory_limit: memory,
+            memory_limit,
             ..Started::default()
         }),
     );
     // The machine's descriptor lives as long as the process.
     std::mem::forget(vm);
     ready.wait();
-    Ok(Running { ending, devices, news, plugs })
+    Ok(Running { ending, devices, growth, news, plugs })
 }
 
 impl Running {
@@ -184,7 +188,11 @@ impl Running {
             for (request, outcome) in self.devices.removed() {
                 self.answer(request, outcome);
             }
-            let timeout = self.devices.deadline().map(|deadline| {
+            if let Some((request, outcome)) = self.growth.as_mut().and_then(Growth::advance) {
+                self.tell(request, outcome);
+            }
+            let growth = self.growth.as_ref().and_then(Growth::deadline);
+            let timeout = self.devices.deadline().into_iter().chain(growth).min().map(|deadline| {
                 let left = deadline.saturating_duration_since(Instant::now());
                 // Less than a minute.
                 Timespec {
@@ -216,6 +224,13 @@ impl Running {
                 self.ending.send(id, reply::Result::Done(Done {}));
                 true
             }
+            Ok(Request { id, verb: Some(Verb::SetMemory(wanted)) }) => {
+                let Self { growth: Some(growth), devices, .. } = self else { return false };
+                if let Some(outcome) = growth.set(id, wanted.bytes, devices) {
+                    self.tell(id, outcome);
+                }
+                true
+            }
             Ok(Request { id, verb: Some(verb) }) if self.plugs => {
                 match self.devices.change(id, verb, descriptors) {
                     Ok(true) => self.answer(id, Ok(())),
@@ -229,10 +244,11 @@ impl Running {
     }
 
     fn answer(&self, request: u64, outcome: Result<(), Failure>) {
-        let result = match outcome {
-            Ok(()) => reply::Result::Done(Done {}),
-            Err(failure) => reply::Result::Error(failure.into()),
-        };
+        self.tell(request, outcome.map(|()| reply::Result::Done(Done {})));
+    }
+
+    fn tell(&self, request: u64, outcome: Result<reply::Result, Failure>) {
+        let result = outcome.unwrap_or_else(|failure| reply::Result::Error(failure.into()));
         self.ending.send(request, result);
     }
 }

@@ -38,6 +38,12 @@ impl Worker {
         self.with(|devices| devices.len())
     }
 
+    /// Calls `look` with each of them.
+    pub(crate) fn each(&self, look: impl FnMut(&Attached)) {
+        let devices: Vec<Attached> = self.with(|devices| devices.values().cloned().collect());
+        devices.iter().for_each(look);
+    }
+
     /// Watches all that belongs to a device from now on.
     pub(crate) fn add(&self, place: usize, device: Attached) -> io::Result<()> {
         self.with(|devices| devices.insert(place, device.clone()));
