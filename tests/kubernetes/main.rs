@@ -1,7 +1,7 @@
 //! Kubernetes on podvisor: a control plane that was built from its own modules, started by kubeadm, every image through a mirror, offline.
 //!
 //! `make test-kubernetes` builds what it takes and runs all of it. Each test says which cluster it wants; those that agree share one, and
-//! the last act of a cluster is `kubeadm reset`. Only `runtime.rs` knows what is below kubelet: with `RUNTIME=containerd` the tests that
+//! the last act of a cluster is `kubeadm reset`. A few of them also run in `make test` where Kubernetes has been built already. Only `runtime.rs` knows what is below kubelet: with `RUNTIME=containerd` the tests that
 //! hold for every runtime run on the peer.
 
 mod bring_up;
@@ -16,7 +16,7 @@ mod services;
 mod trust;
 mod workloads;
 
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -30,7 +30,23 @@ use cluster::{Cluster, Settings};
 /// machines that test are slow.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
 
-const WHY: &str = "needs Kubernetes: make test-kubernetes";
+/// Why a test does not run in `make test`.
+const LONG: &str = "needs Kubernetes: make test-kubernetes";
+
+/// Why one that could does not.
+const NOT_BUILT: &str = "Kubernetes is not built: make kubernetes";
+
+/// The tests that `make test` runs where Kubernetes has been built.
+const SHORT: [&str; 8] = [
+    "bring_up::with_another_repository_for_both",
+    "bring_up::with_another_repository_for_kubeadm",
+    "bring_up::with_another_repository_for_the_runtime",
+    "bring_up::with_neither",
+    "bring_up::says_what_was_tried",
+    "trust::by_annotation_and_runtime_class",
+    "services::join_three_pods_of_both_kinds",
+    "restarts::nobody_notices_once",
+];
 
 /// Asks `probe` again and again until it is `Ok`; after [`PATIENCE`] its last error is the result.
 pub(crate) fn until<T>(what: &str, mut probe: impl FnMut() -> Result<T>) -> Result<T> {
@@ -89,7 +105,10 @@ fn down(cluster: &mut Option<Cluster>) -> Result<()> {
 pub(crate) struct Tests {
     shared: Arc<Shared>,
     trials: Vec<Trial>,
-    names: Vec<String>,
+    /// Whether the short ones run.
+    built: bool,
+    /// Those that do not run unless they are asked for, and why.
+    skipped: Vec<(String, &'static str)>,
 }
 
 impl Tests {
@@ -112,13 +131,33 @@ impl Tests {
         let trial = Trial::test(name, move || {
             shared.run(&title, &settings, test).map_err(|error| Failed::from(format!("{error:#}")))
         });
-        self.trials.push(trial.with_ignored_flag(true));
-        self.names.push(name.to_owned());
+        self.push(name, trial);
+    }
+
+    fn push(&mut self, name: &str, trial: Trial) {
+        let why = match SHORT.contains(&name) {
+            true if self.built => None,
+            true => Some(NOT_BUILT),
+            false => Some(LONG),
+        };
+        self.trials.push(trial.with_ignored_flag(why.is_some()));
+        self.skipped.extend(why.map(|why| (name.to_owned(), why)));
     }
 }
 
+/// Whether everything that `make kubernetes` makes is there, from these very sources.
+fn is_built() -> bool {
+    let script = podvisor_critest::project_dir().join("tests/kubernetes/build");
+    let built = Command::new(script).arg("--cached").stdin(Stdio::null()).stderr(Stdio::null()).status();
+    built.is_ok_and(|status| status.success())
+}
+
 fn main() -> ExitCode {
-    let mut tests = Tests::default();
+    let mut arguments = Arguments::from_args();
+    // They share a cluster, and what one does to it must not be what another one sees.
+    arguments.test_threads = Some(1);
+    let usual = !arguments.ignored && !arguments.include_ignored;
+    let mut tests = Tests { built: usual && is_built(), ..Tests::default() };
     bring_up::add(&mut tests);
     workloads::add(&mut tests);
     trust::add(&mut tests);
@@ -129,11 +168,8 @@ fn main() -> ExitCode {
     tests.add_reset();
     figures::add_without_cri(&mut tests);
     trust::add_untrusted(&mut tests);
-    let mut arguments = Arguments::from_args();
-    // They share a cluster, and what one does to it must not be what another one sees.
-    arguments.test_threads = Some(1);
-    if !arguments.ignored && !arguments.include_ignored && !arguments.list {
-        tests.names.iter().for_each(|name| println!("skipped {name}: {WHY}"));
+    if usual && !arguments.list {
+        tests.skipped.iter().for_each(|(name, why)| println!("skipped {name}: {why}"));
     }
     let conclusion = libtest_mimic::run(&arguments, tests.trials);
     // Where a filter left out the reset.
@@ -160,7 +196,6 @@ impl Tests {
             }
             shared.down().map_err(|error| Failed::from(format!("{error:#}")))
         });
-        self.trials.push(trial.with_ignored_flag(true));
-        self.names.push(name.to_owned());
+        self.push(name, trial);
     }
 }
