@@ -290,20 +290,22 @@ async fn keeps_the_guest_it_began_with(f: &mut Fixture) -> Result<()> {
 
 async fn dies_and_says_why(f: &mut Fixture) -> Result<()> {
     let (other, untouched) = f.running("other", &ask::waiting("c")).await?;
+    let (hypervisor, process_name) = match machine(f, &other.id).await?["hypervisor"].as_str() {
+        Some(name) if name.starts_with("podvisor-vmm") => ("podvisor-vmm", "the machine"),
+        _ => ("podvisor-qemu", "QEMU"),
+    };
+    let ended = |why: String| format!("the pod's virtual machine ended: {why}");
     for (which, why) in [
-        ("hypervisorPid", "the pod's virtual machine ended: podvisor-qemu was killed by signal 9"),
-        ("fileServerPid", "the pod's virtual machine ended: podvisor-fs was killed by signal 9"),
-        (
-            "pid",
-            "the pod's virtual machine ended: the machine's process was killed: QEMU was killed by SIGKILL",
-        ),
-        ("monitorPid", "the pod's monitor died"),
+        ("hypervisorPid", ended(format!("{hypervisor} was killed by signal 9"))),
+        ("fileServerPid", ended("podvisor-fs was killed by signal 9".to_owned())),
+        ("pid", ended(format!("the machine's process was killed: {process_name} was killed by SIGKILL"))),
+        ("monitorPid", "the pod's monitor died".to_owned()),
     ] {
         let pod = f.pod(&format!("pod-{}", which.to_lowercase())).await?;
         let container = pod.start(&ask::waiting("c")).await?;
         kill_process(process(f, &pod.id, which).await?, Signal::KILL)?;
         let status = f.cri.wait_exited(&container).await.with_context(|| which.to_owned())?;
-        let (first, _) = why.split_once(": ").unwrap_or((why, ""));
+        let (first, _) = why.split_once(": ").unwrap_or((&why, ""));
         ensure!(
             status.exit_code == 137 && status.message.contains(first.trim_end_matches(" ended")),
             "{which}: {status:?}"
@@ -315,7 +317,7 @@ async fn dies_and_says_why(f: &mut Fixture) -> Result<()> {
         })
         .await?;
         let told = info(f, &pod.id).await?;
-        ensure!(told["why"].as_str().is_some_and(|told| told.starts_with(why)), "{which}: {told}");
+        ensure!(told["why"].as_str().is_some_and(|told| told.starts_with(&why)), "{which}: {told}");
         f.cri.stop_pod(&pod.id).await?;
         f.cri.remove_pod(&pod.id).await?;
     }
