@@ -192,6 +192,9 @@ impl Cluster {
                 "volumePluginDir": "/var/lib/kubelet/volumeplugins",
                 // Looks at volumes more often than once a minute.
                 "volumeStatsAggPeriod": "10s",
+                // Logs soon have the size at which they are rotated.
+                "containerLogMaxSize": "1Mi",
+                "containerLogMonitorInterval": "3s",
                 "featureGates": {"PodAndContainerStatsFromCRI": self.settings.stats_from_cri},
                 // What else lies on the machine's disk is not the tests' business.
                 "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},

@@ -6,6 +6,7 @@
 
 mod bring_up;
 mod cluster;
+mod features;
 mod figures;
 mod images;
 mod machine;
@@ -13,6 +14,7 @@ mod pods;
 mod restarts;
 mod runtime;
 mod services;
+mod streams;
 mod trust;
 mod workloads;
 
@@ -160,6 +162,8 @@ fn main() -> ExitCode {
     let mut tests = Tests { built: usual && is_built(), ..Tests::default() };
     bring_up::add(&mut tests);
     workloads::add(&mut tests);
+    streams::add(&mut tests);
+    features::add(&mut tests);
     trust::add(&mut tests);
     services::add(&mut tests);
     figures::add(&mut tests);

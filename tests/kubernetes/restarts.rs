@@ -131,7 +131,13 @@ pub(crate) struct Forward {
 impl Forward {
     /// Starts one to port 8080 of a pod.
     pub(crate) fn to(pod: &str) -> Result<Self> {
+        Self::by("true", pod)
+    }
+
+    /// The same by WebSocket ("true") or SPDY ("false").
+    pub(crate) fn by(web_sockets: &str, pod: &str) -> Result<Self> {
         let mut process = kubectl_command()
+            .env("KUBECTL_PORT_FORWARD_WEBSOCKETS", web_sockets)
             .args(["port-forward", "--address", "127.0.0.1", &format!("pod/{pod}"), ":8080"])
             .stdout(Stdio::piped())
             .spawn()

@@ -28,14 +28,14 @@ pub(crate) fn add(tests: &mut Tests) {
 
 /// Which kind of pod a test is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     Trusted,
     Machine,
 }
 
 impl Kind {
     /// A pod of that kind with this specification.
-    fn pod(self, name: &str, spec: &Value) -> Value {
+    pub(crate) fn pod(self, name: &str, spec: &Value) -> Value {
         let mut pod = json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {"name": name, "labels": {"app": name}},
@@ -53,18 +53,20 @@ impl Kind {
     }
 }
 
-fn each_kind(cluster: &mut Cluster, test: fn(&Cluster, Kind) -> Result<()>) -> Result<()> {
+/// Runs a test with pods of both kinds, one after the other.
+pub(crate) fn each_kind(cluster: &mut Cluster, test: fn(&Cluster, Kind) -> Result<()>) -> Result<()> {
     test(cluster, Kind::Trusted).context("trusted")?;
     // The peer has no machines.
     if is_peer() { Ok(()) } else { test(cluster, Kind::Machine).context("virtual machine") }
 }
 
 /// A container that waits, with more to it.
-fn waits(name: &str, more: &Value) -> Value {
+pub(crate) fn waits(name: &str, more: &Value) -> Value {
     runs(name, "trap exit TERM; while :; do sleep 0.2; done", more)
 }
 
-fn runs(name: &str, script: &str, more: &Value) -> Value {
+/// A container that runs a script, with more to it.
+pub(crate) fn runs(name: &str, script: &str, more: &Value) -> Value {
     let mut container = json!({"name": name, "image": BUSYBOX, "command": ["sh", "-c", script]});
     for (key, value) in more.as_object().into_iter().flatten() {
         container[key] = value.clone();
