@@ -4,11 +4,11 @@
 
 use podvisor_hypervisor::files::DiskFile;
 
-use crate::device::{self, Place, descriptor_set, port_id};
+use crate::device::{self, Place, SLOTS, bridge_id, descriptor_set};
 use crate::plan::{Kind, Plan};
 
-/// Ports of a q35 that are left for what is added later.
-pub(crate) const SPARE_PORTS: usize = 8;
+/// Slots of a q35 that are left at least for what is added later.
+const SPARE_SLOTS: usize = 8;
 
 /// Words for the kernel, before those of the request. A guest that reboots or panics ends its machine (`-no-reboot`).
 const KERNEL_WORDS: &str =
@@ -33,9 +33,15 @@ pub(crate) struct Numbers {
     pub(crate) networks: Vec<i32>,
 }
 
-/// Ports that devices of the request take.
-pub(crate) fn ports_taken(plan: &Plan) -> usize {
-    plan.start.shares.len() + plan.start.disks.len() + plan.start.networks.len()
+/// Bridges of a q35 with slots for the devices of the request and for more.
+fn bridges(plan: &Plan) -> usize {
+    let taken = plan.start.shares.len() + plan.start.disks.len() + plan.start.networks.len();
+    (taken + SPARE_SLOTS).div_ceil(SLOTS)
+}
+
+/// How many devices a q35 can have at the same time.
+pub(crate) fn slots(plan: &Plan) -> usize {
+    bridges(plan) * SLOTS
 }
 
 /// The arguments. `kilohertz`: the time stamp counter's speed, where the guest cannot find out.
@@ -101,12 +107,8 @@ pub(crate) fn arguments(plan: &Plan, numbers: &Numbers, kilohertz: Option<u64>) 
     vsock["chardev"] = "vsock".into();
     line.device(&vsock);
     if plan.kind == Kind::Q35 {
-        for number in 0..ports_taken(plan) + SPARE_PORTS {
-            let slot = number + 1;
-            line.option(
-                "-device",
-                &format!("pcie-root-port,id={},chassis={slot},slot={slot}", port_id(number)),
-            );
+        for number in 0..bridges(plan) {
+            line.option("-device", &format!("pcie-pci-bridge,id={},bus=pcie.0", bridge_id(number)));
         }
     }
     pod_devices(&mut line, plan, numbers);
@@ -130,9 +132,9 @@ fn memory(line: &mut Line, plan: &Plan) {
 
 fn pod_devices(line: &mut Line, plan: &Plan, numbers: &Numbers) {
     let start = &plan.start;
-    let mut ports = 0..;
-    let mut place = || match (plan.kind, ports.next()) {
-        (Kind::Q35, Some(port)) => Place::Port(port),
+    let mut slots = 0..;
+    let mut place = || match (plan.kind, slots.next()) {
+        (Kind::Q35, Some(slot)) => Place::Slot(slot),
         _ => Place::Mmio,
     };
     for (number, (share, descriptor)) in start.shares.iter().zip(&numbers.shares).enumerate() {
@@ -189,8 +191,8 @@ mod tests {
             qmp: 13,
             vsock: 14,
             shares: (20..30).collect(),
-            disks: (30..40).map(file).collect(),
-            networks: (40..50).collect(),
+            disks: (30..62).map(file).collect(),
+            networks: (70..80).collect(),
         };
         arguments(&plan, &numbers, Some(2_000_000)).join(" ")
     }
@@ -225,7 +227,7 @@ mod tests {
             "-add-fd fd=30,set=1",
             r#"{"drive":"disk0-backend","driver":"virtio-blk-device","id":"disk0","serial":"one"}"#,
             r#"{"drive":"disk1-backend","driver":"virtio-blk-device","id":"disk1","serial":"two","share-rw":true}"#,
-            "-netdev tap,id=network0-backend,fd=40,vhost=off",
+            "-netdev tap,id=network0-backend,fd=70,vhost=off",
             r#""host_mtu":1400,"id":"network0","mac":"02:00:00:00:00:01""#,
         ] {
             assert!(line.contains(part), "{part} is not in {line}");
@@ -244,13 +246,25 @@ mod tests {
             " maxcpus=1 ",
             "-m size=268435456B,maxmem=536870912B",
             "virtio-mem-pci,id=grow",
-            "pcie-root-port,id=port11,chassis=12,slot=12",
-            r#""bus":"port0","chardev":"share0-backend","driver":"vhost-user-fs-pci""#,
-            r#""bus":"port2","drive":"disk1-backend","driver":"virtio-blk-pci""#,
-            r#""bus":"port3","driver":"virtio-net-pci""#,
+            "pcie-pci-bridge,id=bridge0,bus=pcie.0",
+            r#"{"addr":"1","bus":"bridge0","chardev":"share0-backend","driver":"vhost-user-fs-pci""#,
+            r#"{"addr":"3","bus":"bridge0","disable-legacy":"on","drive":"disk1-backend","driver":"virtio-blk-pci""#,
+            r#"{"addr":"4","bus":"bridge0","disable-legacy":"on","driver":"virtio-net-pci""#,
         ] {
             assert!(line.contains(part), "{part} is not in {line}");
         }
-        assert!(!line.contains("port12"), "{line}");
+        assert!(!line.contains("bridge1"), "{line}");
+    }
+
+    #[test]
+    fn devices_without_end() {
+        let disk = |number| Disk { serial: format!("disk{number}"), path: "/disk".into(), read_only: true };
+        let line = |disks| line(Start { disks: (0..disks).map(disk).collect(), ..start() });
+        assert!(line(23).contains("bridge0") && !line(23).contains("bridge1"));
+        let many = line(32);
+        assert!(many.contains("id=bridge1") && !many.contains("id=bridge2"), "{many}");
+        for part in [r#"{"addr":"1f","bus":"bridge0""#, r#"{"addr":"1","bus":"bridge1""#] {
+            assert!(many.contains(part), "{part} is not in {many}");
+        }
     }
 }

@@ -10,8 +10,8 @@ pub(crate) enum Place {
     Mmio,
     /// The root bus, for what is never removed.
     Root,
-    /// A port of that number.
-    Port(usize),
+    /// A slot of a bridge, of that number among those of all bridges.
+    Slot(usize),
 }
 
 impl Place {
@@ -20,13 +20,30 @@ impl Place {
         match self {
             Self::Mmio => json!({ "driver": format!("{kind}-device") }),
             Self::Root => json!({ "driver": format!("{kind}-pci"), "bus": "pcie.0", "disable-legacy": "on" }),
-            Self::Port(number) => json!({ "driver": format!("{kind}-pci"), "bus": port_id(number) }),
+            Self::Slot(number) => json!({
+                "driver": format!("{kind}-pci"),
+                "bus": bridge_id(number / SLOTS),
+                // The bridge's own hot-plug controller has the first.
+                "addr": format!("{:x}", number % SLOTS + 1),
+            }),
         }
+    }
+
+    /// A virtio device of a kind that existed before virtio 1.0, which a slot that is not PCI Express's would make speak both.
+    fn old_device(self, kind: &str) -> Value {
+        let mut device = self.device(kind);
+        if matches!(self, Self::Slot(_)) {
+            device["disable-legacy"] = "on".into();
+        }
+        device
     }
 }
 
-pub(crate) fn port_id(number: usize) -> String {
-    format!("port{number}")
+/// Slots of a bridge for devices.
+pub(crate) const SLOTS: usize = 31;
+
+pub(crate) fn bridge_id(number: usize) -> String {
+    format!("bridge{number}")
 }
 
 /// What kinds of devices a pod has.
@@ -62,7 +79,7 @@ pub(crate) fn share(number: usize, share: &Share, place: Place) -> Value {
 }
 
 pub(crate) fn disk(number: usize, disk: &Disk, block_device: bool, place: Place) -> Value {
-    let mut device = place.device("virtio-blk");
+    let mut device = place.old_device("virtio-blk");
     if block_device {
         // Who may have a device of the host's at the same time is not QEMU's to decide: a file it would lock for one machine.
         device["share-rw"] = true.into();
@@ -74,7 +91,7 @@ pub(crate) fn disk(number: usize, disk: &Disk, block_device: bool, place: Place)
 }
 
 pub(crate) fn network(number: usize, network: &Network, place: Place) -> Value {
-    let mut device = place.device("virtio-net");
+    let mut device = place.old_device("virtio-net");
     device["id"] = Kind::Network.id(number).into();
     device["netdev"] = Kind::Network.backend(number).into();
     device["mac"] = network.hardware_address.as_str().into();
@@ -116,13 +133,13 @@ pub(crate) struct Added {
     /// What the pod knows it by: tag, serial or hardware address.
     pub(crate) name: String,
     pub(crate) number: usize,
-    /// Which port it is in, where there are ports.
-    pub(crate) port: usize,
+    /// Which slot it is in, where there are slots.
+    pub(crate) slot: usize,
 }
 
 impl Added {
     pub(crate) fn place(&self) -> Place {
-        Place::Port(self.port)
+        Place::Slot(self.slot)
     }
 
     pub(crate) fn backend(&self) -> String {

@@ -7,7 +7,7 @@ use podvisor_proto::hypervisor::{Disk, Network, Share, request::Verb};
 use serde_json::{Value, json};
 
 use crate::changes::{Change, Outcome, Step};
-use crate::command_line::{SPARE_PORTS, ports_taken};
+use crate::command_line::slots;
 use crate::device::{self, Added, Kind, descriptor_set};
 use crate::plan::{self, Plan};
 
@@ -29,10 +29,10 @@ impl Inventory {
         let networks = start.networks.iter().map(|network| (Kind::Network, &network.hardware_address));
         let mut inventory =
             Self { plan: plan.clone(), devices: Vec::new(), counts: [0; 3], memory: start.memory };
-        // In the order of the command line, which gives each the next port.
-        for (port, (kind, name)) in shares.chain(disks).chain(networks).enumerate() {
+        // In the order of the command line, which gives each the next slot.
+        for (slot, (kind, name)) in shares.chain(disks).chain(networks).enumerate() {
             let number = inventory.number(kind);
-            inventory.devices.push(Added { kind, name: name.clone(), number, port });
+            inventory.devices.push(Added { kind, name: name.clone(), number, slot });
         }
         inventory
     }
@@ -79,12 +79,12 @@ impl Inventory {
         if self.devices.iter().any(|device| device.kind == kind && device.name == name) {
             return Err(Failure::invalid(format!("there is a device {name} already")));
         }
-        let ports = ports_taken(&self.plan) + SPARE_PORTS;
-        let port = (0..ports).find(|port| self.devices.iter().all(|device| device.port != *port));
-        let port = port.ok_or_else(|| {
-            Failure::unsupported(format!("all {ports} ports of this machine have a device in them"))
+        let slots = slots(&self.plan);
+        let slot = (0..slots).find(|slot| self.devices.iter().all(|device| device.slot != *slot));
+        let slot = slot.ok_or_else(|| {
+            Failure::unsupported(format!("all {slots} slots of this machine have a device in them"))
         })?;
-        Ok(Added { kind, name: name.to_owned(), number: self.number(kind), port })
+        Ok(Added { kind, name: name.to_owned(), number: self.number(kind), slot })
     }
 
     fn add_share(&mut self, share: &Share) -> Result<Change, Failure> {
@@ -255,14 +255,16 @@ mod tests {
     }
 
     #[test]
-    fn ports_and_names_are_used_once() {
+    fn slots_and_names_are_used_once() {
+        use crate::device::SLOTS;
+
         let mut inventory = inventory(growing());
         let file = tempfile::NamedTempFile::new().unwrap();
         let add = |serial: &str| {
             let path = file.path().to_str().unwrap().to_owned();
             Verb::AddDisk(AddDisk { disk: Some(Disk { serial: serial.into(), path, read_only: true }) })
         };
-        for number in 0..SPARE_PORTS {
+        for number in 0..SLOTS {
             let change = inventory.change(add(&number.to_string())).unwrap();
             inventory.note(change.outcome);
         }
@@ -274,7 +276,7 @@ mod tests {
         let change = inventory.change(remove("3")).unwrap();
         inventory.note(change.outcome);
         let Outcome::Added(added) = inventory.change(add("another")).unwrap().outcome else { panic!() };
-        // The port of the removed one, and a number of its own.
-        assert_eq!((added.port, added.number), (3, SPARE_PORTS));
+        // The slot of the removed one, and a number of its own.
+        assert_eq!((added.slot, added.number), (3, SLOTS));
     }
 }
