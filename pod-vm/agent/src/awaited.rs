@@ -90,7 +90,15 @@ impl Awaited {
 impl Agent {
     /// Does it now, or as soon as the device is there.
     pub(crate) fn attempt(&mut self, request: u64, wanted: Wanted) -> Answered {
-        match self.try_once(request, &wanted)? {
+        let mut tried = self.try_once(request, &wanted)?;
+        if matches!(tried, Tried::Missing)
+            && let Some(duties) = self.duties.as_mut().filter(|duties| !duties.modules.is_empty())
+        {
+            // Its driver may be one of those that wait.
+            duties.load_all();
+            tried = self.try_once(request, &wanted)?;
+        }
+        match tried {
             Tried::Done => return Ok(Some(reply::Result::Done(Done {}))),
             Tried::Begun => return Ok(None),
             Tried::Missing => {}

@@ -19,6 +19,7 @@
 //! | `init.rs` | the first process of a pid namespace that containers share |
 //! | `places.rs` | devices that no bus announces |
 //! | `pod.rs` | what a guest becomes a pod by: name, randomness, limits |
+//! | `limits.rs` | resource limits that containers inherit |
 //! | `clock.rs` | the guest's clock |
 //! | `size.rs` | memory and processors that come and go |
 //! | `interface.rs` | network interfaces |
@@ -49,6 +50,7 @@ mod exec;
 mod failure;
 mod init;
 mod interface;
+mod limits;
 mod listen;
 mod modules;
 mod netlink;

@@ -17,6 +17,7 @@ use crate::container::PARENT;
 use crate::failure::Failure;
 use crate::init::Init;
 use crate::interface::{self, Interface};
+use crate::limits;
 use crate::size::Began;
 use crate::storage::Storage;
 use crate::sys;
@@ -125,6 +126,7 @@ impl Agent {
             random
                 .and_then(|random| sys::credit_randomness(random.as_fd(), &wanted.seed))
                 .map_err(|error| Failure::system("credit randomness", error))?;
+            limits::inherit(&wanted.limits)?;
         }
         // Without a guest around it these would be the machine's.
         if in_guest || self.pod.namespaces.is_some() {

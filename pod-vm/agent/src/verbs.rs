@@ -17,9 +17,9 @@ pub(crate) fn done(outcome: Result<(), Failure>) -> Answered {
     outcome.map(|()| Some(reply::Result::Done(Done {})))
 }
 
-/// Whether devices and file systems have to be usable for it.
-fn needs_drivers(verb: &Verb) -> bool {
-    matches!(verb, Verb::AddInterface(_) | Verb::AddShare(_) | Verb::AddRoot(_) | Verb::CreateContainer(_))
+/// Whether file systems have to be usable for it that no device asks for.
+fn needs_file_systems(verb: &Verb) -> bool {
+    matches!(verb, Verb::AddRoot(_) | Verb::CreateContainer(_))
 }
 
 impl Agent {
@@ -50,7 +50,7 @@ impl Agent {
     }
 
     fn perform(&mut self, request: u64, verb: Verb) -> Answered {
-        if needs_drivers(&verb)
+        if needs_file_systems(&verb)
             && let Some(duties) = &mut self.duties
         {
             duties.load_all();

@@ -25,6 +25,7 @@ pub(crate) fn add(tests: &mut Tests) {
         Options::default(),
         is_chosen_by_annotation_and_alias,
     );
+    tests.add_with("vm::has_the_limits_of_a_trusted_pod", options(), has_the_limits_of_a_trusted_pod);
     tests.add_with("vm::does_not_notice_the_daemon", options(), does_not_notice_the_daemon);
     tests.add_with("vm::keeps_the_guest_it_began_with", options(), keeps_the_guest_it_began_with);
     tests.add_with("vm::dies_and_says_why", options(), dies_and_says_why);
@@ -204,6 +205,27 @@ async fn is_chosen_by_annotation_and_alias(f: &mut Fixture) -> Result<()> {
     let id = f.cri.run_pod_by(&aliased, "kata").await?;
     ensure!(f.cri.pod_status(&id).await?.runtime_handler == "kata");
     ensure!(machine(f, &id).await?["kernelRelease"].is_string());
+    Ok(())
+}
+
+/// A container whose spec names no resource limits has those of the daemon (setrlimit(2)), wherever it runs.
+async fn has_the_limits_of_a_trusted_pod(f: &mut Fixture) -> Result<()> {
+    const SAME: [&str; 6] =
+        ["open files", "processes", "locked memory", "pending signals", "msgqueue size", "stack size"];
+    let (machine, inside) = f.running("machine", &ask::waiting("c")).await?;
+    let config = f.ask_pod("trusted");
+    fs::create_dir_all(&config.log_directory)?;
+    let trusted = Pod::known(&f.cri.run_pod_by(&config, "runc").await?, &config, &f.cri);
+    let outside = trusted.start(&ask::waiting("c")).await?;
+    let limits = async |container: &str| -> Result<Vec<String>> {
+        let text = f.cri.output(container, &["cat", "/proc/self/limits"]).await?;
+        let of = |what| text.lines().find(|line| line.starts_with(&format!("Max {what}"))).map(str::to_owned);
+        SAME.iter().map(|what| of(what).with_context(|| format!("no {what} in {text}"))).collect()
+    };
+    let (inside, outside) = (limits(&inside).await?, limits(&outside).await?);
+    ensure!(inside == outside, "{inside:#?} in a machine, {outside:#?} on the host");
+    f.cri.stop_pod(&trusted.id).await?;
+    f.cri.stop_pod(&machine.id).await?;
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use podvisor_proto::agent::{self as wire, AddShare, HelloReply, StartInit, reply
 use podvisor_proto::hypervisor::{Share, Started};
 use podvisor_proto::monitor::{self as proto, StartVm, VmStarted};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::Pid;
+use rustix::process::{Pid, Resource, Rlimit, getrlimit};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::agent::{Agent, Outcome, Purpose, confused};
@@ -329,11 +329,28 @@ fn check(request: &StartVm) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What only the moment can give.
+/// Limits that a container on the host has from this process. Where a core file goes is the node's business, so the guest keeps its own
+/// RLIMIT_CORE; the others would bind the agent.
+const LIMITS: [(&str, Resource); 6] = [
+    ("RLIMIT_NOFILE", Resource::Nofile),
+    ("RLIMIT_NPROC", Resource::Nproc),
+    ("RLIMIT_MEMLOCK", Resource::Memlock),
+    ("RLIMIT_SIGPENDING", Resource::Sigpending),
+    ("RLIMIT_MSGQUEUE", Resource::Msgqueue),
+    ("RLIMIT_STACK", Resource::Stack),
+];
+
+/// What only the moment, and this process, can give.
 fn personalise(mut personalise: wire::Personalise) -> Result<wire::Personalise, rustix::io::Errno> {
     let mut seed = [0; SEED];
     let filled = getrandom(&mut seed, GetRandomFlags::empty())?;
     personalise.seed = seed[..filled].to_vec();
     personalise.time_ns = timestamp::nanoseconds();
+    let limits = LIMITS.iter().map(|(name, resource)| {
+        let Rlimit { current, maximum } = getrlimit(*resource);
+        let (soft, hard) = (current.unwrap_or(u64::MAX), maximum.unwrap_or(u64::MAX));
+        wire::ResourceLimit { name: (*name).to_owned(), soft, hard }
+    });
+    personalise.limits = limits.collect();
     Ok(personalise)
 }

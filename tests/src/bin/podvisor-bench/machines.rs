@@ -222,7 +222,13 @@ async fn costs(f: &Fixture) -> Result<()> {
         }
     }
     let files = pids[2].1;
-    f.cri.exec(&container, &["sh", "-c", "cd /files; tail -f * >/dev/null 2>&1 </dev/null &"], 600).await?;
+    f.cri
+        .exec(
+            &container,
+            &["sh", "-c", "ulimit -n $(ulimit -Hn); cd /files; tail -f * >/dev/null 2>&1 </dev/null &"],
+            600,
+        )
+        .await?;
     // A translated guest opens some hundred each second, and fewer on a busy machine.
     let began = Instant::now();
     loop {
