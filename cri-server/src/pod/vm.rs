@@ -326,7 +326,20 @@ fn size(vm: &PinnedVm, resources: Option<&cri::LinuxContainerResources>) -> Size
     Size { memory: memory.next_multiple_of(MEMORY_UNIT), cpus: cpus.clamp(1, vm.max_cpus.max(1)) }
 }
 
-/// What a machine that begins like that can become while it runs. Processors that are not used cost the guest memory, so there are few.
+/// Whether the pod may be resized. One of class BestEffort has no resources, and a resize never changes the class (KEP-1287). kubelet
+/// gives such a pod the fewest shares that there are, 2, in a cgroup of its class.
+fn may_grow(config: &cri::PodSandboxConfig) -> bool {
+    let Some(linux) = &config.linux else { return false };
+    linux.resources.as_ref().is_some_and(|resources| {
+        resources.memory_limit_in_bytes > 0
+            || resources.cpu_quota > 0
+            || resources.cpu_shares > 2
+            || !linux.cgroup_parent.contains("besteffort")
+    })
+}
+
+/// What a machine that begins like that can become while it runs. Processors that are not used cost the guest memory, and a translated one
+/// time, so there are few.
 fn limits(vm: &PinnedVm, size: Size) -> Size {
     const FEW: u32 = 4;
     let memory = if vm.plugs { vm.max_memory.saturating_add(vm.guest_reserve) } else { 0 };
@@ -449,7 +462,7 @@ fn request(
         mtu: interface.mtu,
     });
     let cgroup_procs = cgroup_procs(node, record)?;
-    let limits = limits(vm, size);
+    let limits = if may_grow(config) { limits(vm, size) } else { size };
     let machine = Start {
         kernel: text(&vm.kernel),
         initramfs: text(&vm.initramfs),
@@ -606,6 +619,32 @@ mod tests {
         assert_eq!(sized(1 << 30, 250_000, 100_000), (1024 + 128, 3));
         assert_eq!(sized(1 << 30, 9_000_000, 100_000).1, 8);
         assert_eq!(size(&vm(), None), Size { memory: 640 * MIB, cpus: 1 });
+    }
+
+    #[test]
+    fn who_has_nothing_never_grows() {
+        let grows = |cgroup_parent: &str, resources: Option<cri::LinuxContainerResources>| {
+            let linux = cri::LinuxPodSandboxConfig {
+                cgroup_parent: cgroup_parent.to_owned(),
+                resources,
+                ..Default::default()
+            };
+            may_grow(&cri::PodSandboxConfig { linux: Some(linux), ..Default::default() })
+        };
+        let shares = |cpu_shares| Some(cri::LinuxContainerResources { cpu_shares, ..Default::default() });
+        let memory =
+            Some(cri::LinuxContainerResources { memory_limit_in_bytes: 1 << 28, ..Default::default() });
+        for parent in ["/kubepods/besteffort/pod1", "kubepods-besteffort-pod1.slice"] {
+            assert!(!grows(parent, shares(2)));
+            assert!(!grows(parent, None));
+        }
+        // With a memory request alone there is nothing else to see it by.
+        assert!(grows("/kubepods/burstable/pod1", shares(2)));
+        assert!(grows("kubepods-burstable-pod1.slice", shares(102)));
+        assert!(grows("", shares(102)));
+        assert!(grows("", memory));
+        assert!(!grows("", None));
+        assert!(!may_grow(&cri::PodSandboxConfig::default()));
     }
 
     #[test]
