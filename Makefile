@@ -4,7 +4,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 CRITEST := $(TARGET)/release/podvisor-critest
 
 .PHONY: all packages deps build deb images kernels guest test lint critest lab critest-lab test-lab demo bench clean
-.PHONY: critest-vm critest-orders critest-peer test-gvisor kubernetes test-kubernetes fuzz
+.PHONY: critest-vm critest-lab-vm critest-orders critest-peer test-gvisor kubernetes test-kubernetes fuzz
 .PHONY: bench-peers bench-pull bench-fs bench-load test-faults
 
 all: build
@@ -103,6 +103,12 @@ IN_LAB := tests/lab/run --lsm landlock,apparmor --memory 4G --time-limit 3600
 critest-lab: deps images lab
 	$(IN_LAB) -- $(CRITEST) sandbox -- $(CRITEST) run --expected critest/expected/lab-cgroupfs.txt $(ARGUMENTS)
 	$(IN_LAB) --systemd -- $(CRITEST) machine -- $(CRITEST) run --expected critest/expected/lab-systemd.txt $(ARGUMENTS)
+
+# The same with every pod a machine of podvisor-vmm's, on the lab's KVM; compared with the list of the machines by QEMU (`make critest-vm`).
+# One processor for the lab, as in tests/lab/test.
+IN_LAB_VM := tests/lab/run --cpus 1 --modules "kvm_amd tun loop" --lsm landlock --memory 5G --time-limit 7200
+critest-lab-vm: deps images guest lab
+	$(IN_LAB_VM) -- $(CRITEST) sandbox -- $(CRITEST) run --expected critest/expected/vm.txt --handler vm --runtime-handler vm --hypervisor kvm $(ARGUMENTS)
 
 # What only it can show: machines on KVM, limits of cgroup v2, checkpoints by CRIU, the daemon as a unit of systemd's, a loss of power.
 test-lab: deps images guest lab

@@ -67,9 +67,12 @@ struct Run {
     /// Starts containerd instead of podvisor.
     #[arg(long, conflicts_with = "endpoint")]
     peer: bool,
-    /// Handler of pods that name none: `runc`, `runc-debian`, `crun` or `runsc`.
+    /// Handler of pods that name none: `runc`, `runc-debian`, `crun`, `runsc` or `vm`.
     #[arg(long, default_value = "runc")]
     handler: String,
+    /// What makes the machines of handler `vm`: `kvm` or `qemu`; `auto` takes KVM where it works.
+    #[arg(long, default_value = "auto")]
+    hypervisor: String,
     /// The list of expected results.
     #[arg(long)]
     expected: PathBuf,
@@ -105,7 +108,11 @@ fn run(arguments: Arguments) -> Result<i32> {
             let outcomes = match &run.endpoint {
                 Some(socket) => suite::run(socket, &run.suite)?,
                 None if run.peer => on_the_peer(&run.suite, run.daemon_log.as_deref())?,
-                None => on_a_node(run.handler, &run.suite, run.daemon_log.as_deref())?,
+                None => {
+                    let Run { handler, hypervisor, .. } = *run;
+                    let options = node::Options { handler, hypervisor, ..node::Options::default() };
+                    on_a_node(options, &run.suite, run.daemon_log.as_deref())?
+                }
             };
             if let Some(results) = &run.results {
                 std::fs::write(results, as_list(&outcomes))
@@ -131,13 +138,12 @@ fn serve_busybox(storage: &Path) -> Result<i32> {
 }
 
 /// Runs the suite against a daemon of this build, with the images behind its mirrors.
-fn on_a_node(handler: String, suite: &suite::Options, daemon_log: Option<&Path>) -> Result<Outcomes> {
+fn on_a_node(options: node::Options, suite: &suite::Options, daemon_log: Option<&Path>) -> Result<Outcomes> {
     let registry = Prepared::make()?.serve()?;
     let node = Node::new(&node::Options {
         mirrored: MIRRORED.map(str::to_owned).into(),
         mirror: Some(registry.address()),
-        handler,
-        ..node::Options::default()
+        ..options
     })?;
     let daemon = node.start()?;
     let outcomes = suite::run(&node.socket(), suite);

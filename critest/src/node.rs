@@ -72,6 +72,8 @@ pub struct Options {
     pub mirror: Option<SocketAddr>,
     /// Name of the handler for pods that name none: `runc`, `crun`, one of [`FURTHER_HANDLERS`], or [`VM`].
     pub handler: String,
+    /// What makes virtual machines: `auto`, `kvm` or `qemu`.
+    pub hypervisor: String,
     /// More lines for the daemon's configuration, whole tables.
     pub more: String,
     /// Lines for the table `[nri]`. Its paths are below the node's directory `nri`.
@@ -90,6 +92,7 @@ impl Default for Options {
             mirrored: Vec::new(),
             mirror: None,
             handler: "runc".to_owned(),
+            hypervisor: "auto".to_owned(),
             more: String::new(),
             // Machines that run tests are slow now and then, which is not to cost a plugin its place.
             nri: "registration_timeout = 60\nrequest_timeout = 60\n".to_owned(),
@@ -183,7 +186,7 @@ impl Node {
     }
 
     fn configuration(&self, options: &Options) -> String {
-        let Options { handler, more, nri, log, network, .. } = options;
+        let Options { handler, hypervisor, more, nri, log, network, .. } = options;
         let [root, registries, certs, auth, cni] = ["root", "registries.conf", "certs.d", "auth.json", "cni"]
             .map(|name| self.path(name).display().to_string());
         let [run, socket] = [&self.run, &self.socket()].map(|path| path.display().to_string());
@@ -203,7 +206,7 @@ impl Node {
              [runtime]\ntrusted_handler = {trusted:?}\ndefault_workload_trust = {trust:?}\n\
              [runtime.handlers.runc]\ntype = \"oci\"\npath = {runc:?}\n\
              [runtime.handlers.crun]\ntype = \"oci\"\npath = \"crun\"\n\
-             [runtime.handlers.vm]\nallow_emulation = true\n\
+             [runtime.handlers.vm]\nallow_emulation = true\nhypervisor = {hypervisor:?}\n\
              {further}\
              [image]\nregistries_conf = {registries:?}\ncerts_dir = {certs:?}\nauth_files = [{auth:?}]\n\
              [network]\nmode = {network:?}\nbridge = {bridge:?}\ncni_config_dir = \"{cni}/net.d\"\n\
