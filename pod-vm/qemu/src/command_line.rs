@@ -82,6 +82,11 @@ pub(crate) fn arguments(plan: &Plan, numbers: &Numbers, kilohertz: Option<u64>) 
         // wrong, and from then on never sleep longer than a tick.
         words = format!("{words} tsc_early_khz={kilohertz} tsc=reliable");
     }
+    if start.emulate {
+        // A kernel with one processor takes the lock prefix from its instructions as it boots. What changes code is slow where code is
+        // translated: that takes longer than the prefixes ever would.
+        words.push_str(" noreplace-smp");
+    }
     if start.cpus_limit > start.cpus {
         // The others are there and not used until the agent says so.
         words = format!("{words} maxcpus={}", start.cpus);
@@ -221,7 +226,7 @@ mod tests {
             "-machine microvm,",
             "-accel tcg,thread=multi,tb-size=128 -cpu max,-cx16",
             "-kernel /proc/self/fd/10 -initrd /proc/self/fd/11",
-            "tsc_early_khz=2000000 tsc=reliable podvisor.debug=1",
+            "tsc_early_khz=2000000 tsc=reliable noreplace-smp podvisor.debug=1",
             "-chardev socket,id=share0-backend,fd=20",
             r#"{"chardev":"share0-backend","driver":"vhost-user-fs-device","id":"share0","tag":"pod"}"#,
             "-add-fd fd=30,set=1",
