@@ -5,7 +5,7 @@ CRITEST := $(TARGET)/release/podvisor-critest
 
 .PHONY: all packages deps build deb images kernels guest test lint critest lab critest-lab test-lab demo bench clean
 .PHONY: critest-vm critest-lab-vm critest-orders critest-peer test-gvisor kubernetes test-kubernetes fuzz
-.PHONY: bench-peers bench-pull bench-fs bench-load test-faults
+.PHONY: bench-peers bench-pull bench-fs bench-load test-faults test-oci-runtime
 
 all: build
 
@@ -72,6 +72,13 @@ fuzz: packages
 test-gvisor: deps images
 	critest/tools/build runsc
 	tests/scripts/cargo-test -p podvisor-tests --test black-box -- --ignored gvisor::
+
+# The OCI runtime specification's own tests on the code that makes containers in machines, beside Debian's runc.
+test-oci-runtime: deps
+	critest/tools/build runtime-tools
+	cargo build --release -p podvisor-critest
+	cargo build -p podvisor-container --example oci-runtime
+	$(CRITEST) sandbox -- tests/scripts/oci-runtime
 
 # A control plane of Kubernetes from its own modules. The first time takes ten minutes.
 kubernetes:

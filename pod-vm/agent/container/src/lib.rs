@@ -38,6 +38,9 @@
 //!   ever followed out of its root.
 //! - The child is born in its cgroup (`CLONE_INTO_CGROUP`), so nothing it does is outside its limits.
 //!
+//! `make test-oci-runtime` runs the runtime specification's own tests (runtime-tools) on it, through `examples/oci-runtime.rs`, beside runc;
+//! `tests/runtime-tools.txt` has where they differ, and why.
+//!
 //! Needs Linux 5.12 (`mount_setattr`) and cgroup version 2.
 
 mod cgroup;
