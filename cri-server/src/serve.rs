@@ -153,6 +153,7 @@ async fn open(config: Config) -> anyhow::Result<Arc<Node>> {
             user_agent: concat!("podvisor/", env!("CARGO_PKG_VERSION")).into(),
         },
         parallel_layers: config.image.parallel_layers as usize,
+        machine_images: false,
     })
     .await
     .context("cannot open the image store")?;

@@ -29,6 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             user_agent: concat!("podvisor-example/", env!("CARGO_PKG_VERSION")).into(),
         },
         parallel_layers: 3,
+        machine_images: false,
     };
     // As the daemon has it.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;

@@ -178,6 +178,11 @@ impl Published {
         layers.extend(self.images.values().flat_map(|listed| listed.layers.iter().cloned()));
     }
 
+    /// The layers of each image, lowest first.
+    pub(crate) fn layers(&self) -> impl Iterator<Item = &[String]> {
+        self.images.values().map(|listed| listed.layers.as_slice())
+    }
+
     /// The image that a name means: an id, what a short name meant when it was pulled, a reference, the beginning of an id.
     pub(crate) fn find(&self, name: &str) -> Option<&Image> {
         if let Some(listed) = self.images.get(name) {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use podvisor_erofs::ErofsError;
 use podvisor_registry::RegistryError;
 use podvisor_unpack::UnpackErrorKind;
 
@@ -132,6 +133,12 @@ pub enum ImageError {
         /// Its name.
         key: String,
     },
+    /// There is none of that name.
+    #[error("there is no snapshot {key:?}")]
+    NoSnapshot {
+        /// As given, cut.
+        key: String,
+    },
     /// A short name may mean several images, and none of them could be had.
     #[error("cannot pull {name:?}: none of {} possible meanings: {}", errors.len(), joined(errors))]
     Candidates {
@@ -157,6 +164,14 @@ pub enum ImageError {
         path: PathBuf,
         /// What the kernel said.
         source: std::io::Error,
+    },
+    /// A layer, or an image, cannot be had in the form for virtual machines.
+    #[error("cannot make an image for virtual machines of {path}")]
+    MachineImage {
+        /// What was read, or what was to be made.
+        path: PathBuf,
+        /// Why.
+        source: ErofsError,
     },
     /// The daemon is shutting down.
     #[error("the work was cancelled")]
@@ -188,9 +203,15 @@ impl ImageError {
             | ImageError::BadConfig { .. } => ErrorKind::Corrupt,
             ImageError::UnsupportedDigest { .. } | ImageError::IdMap { .. } => ErrorKind::Refused,
             ImageError::SnapshotKey { .. } | ImageError::SnapshotTaken { .. } => ErrorKind::Invalid,
-            ImageError::NotFound(_) => ErrorKind::NotFound,
+            ImageError::NotFound(_) | ImageError::NoSnapshot { .. } => ErrorKind::NotFound,
             ImageError::Cancelled => ErrorKind::Unavailable,
-            ImageError::Io { source, .. } if is_full(source) => ErrorKind::Full,
+            ImageError::Io { source, .. }
+            | ImageError::MachineImage { source: ErofsError::Io(source), .. }
+                if is_full(source) =>
+            {
+                ErrorKind::Full
+            }
+            ImageError::MachineImage { source: ErofsError::TooLarge { .. }, .. } => ErrorKind::Refused,
             ImageError::Database { source, .. } if matches!(&**source, redb::Error::Io(source) if is_full(source)) => {
                 ErrorKind::Full
             }
@@ -198,8 +219,18 @@ impl ImageError {
             | ImageError::Locked { .. }
             | ImageError::Database { .. }
             | ImageError::Newer { .. }
+            | ImageError::MachineImage { .. }
             | ImageError::Mount { .. } => ErrorKind::Internal,
             ImageError::Shared(error) => error.kind(),
+        }
+    }
+
+    /// Something made before is not what it was.
+    pub(crate) fn is_damage(&self) -> bool {
+        match self {
+            ImageError::MachineImage { source: ErofsError::Damaged(_), .. } => true,
+            ImageError::Shared(error) => error.is_damage(),
+            _ => false,
         }
     }
 

@@ -328,6 +328,11 @@ impl Layers {
         Ok(record)
     }
 
+    /// Adds the layers that pulls in progress, and what is made of layers, count on.
+    pub(crate) fn leased(&self, diff_ids: &mut HashSet<String>) {
+        diff_ids.extend(self.state().leased.keys().cloned());
+    }
+
     /// Takes away every layer that is neither leased nor among what `needed` adds, which is asked under the lock: who
     /// publishes an image gives his lease back afterwards, so no layer is missing from both. What is returned is to be
     /// removed: it has lost its name already.

@@ -8,6 +8,7 @@
 //! | `layers.rs` | layers on disk: how one comes in, when one goes |
 //! | `artifact.rs` | what is no image: files under their titles |
 //! | `snapshots.rs` | writable layers of containers |
+//! | `machine.rs` | images for virtual machines |
 //! | `usage.rs` | how much they hold |
 //! | `mount.rs` | overlayfs |
 //! | `idmap.rs` | overlayfs with the ids of a user namespace |
@@ -25,6 +26,7 @@ mod error;
 mod flight;
 mod idmap;
 mod layers;
+mod machine;
 mod mount;
 mod pull;
 mod snapshots;
@@ -37,6 +39,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use error::{ErrorKind, ImageError};
+pub use machine::MachineImage;
 pub use podvisor_registry::{Credentials, Reference};
 pub use store::ImageStore;
 
@@ -51,6 +54,8 @@ pub struct Options {
     pub registry: podvisor_registry::Options,
     /// Layers fetched at once per image.
     pub parallel_layers: usize,
+    /// Whether a pull makes the image for virtual machines too, instead of the first one that wants it.
+    pub machine_images: bool,
 }
 
 /// An image as the CRI shows it.

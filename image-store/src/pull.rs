@@ -11,7 +11,7 @@ use podvisor_registry::{Content, Credentials, Reference, ResolvedImage};
 use crate::artifact::{self, files_layer};
 use crate::catalog::{merged, parse_config};
 use crate::database::{ImageRecord, LayerRecord};
-use crate::error::ImageError;
+use crate::error::{ErrorKind, ImageError};
 use crate::layers::Lease;
 use crate::store::{ImageStore, Shared, blocking};
 
@@ -37,6 +37,8 @@ impl ImageStore {
         let lease = Some(shared.layers.lease(diff_ids.iter().cloned().chain(blobs).collect()));
         let assembled = files.as_ref().and_then(|files| shared.layers.present(files, &manifest));
         let hold = Arc::new(Hold { shared: shared.clone(), lease });
+        // Artifacts are files for containers, not their root.
+        let for_machines = shared.options.machine_images && resolved.artifact.is_none();
         let mut seen = HashSet::new();
         let mut fetches = Vec::new();
         for layer in resolved.layers.iter().filter(|layer| seen.insert((&layer.diff_id, &layer.digest))) {
@@ -46,9 +48,15 @@ impl ImageStore {
             let (layers, registry, source, layer) =
                 (shared.layers.clone(), shared.registry.clone(), resolved.source.clone(), layer.clone());
             let (host, hold) = (resolved.reference.registry().to_owned(), hold.clone());
+            let machine = for_machines.then(|| shared.machine.clone());
             fetches.push(async move {
-                let record = layers.fetch(&registry, &source, &layer, &host, hold).await;
-                record.map(|record| (layer.diff_id.to_string(), record)).map_err(ImageError::Shared)
+                let fetched = layers.fetch(&registry, &source, &layer, &host, hold).await;
+                let (diff_id, record) = (layer.diff_id.to_string(), fetched.map_err(ImageError::Shared)?);
+                if let Some(machine) = machine {
+                    // Its files are still in memory.
+                    machine.layer(&layers, None, &diff_id).await.or_else(unless_full)?;
+                }
+                Ok((diff_id, record))
             });
         }
         let mut fetched: HashMap<String, LayerRecord> = futures_util::stream::iter(fetches)
@@ -64,6 +72,10 @@ impl ImageStore {
                 blocking(move || hold.shared.layers.assemble(&key, &manifest, &artifact, &fetched)).await?
             };
             fetched.insert(files, record);
+        }
+        if for_machines {
+            let made = shared.machine.image(&shared.layers, None, &diff_ids).await;
+            made.map(drop).or_else(unless_full)?;
         }
         let id = resolved.identity.to_string();
         let record = ImageRecord {
@@ -190,6 +202,15 @@ impl Names {
             short: (!says_so).then(|| (asked.to_owned(), canonical)),
         }
     }
+}
+
+/// An image that cannot be had in the form for virtual machines is one for all others: only a full disk is worth failing for.
+fn unless_full(error: ImageError) -> Result<(), ImageError> {
+    if error.kind() == ErrorKind::Full {
+        return Err(error);
+    }
+    tracing::warn!(error = &error as &dyn std::error::Error, "an image is not there for virtual machines");
+    Ok(())
 }
 
 fn now() -> i64 {

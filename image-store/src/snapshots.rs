@@ -19,11 +19,14 @@ const KEY_MAX: usize = 128;
 const RECORD: &str = "record.json";
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Record {
+pub(crate) struct Record {
     image: String,
     /// Diff ids, lowest first.
-    layers: Vec<String>,
+    pub(crate) layers: Vec<String>,
     read_only: bool,
+    /// Whose pieces of images for virtual machines it has, if not those of the whole node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) domain: Option<String>,
 }
 
 /// All snapshots of a store.
@@ -70,10 +73,27 @@ impl Snapshots {
         layers.extend(self.records().values().flat_map(|record| record.layers.iter().cloned()));
     }
 
-    /// Calls `work` while no snapshot can be begun, with the diff ids that those there are stand on.
-    pub(crate) fn while_none_begins<T>(&self, work: impl FnOnce(HashSet<String>) -> T) -> T {
-        let records = self.records();
-        work(records.values().flat_map(|record| record.layers.iter().cloned()).collect())
+    /// Calls `work` with the records while no snapshot can be begun.
+    pub(crate) fn while_none_begins<T>(&self, work: impl FnOnce(&BTreeMap<String, Record>) -> T) -> T {
+        work(&self.records())
+    }
+
+    /// The layers that a snapshot stands on, lowest first; from now on it also has the pieces of `domain`. Blocking, without fsync.
+    pub(crate) fn enter_domain(&self, key: &str, domain: Option<&str>) -> Result<Vec<String>, ImageError> {
+        let _making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let missing = || ImageError::NoSnapshot { key: key.chars().take(KEY_MAX).collect() };
+        let record = self.records().get(key).cloned().ok_or_else(missing)?;
+        let layers = record.layers.clone();
+        if record.domain.as_deref() != domain {
+            let record = Record { domain: domain.map(str::to_owned), ..record };
+            let home = self.directory.join(key);
+            let path = home.join("record.new");
+            write(&path, &record)?;
+            let to = home.join(RECORD);
+            std::fs::rename(&path, &to).map_err(ImageError::io("rename to", to))?;
+            self.records().insert(key.to_owned(), record);
+        }
+        Ok(layers)
     }
 
     /// Makes the snapshot, or finds it made. `layers` says which layers `image` has, if it is there; it is asked while
@@ -122,7 +142,7 @@ impl Snapshots {
             Some(_) => Err(ImageError::SnapshotTaken { key: key.to_owned() }),
             None => {
                 let layers = layers().ok_or_else(|| ImageError::NotFound(image.to_owned()))?;
-                let record = Record { image: image.to_owned(), layers, read_only };
+                let record = Record { image: image.to_owned(), layers, read_only, domain: None };
                 records.insert(key.to_owned(), record.clone());
                 Ok((record, true))
             }
@@ -148,9 +168,7 @@ impl Snapshots {
                     .map_err(ImageError::io("make", &path))?;
             }
         }
-        let path = scratch.file(RECORD);
-        std::fs::write(&path, serde_json::to_vec(record).unwrap_or_default())
-            .map_err(ImageError::io("write", &path))?;
+        write(&scratch.file(RECORD), record)?;
         scratch.rename(&self.directory.join(key))?;
         self.meter.set(key, Usage { bytes: 0, inodes: u64::from(!record.read_only) });
         Ok(())
@@ -189,4 +207,9 @@ impl Snapshots {
     fn records(&self) -> MutexGuard<'_, BTreeMap<String, Record>> {
         self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn write(path: &Path, record: &Record) -> Result<(), ImageError> {
+    std::fs::write(path, serde_json::to_vec(record).unwrap_or_default())
+        .map_err(ImageError::io("write", path))
 }

@@ -1,6 +1,6 @@
 //! The store: opening it after whatever happened, and what callers do with it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::PermissionsExt;
@@ -16,7 +16,8 @@ use crate::database::{Database, LayerRecord, Tables};
 use crate::error::ImageError;
 use crate::flight::Flights;
 use crate::layers::Layers;
-use crate::snapshots::Snapshots;
+use crate::machine::{self, MachineImage, MachineImages};
+use crate::snapshots::{Record, Snapshots};
 use crate::{FsUsage, Image, Options, Rootfs, idmap, mount, tree};
 
 /// How long a store may be held by what is left of a process that has ended.
@@ -36,6 +37,7 @@ pub(crate) struct Shared {
     pub(crate) options: Options,
     pub(crate) registry: Registry,
     pub(crate) layers: Arc<Layers>,
+    pub(crate) machine: Arc<MachineImages>,
     pub(crate) catalog: Catalog,
     snapshots: Snapshots,
     pulls: Flights<PullKey, Result<String, Arc<ImageError>>>,
@@ -67,6 +69,7 @@ impl ImageStore {
         let store = Self {
             shared: Arc::new(Shared {
                 layers: Layers::new(root, present),
+                machine: Arc::new(MachineImages::open(root)?),
                 catalog: Catalog::new(database, tables),
                 options,
                 registry,
@@ -176,6 +179,27 @@ impl ImageStore {
         idmap::try_out(&self.places(), user)
     }
 
+    /// The image of a snapshot as virtual machines take it; made now unless it is there. The files stay until the snapshot is released.
+    /// Machines see the same pages of the host's memory only if they name the same `domain` (`None`: all of this node that name none).
+    /// Waits for the disk.
+    pub async fn machine_image(&self, key: &str, domain: Option<&str>) -> Result<MachineImage, ImageError> {
+        let shared = &self.shared;
+        let (snapshots, asked, of) = (shared.clone(), key.to_owned(), domain.map(str::to_owned));
+        let layers = blocking(move || snapshots.snapshots.enter_domain(&asked, of.as_deref())).await?;
+        let made = shared.machine.image(&shared.layers, domain, &layers).await;
+        if !shared.snapshots.while_none_begins(|records| records.contains_key(key)) {
+            // Released meanwhile: what was made for it is nobody's, and what it was made of was held.
+            let shared = shared.clone();
+            blocking(move || {
+                shared.collect();
+                Ok(())
+            })
+            .await?;
+            return Err(ImageError::NoSnapshot { key: key.to_owned() });
+        }
+        made
+    }
+
     fn places(&self) -> idmap::Places {
         let Options { root, run, .. } = &self.shared.options;
         idmap::Places { layers: root.join("layers"), empty: root.join("empty"), links: run.join("l") }
@@ -212,7 +236,9 @@ impl ImageStore {
     /// Use by images and by writable layers: CRI's two lists.
     pub fn fs_info(&self) -> (FsUsage, FsUsage) {
         let mountpoint = self.shared.options.root.clone();
-        let (used_bytes, inodes_used) = self.shared.layers.usage();
+        let (bytes, inodes) = self.shared.layers.usage();
+        let (machine_bytes, machine_inodes) = self.shared.machine.usage();
+        let (used_bytes, inodes_used) = (bytes + machine_bytes, inodes + machine_inodes);
         let images = FsUsage { mountpoint: mountpoint.clone(), used_bytes, inodes_used };
         let mut containers = FsUsage { mountpoint, used_bytes: 0, inodes_used: 0 };
         for usage in self.snapshots().iter().filter_map(|key| self.writable_usage(key)) {
@@ -241,12 +267,33 @@ impl Shared {
 
     fn take_idle(&self) -> Vec<tree::Scratch> {
         // In this order of locks no snapshot is made of an image between the look at who needs what and the taking away.
-        self.snapshots.while_none_begins(|used| {
-            self.layers.collect(|needed| {
-                needed.extend(used);
+        self.snapshots.while_none_begins(|records| {
+            let mut taken = self.layers.collect(|needed| {
+                needed.extend(records.values().flat_map(|record| record.layers.iter().cloned()));
                 self.catalog.published().needed(needed);
-            })
+            });
+            taken.extend(self.machine.collect(&self.pieces(records)));
+            taken
         })
+    }
+
+    /// The pieces of images for virtual machines that somebody may have, or soon want: those of the node go with the images, those of a domain with
+    /// its snapshots. One that is taken away too early is made again.
+    fn pieces(&self, records: &BTreeMap<String, Record>) -> HashSet<String> {
+        let mut names = HashSet::new();
+        for layers in self.catalog.published().layers() {
+            machine::pieces(None, layers, &mut names);
+        }
+        for record in records.values() {
+            machine::pieces(None, &record.layers, &mut names);
+            if let Some(domain) = &record.domain {
+                machine::pieces(Some(domain), &record.layers, &mut names);
+            }
+        }
+        let mut leased = HashSet::new();
+        self.layers.leased(&mut leased);
+        names.extend(leased.iter().map(|layer| machine::layer_name(None, layer)));
+        names
     }
 }
 
@@ -262,12 +309,12 @@ pub(crate) async fn blocking<T: Send + 'static>(
 }
 
 fn make_directories(root: &Path) -> Result<(), ImageError> {
-    for name in ["", "layers", "ingest", "snapshots", "empty/a", "empty/b"] {
+    for name in ["", "layers", "ingest", "snapshots", "machine", "empty/a", "empty/b"] {
         let path = root.join(name);
         std::fs::create_dir_all(&path).map_err(ImageError::io("make", path))?;
     }
     // An image's set-user-id programs are not for this machine's users.
-    for name in ["layers", "ingest", "snapshots"] {
+    for name in ["layers", "ingest", "snapshots", "machine"] {
         let path = root.join(name);
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700))
             .map_err(ImageError::io("set the mode of", path))?;

@@ -53,13 +53,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("podvisor-checkpoint", &[]),
     ("podvisor-registry", &[]),
     ("podvisor-unpack", &[]),
+    ("podvisor-erofs", &[]),
     ("podvisor-network", &[]),
     ("podvisor-guest", &[]),
     // Behind a hostile guest: nothing of ours but what it is.
     ("podvisor-fs", &[]),
     ("podvisor-spec", &["podvisor-proto"]),
     ("podvisor-streaming", &["podvisor-proto"]),
-    ("podvisor-image-store", &["podvisor-fault", "podvisor-registry", "podvisor-unpack"]),
+    ("podvisor-image-store", &["podvisor-erofs", "podvisor-fault", "podvisor-registry", "podvisor-unpack"]),
     ("podvisor-nri", &["podvisor-proto"]),
     ("podvisor-seccomp", &[]),
     // Containers in a guest, by the kernel alone.

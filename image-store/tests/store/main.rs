@@ -9,6 +9,7 @@ mod full;
 mod hostile;
 mod idmap;
 mod layer;
+mod machine;
 mod names;
 mod removal;
 mod rootfs;
@@ -59,6 +60,7 @@ impl World {
                 user_agent: "podvisor-test".into(),
             },
             parallel_layers: 3,
+            machine_images: false,
         }
     }
 
