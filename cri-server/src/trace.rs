@@ -70,11 +70,33 @@ fn report(rpc: &str, headers: &http::HeaderMap, begin: Instant, node: &Node) {
     if !polled {
         node.changes.notify_one();
     }
-    if code != Code::Ok && code != Code::NotFound && code != Code::Unimplemented {
+    if is_failure(code, polled) {
         tracing::warn!(rpc, ?code, message, milliseconds, "request failed");
     } else if polled {
         tracing::debug!(rpc, ?code, message, milliseconds, "request done");
     } else {
         tracing::info!(rpc, ?code, message, milliseconds, "request done");
+    }
+}
+
+/// Whether an outcome is one that somebody should look at.
+fn is_failure(code: Code, polled: bool) -> bool {
+    match code {
+        Code::Ok | Code::NotFound | Code::Unimplemented => false,
+        // Whenever kubelet starts, it learns whether PodSandboxStats is implemented from how a call without an id is refused.
+        Code::InvalidArgument => !polled,
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probing_calls_are_no_failures() {
+        assert!(!is_failure(Code::InvalidArgument, true));
+        assert!(is_failure(Code::InvalidArgument, false));
+        assert!(is_failure(Code::Internal, true));
     }
 }
