@@ -19,7 +19,18 @@ pub enum Access {
     ReadOnly,
     /// Images can be pushed and deleted.
     ReadWrite,
+    /// As [`Access::ReadOnly`], for [`USER`] with [`PASSWORD`] alone.
+    Private,
 }
+
+/// Who a private registry serves.
+pub const USER: &str = "somebody";
+
+/// The password of [`USER`].
+pub const PASSWORD: &str = "secret";
+
+/// The same as htpasswd has it: bcrypt, which is the only kind that the registry takes.
+const ACCOUNT: &str = "somebody:$2y$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n";
 
 /// A running registry; it ends when this is dropped.
 #[derive(Debug)]
@@ -35,7 +46,7 @@ impl Registry {
         let directory = tempfile::tempdir().context("making a directory for the registry's configuration")?;
         let file = directory.path().join("registry.json");
         // The registry reads YAML, of which JSON is a part.
-        let configuration = json!({
+        let mut configuration = json!({
             "version": "0.1",
             "log": {"level": "info", "accesslog": {"disabled": true}},
             "storage": {
@@ -43,11 +54,16 @@ impl Registry {
                 "delete": {"enabled": true},
                 "maintenance": {
                     "uploadpurging": {"enabled": false},
-                    "readonly": {"enabled": access == Access::ReadOnly},
+                    "readonly": {"enabled": access != Access::ReadWrite},
                 },
             },
             "http": {"addr": "127.0.0.1:0"},
         });
+        if access == Access::Private {
+            let accounts = directory.path().join("htpasswd");
+            fs::write(&accounts, ACCOUNT).with_context(|| format!("writing {}", accounts.display()))?;
+            configuration["auth"] = json!({"htpasswd": {"realm": "private", "path": accounts}});
+        }
         fs::write(&file, configuration.to_string()).with_context(|| format!("writing {}", file.display()))?;
         let mut process = Command::new("docker-registry")
             .arg("serve")

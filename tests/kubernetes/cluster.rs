@@ -32,11 +32,13 @@ pub(crate) struct Settings {
     pub(crate) image_repository: &'static str,
     /// kubelet's feature gate: pods' figures come from the runtime, not from cAdvisor.
     pub(crate) stats_from_cri: bool,
+    /// More of kubelet's configuration, as JSON; "": nothing more.
+    pub(crate) kubelet: &'static str,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { setup: Setup::default(), image_repository: "", stats_from_cri: true }
+        Self { setup: Setup::default(), image_repository: "", stats_from_cri: true, kubelet: "" }
     }
 }
 
@@ -170,6 +172,27 @@ impl Cluster {
         if !self.settings.image_repository.is_empty() {
             cluster["imageRepository"] = self.settings.image_repository.into();
         }
+        let mut kubelet = json!({
+            "apiVersion": "kubelet.config.k8s.io/v1beta1",
+            "kind": "KubeletConfiguration",
+            "failCgroupV1": false,
+            "failSwapOn": false,
+            "resolvConf": resolv_conf(),
+            "volumePluginDir": "/var/lib/kubelet/volumeplugins",
+            // Looks at volumes more often than once a minute.
+            "volumeStatsAggPeriod": "10s",
+            // Logs soon have the size at which they are rotated.
+            "containerLogMaxSize": "1Mi",
+            "containerLogMonitorInterval": "3s",
+            "featureGates": {"PodAndContainerStatsFromCRI": self.settings.stats_from_cri},
+            // What else lies on the machine's disk is not the tests' business.
+            "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
+        });
+        if !self.settings.kubelet.is_empty() {
+            let more: serde_json::Map<String, Value> =
+                serde_json::from_str(self.settings.kubelet).context("the test's configuration of kubelet")?;
+            more.into_iter().for_each(|(key, value)| kubelet[key] = value);
+        }
         let documents = [
             json!({
                 "apiVersion": "kubeadm.k8s.io/v1beta4",
@@ -183,22 +206,7 @@ impl Cluster {
                 },
             }),
             cluster,
-            json!({
-                "apiVersion": "kubelet.config.k8s.io/v1beta1",
-                "kind": "KubeletConfiguration",
-                "failCgroupV1": false,
-                "failSwapOn": false,
-                "resolvConf": resolv_conf(),
-                "volumePluginDir": "/var/lib/kubelet/volumeplugins",
-                // Looks at volumes more often than once a minute.
-                "volumeStatsAggPeriod": "10s",
-                // Logs soon have the size at which they are rotated.
-                "containerLogMaxSize": "1Mi",
-                "containerLogMonitorInterval": "3s",
-                "featureGates": {"PodAndContainerStatsFromCRI": self.settings.stats_from_cri},
-                // What else lies on the machine's disk is not the tests' business.
-                "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
-            }),
+            kubelet,
             json!({
                 "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
                 "kind": "KubeProxyConfiguration",

@@ -31,24 +31,42 @@ pub(crate) const BUSYBOX: &str = "registry.k8s.io/e2e-test-images/busybox:1.37.0
 /// What the peer is set up with.
 const PEERS_PAUSE: &str = "registry.k8s.io/pause:3.9";
 
-const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A program that `tests/kubernetes/build` makes.
 pub(crate) fn program(name: &str) -> PathBuf {
     target_dir().join("kubernetes/programs").join(name)
 }
 
-/// Starts a registry with everything a cluster pulls; the images are made when there are none from these very programs.
+/// Starts a registry with everything a cluster pulls.
 pub(crate) fn serve() -> Result<Registry> {
-    let directory = target_dir().join("kubernetes/images");
-    let wanted = wanted()?;
-    let key = key(&wanted)?;
+    let contents = ["busybox/busybox", "programs/pause", "kube-proxy/packages"];
+    let listed = kubeadms()?.into_iter().chain([AGNHOST, BUSYBOX, PEERS_PAUSE].map(str::to_owned));
+    let wanted = listed.map(|name| Wanted::parse(&name)).collect::<Result<Vec<_>>>()?;
+    let key = key(&wanted, &contents, &["programs"], include_str!("images.rs"))?;
+    kept("images", &key, &wanted, |wanted| image(&wanted.repository))
+}
+
+/// Where the images of [`serve`] lie, for further registries.
+pub(crate) fn storage() -> PathBuf {
+    target_dir().join("kubernetes/images/storage")
+}
+
+/// Starts a registry with images in `target/kubernetes/NAME`, which are made when there are none with this very key.
+pub(crate) fn kept(
+    name: &str,
+    key: &str,
+    wanted: &[Wanted],
+    image: impl Fn(&Wanted) -> Result<Image>,
+) -> Result<Registry> {
+    let directory = target_dir().join("kubernetes").join(name);
     if !fs::read_to_string(directory.join("key")).is_ok_and(|have| have == key) {
         println!("making the images of a cluster");
         let part = tempfile::Builder::new().prefix("images.").tempdir_in(target_dir().join("kubernetes"))?;
         let registry = Registry::start(&part.path().join("storage"), Access::ReadWrite)?;
-        for Wanted { repository, tag } in &wanted {
-            let bundle = image(repository)?.dialect(Dialect::Oci).bundle()?;
+        for wanted in wanted {
+            let Wanted { repository, tag } = wanted;
+            let bundle = image(wanted)?.dialect(Dialect::Oci).bundle()?;
             registry.push(repository, &[tag], &bundle)?;
             // A repository of one's own has them all side by side.
             let name = repository.rsplit('/').next().unwrap_or(repository);
@@ -66,29 +84,29 @@ pub(crate) fn serve() -> Result<Registry> {
 
 /// An image by its repository, without the registry, and its tag.
 #[derive(Debug)]
-struct Wanted {
-    repository: String,
-    tag: String,
+pub(crate) struct Wanted {
+    pub(crate) repository: String,
+    pub(crate) tag: String,
 }
 
-/// What kubeadm asks for, by its own account, and what pods of the tests run.
-fn wanted() -> Result<Vec<Wanted>> {
+impl Wanted {
+    /// From the whole name.
+    pub(crate) fn parse(name: &str) -> Result<Self> {
+        let rest = name.strip_prefix(DEFAULT_REPOSITORY).and_then(|rest| rest.strip_prefix('/'));
+        let (repository, tag) = rest.and_then(|rest| rest.rsplit_once(':')).context(name.to_owned())?;
+        Ok(Self { repository: repository.to_owned(), tag: tag.to_owned() })
+    }
+}
+
+/// What kubeadm asks for, by its own account.
+pub(crate) fn kubeadms() -> Result<Vec<String>> {
     let version = kubernetes_version()?;
     let output = Command::new(program("kubeadm"))
         .args(["config", "images", "list", "--kubernetes-version", &version])
         .output()
         .context("running kubeadm")?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let listed = String::from_utf8(output.stdout)?;
-    listed
-        .lines()
-        .chain([AGNHOST, BUSYBOX, PEERS_PAUSE])
-        .map(|name| {
-            let rest = name.strip_prefix(DEFAULT_REPOSITORY).and_then(|rest| rest.strip_prefix('/'));
-            let (repository, tag) = rest.and_then(|rest| rest.rsplit_once(':')).context(name.to_owned())?;
-            Ok(Wanted { repository: repository.to_owned(), tag: tag.to_owned() })
-        })
-        .collect()
+    Ok(String::from_utf8(output.stdout)?.lines().map(str::to_owned).collect())
 }
 
 /// The version of kubeadm and of everything that was built with it.
@@ -98,7 +116,8 @@ pub(crate) fn kubernetes_version() -> Result<String> {
     Ok(String::from_utf8(output.stdout)?.trim().to_owned())
 }
 
-fn image(repository: &str) -> Result<Image> {
+/// An image that kubeadm asks for, or that pods of the tests run.
+pub(crate) fn image(repository: &str) -> Result<Image> {
     let name = repository.rsplit('/').next().unwrap_or(repository);
     let starts = |program: &str| json!({"Env": [PATH], "Entrypoint": [program]});
     Ok(match name {
@@ -111,56 +130,60 @@ fn image(repository: &str) -> Result<Image> {
         }
         "busybox" => Image::new(vec![packed(&contents::busybox()?)?], json!({"Env": [PATH], "Cmd": ["sh"]})),
         "agnhost" => Image::new(
-            vec![packed(&contents::busybox()?)?, packed(&alone("agnhost", "agnhost")?)?],
+            vec![packed(&contents::busybox()?)?, packed(&alone(&program(name), "agnhost")?)?],
             json!({"Env": [PATH], "Entrypoint": ["/agnhost"], "Cmd": ["pause"]}),
         ),
-        "coredns" => Image::new(vec![packed(&alone("coredns", "coredns")?)?], starts("/coredns")),
+        "coredns" => Image::new(vec![packed(&alone(&program(name), "coredns")?)?], starts("/coredns")),
         "kube-proxy" => Image::new(
             vec![
                 packed(&contents::busybox()?)?,
                 packed(&contents::kube_proxy_tools()?)?,
-                packed(&alone("kube-proxy", "usr/local/bin/kube-proxy")?)?,
+                packed(&alone(&program(name), "usr/local/bin/kube-proxy")?)?,
             ],
             starts("/usr/local/bin/kube-proxy"),
         ),
         "etcd" | "kube-apiserver" | "kube-controller-manager" | "kube-scheduler" => {
             let path = format!("usr/local/bin/{name}");
-            Image::new(vec![packed(&alone(name, &path)?)?], starts(&format!("/{path}")))
+            Image::new(vec![packed(&alone(&program(name), &path)?)?], starts(&format!("/{path}")))
         }
         _ => bail!("kubeadm asks for {repository}, of which nothing is known here"),
     })
 }
 
 /// One program as the only file of a layer.
-fn alone(name: &str, path: &str) -> Result<Files> {
-    let file = program(name);
-    let bytes = fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
+pub(crate) fn alone(program: &Path, path: &str) -> Result<Files> {
+    let bytes = fs::read(program).with_context(|| format!("reading {}", program.display()))?;
     // Where programs expect to write.
     Ok(Files::new().directory("tmp", 0o1777).file(path, 0o755, bytes))
 }
 
-fn packed(files: &Files) -> Result<Layer> {
+pub(crate) fn packed(files: &Files) -> Result<Layer> {
     files.pack(Compression::Zstd)
 }
 
-/// Names what the images are made from: this file, and every program with its size and age.
-fn key(wanted: &[Wanted]) -> Result<String> {
-    let contents = target_dir().join("critest/contents");
-    let mut inputs: Vec<PathBuf> = ["busybox/busybox", "programs/pause", "kube-proxy/packages"]
-        .iter()
-        .map(|name| contents.join(name))
-        .collect();
-    let built = program("");
-    let listed = fs::read_dir(&built).with_context(|| format!("listing {}", built.display()))?;
-    for entry in listed {
-        let path = entry?.path();
-        if path.is_file() {
-            inputs.push(path);
+/// Names what images are made from: the source text that makes them, what `contents` holds for them, and every program in the
+/// directories of `target/kubernetes`, with its size and age.
+pub(crate) fn key(
+    wanted: &[Wanted],
+    contents: &[&str],
+    directories: &[&str],
+    source: &str,
+) -> Result<String> {
+    let made = target_dir().join("critest/contents");
+    let mut inputs: Vec<PathBuf> = contents.iter().map(|name| made.join(name)).collect();
+    for directory in directories {
+        let directory = target_dir().join("kubernetes").join(directory);
+        let listed = fs::read_dir(&directory).with_context(|| format!("listing {}", directory.display()))?;
+        for entry in listed {
+            let path = entry?.path();
+            if path.is_file() {
+                inputs.push(path);
+            }
         }
     }
     inputs.sort();
     let described: Vec<Value> = inputs.iter().map(|path| describe(path)).collect::<Result<_>>()?;
-    let all = format!("{wanted:?} {described:?} {}", include_str!("images.rs"));
+    let all = format!("{wanted:?} {described:?} {source}");
     Ok(digest_of(all.as_bytes()))
 }
 

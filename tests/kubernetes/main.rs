@@ -4,13 +4,17 @@
 //! the last act of a cluster is `kubeadm reset`. A few of them also run in `make test` where Kubernetes has been built already. Only `runtime.rs` knows what is below kubelet: with `RUNTIME=containerd` the tests that
 //! hold for every runtime run on the peer.
 
+mod block;
 mod bring_up;
 mod cluster;
 mod features;
 mod figures;
 mod images;
+mod jobs;
 mod machine;
 mod pods;
+mod probes;
+mod pulls;
 mod restarts;
 mod runtime;
 mod services;
@@ -162,12 +166,16 @@ fn main() -> ExitCode {
     let mut tests = Tests { built: usual && is_built(), ..Tests::default() };
     bring_up::add(&mut tests);
     workloads::add(&mut tests);
+    jobs::add(&mut tests);
+    probes::add(&mut tests);
+    block::add(&mut tests);
     streams::add(&mut tests);
     features::add(&mut tests);
     trust::add(&mut tests);
     services::add(&mut tests);
     figures::add(&mut tests);
     restarts::add(&mut tests);
+    pulls::add(&mut tests);
     let shared = Arc::clone(&tests.shared);
     tests.add_reset();
     figures::add_without_cri(&mut tests);

@@ -48,7 +48,8 @@ impl Kind {
         pod
     }
 
-    fn annotations(self) -> Value {
+    /// What makes a pod one of that kind.
+    pub(crate) fn annotations(self) -> Value {
         if self == Self::Machine { json!({UNTRUSTED: "true"}) } else { json!({}) }
     }
 }
