@@ -5,7 +5,7 @@ CRITEST := $(TARGET)/release/podvisor-critest
 
 .PHONY: all packages deps build deb images kernels guest test lint critest lab critest-lab test-lab demo bench clean
 .PHONY: critest-vm critest-lab-vm critest-orders critest-peer test-gvisor kubernetes test-kubernetes fuzz
-.PHONY: bench-peers bench-pull bench-fs bench-load test-faults test-oci-runtime
+.PHONY: bench-peers bench-pull bench-fs bench-load test-faults test-oci-runtime test-k8s-conformance
 
 all: build
 
@@ -90,6 +90,14 @@ test-kubernetes: deps images guest kubernetes
 	$(if $(filter containerd,$(RUNTIME)),critest/tools/build containerd)
 	cargo build -p podvisor -p podvisor-monitor -p podvisor-fs -p podvisor-qemu -p podvisor-vmm
 	tests/scripts/cargo-test -p podvisor-tests --test kubernetes -- --ignored
+
+# Kubernetes' own conformance tests on such a cluster, those that FOCUS names, PROCS at once; compared with tests/kubernetes/conformance.txt.
+# TRUST=untrusted makes every pod a machine that can be one; RUNTIME=containerd as above.
+FOCUS ?= \[sig-node\].*\[Conformance\]
+test-k8s-conformance: deps images guest kubernetes
+	$(if $(filter containerd,$(RUNTIME)),critest/tools/build containerd)
+	tests/kubernetes/build conformance
+	PODVISOR_FOCUS='$(FOCUS)' tests/scripts/cargo-test -p podvisor-tests --test kubernetes -- --ignored conformance::
 
 # The same suite in three random orders and with four specs at once.
 SEEDS := 1 20 300

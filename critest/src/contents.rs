@@ -176,6 +176,28 @@ pub fn kube_proxy_tools() -> Result<Files> {
     Ok(files)
 }
 
+/// What Kubernetes' own tests call in pods, to go over [`busybox`]: dig, nslookup, host, getent, curl, OpenBSD's nc, bash, ip, ss, socat.
+/// They stand where a shell finds them before busybox's.
+pub fn network_tools() -> Result<Files> {
+    let mut files = Files::new().file("etc/nsswitch.conf", 0o644, "hosts: files dns\n");
+    for (source, name) in [
+        ("usr/bin/dig", "dig"),
+        ("usr/bin/nslookup", "nslookup"),
+        ("usr/bin/host", "host"),
+        ("usr/bin/getent", "getent"),
+        ("usr/bin/curl", "curl"),
+        ("usr/bin/socat", "socat"),
+        ("bin/nc.openbsd", "nc"),
+        ("bin/bash", "bash"),
+        ("bin/ip", "ip"),
+        ("bin/ss", "ss"),
+    ] {
+        // glibc loads libgcc_s by name when a thread is cancelled.
+        files = with_program(files, "network-tools", source, &format!("usr/bin/{name}"), &["libgcc_s.so.1"])?;
+    }
+    Ok(files.symlink("bin/bash", "/usr/bin/bash"))
+}
+
 fn web_user(files: Files, name: &str) -> Files {
     files
         .file(

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -18,7 +18,7 @@ use crate::runtime::{Runtime, Setup};
 use crate::{PATIENCE, until};
 
 /// Where kubeadm puts what the administrator needs.
-const ADMIN: &str = "/etc/kubernetes/admin.conf";
+pub(crate) const ADMIN: &str = "/etc/kubernetes/admin.conf";
 
 /// How long kubeadm may take. It has limits of its own, of four minutes each.
 const INIT: Duration = Duration::from_secs(420);
@@ -104,6 +104,18 @@ impl Cluster {
         self.said = fs::read_to_string(&log)?;
         ensure!(status.success(), "kubeadm init: {status}\n{}", self.said);
         until("the node is ready and the control plane runs", || self.is_ready())
+    }
+
+    /// Runs a program that uses the cluster to its end, while kubelet is kept running.
+    pub(crate) fn run_beside(&mut self, command: &mut Command) -> Result<ExitStatus> {
+        let mut child = command.spawn().with_context(|| format!("starting {command:?}"))?;
+        loop {
+            if let Some(status) = child.try_wait()? {
+                return Ok(status);
+            }
+            self.supervise()?;
+            std::thread::sleep(Duration::from_millis(500));
+        }
     }
 
     /// kubelet as a unit of systemd's would be: started once its configuration is there, and again whenever it has ended.

@@ -7,6 +7,8 @@
 mod block;
 mod bring_up;
 mod cluster;
+mod conformance;
+mod conformance_images;
 mod features;
 mod figures;
 mod images;
@@ -163,6 +165,9 @@ fn main() -> ExitCode {
     // They share a cluster, and what one does to it must not be what another one sees.
     arguments.test_threads = Some(1);
     let usual = !arguments.ignored && !arguments.include_ignored;
+    if let Some(conformance) = conformance::asked_for() {
+        return libtest_mimic::run(&arguments, vec![conformance]).exit_code();
+    }
     let mut tests = Tests { built: usual && is_built(), ..Tests::default() };
     bring_up::add(&mut tests);
     workloads::add(&mut tests);
