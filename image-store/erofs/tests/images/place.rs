@@ -23,7 +23,9 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) fn new(layers: usize) -> Self {
-        let place = Self { directory: TempDir::new().expect("make a scratch directory"), layers };
+        // On a disk: the kernel mounts no EROFS from a file of a tmpfs.
+        let directory = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("make a scratch directory");
+        let place = Self { directory, layers };
         for layer in 0..layers {
             fs::create_dir(place.layer(layer)).expect("make a layer");
         }
