@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
+use podvisor_image_store::MachineImage;
 use tokio::process::{Child, Command};
 
 use crate::layer::{As, Layer, Tar, noise};
@@ -33,6 +34,8 @@ async fn victim() {
                     let key = format!("container-{number}");
                     store.release(&key).await.unwrap();
                     store.prepare(&key, &image.id, round % 2 == 0).await.unwrap();
+                    let domain = (round % 4 == 1).then_some("tenant");
+                    store.machine_image(&key, domain).await.unwrap();
                     store.remove(&image.id).await.unwrap();
                     if round % 3 == 0 {
                         store.release(&key).await.unwrap();
@@ -103,6 +106,14 @@ async fn killed_at_any_moment() {
             for layer in &layers {
                 assert_whole(&world, layer);
             }
+            // What is there of its image for machines is what is made anew.
+            let found = store.machine_image(&key, None).await.unwrap();
+            let again = store.machine_image(&key, Some(&format!("{seed}-{}", draw(0)))).await.unwrap();
+            let bytes = |image: &MachineImage| {
+                let parts = std::iter::once(&image.metadata).chain(&image.blobs);
+                parts.map(|path| std::fs::read(path).unwrap()).collect::<Vec<_>>()
+            };
+            assert!(bytes(&found) == bytes(&again), "the image of {key} for machines is not whole");
         }
         world.holds(&needed).await;
         // It works on: with what is there, and from there.
@@ -122,6 +133,7 @@ async fn killed_at_any_moment() {
         store.release(&key).await.unwrap();
     }
     world.holds(&[]).await;
+    assert_eq!(crate::entries(&world.path("images/machine")), [""; 0]);
 }
 
 const FILES: u64 = 10;

@@ -5,7 +5,9 @@
 use std::fs;
 
 use podvisor_image_store::ErrorKind;
-use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, mount_remount, unmount,
+};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use crate::layer::Layer;
@@ -92,6 +94,42 @@ fn of_bytes() {
         wanted.push(other.id);
         wanted.sort();
         assert_eq!(ids(&store), wanted);
+        drop(store);
+        drop(small);
+    });
+}
+
+#[test]
+fn of_an_image_for_machines() {
+    privately(|| async {
+        let place = tempfile::tempdir().unwrap();
+        let small = Small::new(place.path(), c"size=10m");
+        let (world, server) = (World::at(place.path()), Server::start().await);
+        let layer = Layer::bulk("a", 1, 6 << 20);
+        let pushed = server.push("app", "latest", &[&layer], "app");
+        let store = world.open().await;
+        store.pull(&server.name("app"), None).await.unwrap();
+        store.prepare("key", &pushed.id, true).await.unwrap();
+        let error = store.machine_image("key", None).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Full, "{}", chain(&error));
+        world.holds(&[layer.diff_id()]).await;
+        assert_eq!(crate::entries(&world.path("images/machine")), [""; 0]);
+        mount_remount(place.path(), MountFlags::empty(), c"size=30m").unwrap();
+        let image = store.machine_image("key", None).await.unwrap();
+        assert_eq!(fs::metadata(&image.blobs[0]).unwrap().len(), 6 << 20);
+        drop(store);
+
+        // With a pull that makes it too, it is the pull that fails.
+        fill(&world.path("ballast"));
+        mount_remount(place.path(), MountFlags::empty(), c"size=40m").unwrap();
+        let other = Layer::bulk("b", 2, 6 << 20);
+        let options = podvisor_image_store::Options { machine_images: true, ..world.options() };
+        let store = podvisor_image_store::ImageStore::open(options).await.unwrap();
+        server.push("other", "latest", &[&other], "other");
+        let error = store.pull(&server.name("other"), None).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Full, "{}", chain(&error));
+        world.holds(&[layer.diff_id()]).await;
+        assert_eq!(ids(&store), [pushed.id.as_str()]);
         drop(store);
         drop(small);
     });

@@ -2,6 +2,7 @@
 
 #![allow(missing_docs)]
 
+mod debian;
 mod guest;
 mod hostile;
 mod layers;
