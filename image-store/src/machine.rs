@@ -186,8 +186,13 @@ impl MachineImages {
         Ok(())
     }
 
-    /// Takes away every piece that is not among `needed`. What is returned is to be removed: it has lost its name already.
-    pub(crate) fn collect(&self, needed: &HashSet<String>) -> Vec<Scratch> {
+    /// Takes away every piece that is not among those that `needed` says, which is asked only where there are any. What is returned is to be
+    /// removed: it has lost its name already.
+    pub(crate) fn collect(&self, needed: impl FnOnce() -> HashSet<String>) -> Vec<Scratch> {
+        if self.present().is_empty() {
+            return Vec::new();
+        }
+        let needed = needed();
         let idle = self.present().keys().filter(|name| !needed.contains(*name)).cloned().collect();
         self.take(idle)
     }

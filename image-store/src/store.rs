@@ -272,7 +272,7 @@ impl Shared {
                 needed.extend(records.values().flat_map(|record| record.layers.iter().cloned()));
                 self.catalog.published().needed(needed);
             });
-            taken.extend(self.machine.collect(&self.pieces(records)));
+            taken.extend(self.machine.collect(|| self.pieces(records)));
             taken
         })
     }
