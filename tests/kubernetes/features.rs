@@ -2,14 +2,14 @@
 
 use std::fs;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use crate::Tests;
 use crate::cluster::{Cluster, Settings};
 use crate::images::BUSYBOX;
 use crate::machine::DIRECTORY;
 use crate::workloads::{Kind, each_kind, runs, waits};
+use crate::{Tests, until};
 
 pub(crate) fn add(tests: &mut Tests) {
     let usual = Settings::default();
@@ -18,6 +18,7 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add_for_all("features::run_hooks_before_the_end", &usual, |c| {
         each_kind(c, run_hooks_before_the_end)
     });
+    tests.add_for_all("features::resize_without_limits", &usual, |c| each_kind(c, resize_without_limits));
 }
 
 /// An image's files, or a directory of them, which nobody can change.
@@ -96,4 +97,27 @@ fn run_hooks_before_the_end(cluster: &Cluster, kind: Kind) -> Result<()> {
     let said = fs::read_to_string(format!("{on_host}/end"))?;
     ensure!(said == "hook\nsignal\n", "{said:?}");
     Ok(fs::remove_dir_all(on_host)?)
+}
+
+/// A pod that has no limits can be given more all the same, and keeps having none.
+fn resize_without_limits(cluster: &Cluster, kind: Kind) -> Result<()> {
+    let requests = |cpu: &str| json!({"resources": {"requests": {"cpu": cpu, "memory": "16Mi"}}});
+    cluster.run(&[kind.pod("unlimited", &json!({"containers": [waits("c", &requests("50m"))]}))])?;
+    let mut container = requests("100m");
+    container["name"] = "c".into();
+    let patch = json!({"spec": {"containers": [container]}}).to_string();
+    cluster.kubectl(&["patch", "pod", "unlimited", "--subresource", "resize", "--patch", &patch])?;
+    until("the pod has its new request", || {
+        let status = cluster.get(&["pod", "unlimited"])?["status"].clone();
+        let conditions = status["conditions"].as_array().context("none")?;
+        let resizing = conditions
+            .iter()
+            .find(|one| one["type"].as_str().is_some_and(|name| name.starts_with("PodResize")));
+        ensure!(resizing.is_none(), "{resizing:?}");
+        let resources = &status["containerStatuses"][0]["resources"];
+        ensure!(resources["requests"]["cpu"] == "100m" && resources["limits"].is_null(), "{resources}");
+        ensure!(status["containerStatuses"][0]["restartCount"] == 0, "{status}");
+        Ok(())
+    })?;
+    cluster.delete(&["unlimited"])
 }

@@ -312,11 +312,16 @@ struct Size {
     cpus: u32,
 }
 
+/// From here on a limit of memory is none, in bytes. A resize of a pod without one passes on what its cgroup shows (cgroup v1: the largest
+/// number of whole pages, just below 2^63), less the pod's overhead.
+const NO_LIMIT: u64 = 1 << 62;
+
 /// What the containers may use together, as kubelet sums it up, with the guest's own part on top.
 fn size(vm: &PinnedVm, resources: Option<&cri::LinuxContainerResources>) -> Size {
     let none = cri::LinuxContainerResources::default();
     let resources = resources.unwrap_or(&none);
-    let containers = u64::try_from(resources.memory_limit_in_bytes).ok().filter(|limit| *limit > 0);
+    let containers = u64::try_from(resources.memory_limit_in_bytes).ok();
+    let containers = containers.filter(|limit| (1..NO_LIMIT).contains(limit));
     let memory = containers.unwrap_or(vm.default_memory).saturating_add(vm.guest_reserve);
     let (quota, period) = (u64::try_from(resources.cpu_quota), u64::try_from(resources.cpu_period));
     let cpus = match (quota, period) {
@@ -615,6 +620,9 @@ mod tests {
     fn a_machine_is_as_large_as_its_containers_may_grow() {
         assert_eq!(sized(0, 0, 0), (640, 1));
         assert_eq!(sized(-1, -1, 100_000), (640, 1));
+        // As cgroup v1 has it, and less an overhead.
+        assert_eq!(sized(0x7fff_ffff_ffff_f000, -1, 100_000), (640, 1));
+        assert_eq!(sized(0x7fff_ffff_ffff_f000 - (160 << 20), -1, 100_000), (640, 1));
         assert_eq!(sized(32 * (1 << 20) + 1, 50_000, 100_000), (162, 1));
         assert_eq!(sized(1 << 30, 250_000, 100_000), (1024 + 128, 3));
         assert_eq!(sized(1 << 30, 9_000_000, 100_000).1, 8);
