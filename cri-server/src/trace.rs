@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use tonic::Code;
+use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::Instrument;
 
@@ -59,11 +59,12 @@ where
 
 /// An error's code stands in the headers of the (body-less) response; success has none there yet.
 fn report(rpc: &str, headers: &http::HeaderMap, begin: Instant, node: &Node) {
-    let code = headers.get("grpc-status").and_then(|code| code.to_str().ok()?.parse::<i32>().ok());
-    let code = code.map_or(Code::Ok, Code::from_i32);
+    let status = Status::from_header_map(headers);
+    let code = status.as_ref().map_or(Code::Ok, Status::code);
     node.telemetry.rpc(rpc, code, begin.elapsed());
     let milliseconds = begin.elapsed().as_secs_f64() * 1000.0;
-    let message = headers.get("grpc-message").and_then(|text| text.to_str().ok()).unwrap_or_default();
+    // Quoted: what containers can put into a message must not look like a line of the log.
+    let error = status.as_ref().map(|status| tracing::field::debug(status.message()));
     // Kubelet polls these all the time.
     let polled = ["List", "Status", "Stats", "Version", "ImageFsInfo", "Stream", "RuntimeConfig", "ExecSync"];
     let polled = polled.iter().any(|part| rpc.contains(part));
@@ -71,11 +72,11 @@ fn report(rpc: &str, headers: &http::HeaderMap, begin: Instant, node: &Node) {
         node.changes.notify_one();
     }
     if is_failure(code, polled) {
-        tracing::warn!(rpc, ?code, message, milliseconds, "request failed");
+        tracing::warn!(rpc, ?code, error, milliseconds, "request failed");
     } else if polled {
-        tracing::debug!(rpc, ?code, message, milliseconds, "request done");
+        tracing::debug!(rpc, ?code, error, milliseconds, "request done");
     } else {
-        tracing::info!(rpc, ?code, message, milliseconds, "request done");
+        tracing::info!(rpc, ?code, error, milliseconds, "request done");
     }
 }
 
