@@ -5,7 +5,7 @@ CRITEST := $(TARGET)/release/podvisor-critest
 
 .PHONY: all packages deps build deb images kernels guest test lint critest lab critest-lab test-lab demo bench clean
 .PHONY: critest-vm critest-lab-vm critest-orders critest-peer test-gvisor kubernetes test-kubernetes fuzz
-.PHONY: bench-peers bench-pull bench-fs bench-load test-faults test-oci-runtime test-k8s-conformance
+.PHONY: bench-peers bench-pull bench-fs bench-vmm bench-load test-faults test-oci-runtime test-k8s-conformance
 
 all: build
 
@@ -158,6 +158,11 @@ bench-pull: deps build
 # Throughput and processor time of podvisor-fs behind a virtual machine, beside those of the distribution's virtiofsd.
 bench-fs: deps build kernels
 	tests/scripts/cargo-test --release -p podvisor-fs --bench throughput
+
+# podvisor-vmm's boot, exits and memory beside QEMU's on KVM, in the lab.
+bench-vmm: deps build guest lab
+	bench=$$(cargo bench -p podvisor-vmm --bench boot --no-run 2>&1 | sed -n 's/.*Executable .*(\(.*\))$$/\1/p') && \
+	"$$bench" && tests/lab/run --cpus 1 --modules "kvm_amd" --lsm landlock --time-limit 3600 -- "$$bench" 10
 
 # Lists, memory and leftovers of a node with 200 pods.
 bench-load: deps build

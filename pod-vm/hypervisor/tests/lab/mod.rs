@@ -36,11 +36,16 @@ pub struct Hypervisor {
 
 impl Hypervisor {
     pub fn new(arguments: &[&str]) -> Self {
+        Self::of(Path::new(crate::PROGRAM), arguments)
+    }
+
+    /// Of another program than the one under test.
+    pub fn of(program: &Path, arguments: &[&str]) -> Self {
         let (control, theirs) = UnixStream::pair().unwrap();
         control.set_read_timeout(Some(PATIENCE)).unwrap();
         // Another descriptor of the same socket, which the program inherits.
         let theirs = rustix::io::dup(theirs).unwrap();
-        let process = Command::new(crate::PROGRAM)
+        let process = Command::new(program)
             .args(["--control-fd", &theirs.as_raw_fd().to_string()])
             .args(arguments)
             .stdin(Stdio::null())
