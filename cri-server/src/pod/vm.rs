@@ -264,6 +264,7 @@ pub(super) fn container(
     Ok(GuestContainer {
         disks,
         block_devices,
+        image: None,
         root: Some(AddRoot {
             container_id: record.id.to_string(),
             lower: Some(add_root::Lower::SharePath(rootfs.clone())),

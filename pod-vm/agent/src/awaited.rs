@@ -50,7 +50,10 @@ impl Wanted {
             }
             Self::Share(share) => format!("no share with tag {:?}", share.tag),
             Self::Root(root) => {
-                format!("a disk of the root file system of {:?} is missing and has not", root.container_id)
+                format!(
+                    "a disk or an image of the root file system of {:?} is missing and has not",
+                    root.container_id
+                )
             }
             Self::Container(create) => {
                 let serials: Vec<&str> =

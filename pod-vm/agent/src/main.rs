@@ -26,6 +26,7 @@
 //! | `netlink.rs` | the kernel's interface for those |
 //! | `awaited.rs` | requests about devices that have not appeared yet |
 //! | `storage.rs` | shares and root file systems |
+//! | `images.rs` | images in the guest's memory by their serials |
 //! | `disks.rs` | disks by their serials, and their numbers in specs |
 //! | `events.rs` | ends of processes, kept until they are acknowledged |
 //! | `streams.rs` | bytes between programs and stream connections |
@@ -48,6 +49,7 @@ mod disks;
 mod events;
 mod exec;
 mod failure;
+mod images;
 mod init;
 mod interface;
 mod limits;

@@ -17,6 +17,7 @@ use crate::boot::RUN;
 use crate::container::check_id;
 use crate::disks;
 use crate::failure::Failure;
+use crate::images;
 
 /// What is mounted.
 #[derive(Debug, Default)]
@@ -163,14 +164,20 @@ impl Storage {
                 mounted("erofs", &disk, &place, MountFlags::RDONLY | MountFlags::NODEV, "")?;
                 place
             }
-            Lower::PmemSerial(_) => {
-                return Err(Failure::unsupported(
-                    "this agent mounts no images from pmem devices: they have no serial",
-                ));
+            Lower::PmemSerial(serial) => {
+                let Some(device) = images::node(serial) else { return Ok(false) };
+                let place = parts.join("lower");
+                make(&place)?;
+                // What containers read, they read where the host has it.
+                mounted("erofs", &device, &place, MountFlags::RDONLY | MountFlags::NODEV, "dax")?;
+                place
             }
         };
-        let layers = parts.join("upper");
-        make(&layers)?;
+        let mut options = String::new();
+        let mut layers = parts.join("upper");
+        if !matches!(upper, Upper::SharedLayers(_)) {
+            make(&layers)?;
+        }
         match upper {
             Upper::Tmpfs(upper) => {
                 let size = format!("size={},mode=0755", upper.size.max(4096));
@@ -185,6 +192,11 @@ impl Storage {
                 let Some(disk) = disks::node(serial) else { return Ok(false) };
                 mounted("ext4", &disk, &layers, MountFlags::NODEV, "")?;
             }
+            Upper::SharedLayers(path) => {
+                // The file server may set no attributes but users' (overlayfs.rst, "userxattr").
+                layers = self.in_share(path)?;
+                options = ",userxattr".to_owned();
+            }
             // Done above.
             Upper::SharedUpper(_) => {}
         }
@@ -195,7 +207,7 @@ impl Storage {
         if lower.contains([',', ':', '\\']) {
             return Err(Failure::invalid(format!("{lower:?} cannot be a layer of an overlay")));
         }
-        let data = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+        let data = format!("lowerdir={lower},upperdir={upper},workdir={work}{options}");
         mounted("overlay", Path::new("overlay"), &place, MountFlags::empty(), &data).map(|()| true)
     }
 

@@ -1,5 +1,7 @@
 //! Which request goes where. A request is answered at once, or, where a process has to be prepared first, when that is over.
 
+use std::path::PathBuf;
+
 use podvisor_proto::agent::request::Verb;
 use podvisor_proto::agent::{Done, HelloReply, PROTOCOL_VERSION, Request, reply};
 
@@ -7,6 +9,7 @@ use crate::agent::Agent;
 use crate::awaited::Wanted;
 use crate::disks;
 use crate::failure::Failure;
+use crate::images;
 use crate::interface::Interface;
 
 /// What a request comes to: an answer, or later.
@@ -74,7 +77,8 @@ impl Agent {
             Verb::AddVolume(volume) => done(self.pod.volumes.add(&volume)),
             Verb::WriteVersion(part) => done(self.pod.volumes.write(&part)),
             Verb::RemoveVolume(volume) => done(self.pod.volumes.remove(&volume.name)),
-            Verb::ReleaseDisk(disk) => done(self.release_disk(&disk.serial)),
+            Verb::ReleaseDisk(disk) => done(self.release(disks::device(&disk.serial), &disk.serial)),
+            Verb::ReleaseImage(image) => done(self.release(images::device(&image.serial), &image.serial)),
             Verb::StartInit(_) => self.start_init(),
             Verb::CreateContainer(create) => self.attempt(request, Wanted::Container(Box::new(create))),
             Verb::StartContainer(start) => self.start_container(request, &start.container_id),
@@ -111,11 +115,9 @@ impl Agent {
     }
 
     /// One that is not there was let go of.
-    fn release_disk(&mut self, serial: &str) -> Result<(), Failure> {
-        let Some(device) = disks::device(serial).filter(|_| self.duties.is_some()) else { return Ok(()) };
-        self.places
-            .let_go(&device)
-            .map_err(|error| Failure::system(&format!("let go of disk {serial:?}"), error))
+    fn release(&mut self, device: Option<PathBuf>, serial: &str) -> Result<(), Failure> {
+        let Some(device) = device.filter(|_| self.duties.is_some()) else { return Ok(()) };
+        self.places.let_go(&device).map_err(|error| Failure::system(&format!("let go of {serial:?}"), error))
     }
 
     /// Answers a request; nobody may be there any more to hear it.

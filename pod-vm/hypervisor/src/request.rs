@@ -1,6 +1,6 @@
 //! What a monitor asks for, checked. Nothing is touched here.
 
-use podvisor_proto::hypervisor::{Disk, Network, Share, Start};
+use podvisor_proto::hypervisor::{Disk, Image, Network, Share, Start};
 
 use crate::failure::Failure;
 
@@ -74,6 +74,15 @@ pub fn check_share(share: &Share) -> Result<(), Failure> {
 pub fn check_disk(disk: &Disk) -> Result<(), Failure> {
     check_name("serial", &disk.serial, 20)?;
     check_path("path", &disk.path)
+}
+
+/// Refuses an image that cannot be one.
+pub fn check_image(image: &Image) -> Result<(), Failure> {
+    check_name("serial", &image.serial, 64)?;
+    if !(1..=200).contains(&image.paths.len()) {
+        return Err(Failure::invalid("an image must have 1 to 200 files"));
+    }
+    image.paths.iter().try_for_each(|path| check_path("path", path))
 }
 
 /// Refuses a network that cannot be one.

@@ -197,6 +197,37 @@ static void keep(int peer, const char *path) {
     while (read(peer, bytes, 1) > 0) {}
 }
 
+/* From where a file is mapped, past the page cache of where it goes: a device reads the first one's memory. */
+static int write_directly(const char *from, const char *to) {
+    int source = open(from, O_RDONLY | O_CLOEXEC), target = open(to, O_WRONLY | O_DIRECT | O_CLOEXEC);
+    off_t size = source < 0 ? -1 : lseek(source, 0, SEEK_END);
+    if (size <= 0 || target < 0) return errno;
+    void *bytes = mmap(NULL, size, PROT_READ, MAP_SHARED, source, 0);
+    if (bytes == MAP_FAILED) return errno;
+    int failed = write(target, bytes, size) == size ? 0 : errno ? errno : EIO;
+    munmap(bytes, size);
+    close(source);
+    close(target);
+    return failed;
+}
+
+/* The device of persistent memory whose last page begins so. */
+static void find_image(int peer, const char *wanted) {
+    DIR *directory = opendir("/dev");
+    struct dirent *entry;
+    while (directory && (entry = readdir(directory))) {
+        char path[PATH_MAX], label[128] = "";
+        if (strncmp(entry->d_name, "pmem", 4)) continue;
+        snprintf(path, sizeof path, "/dev/%s", entry->d_name);
+        int device = open(path, O_RDONLY | O_CLOEXEC);
+        off_t size = lseek(device, 0, SEEK_END);
+        if (pread(device, label, sizeof label - 1, size - 4096) < 0) label[0] = 0;
+        close(device);
+        if (strcmp(label, wanted) == 0) { dprintf(peer, "%s\n", entry->d_name); return; }
+    }
+    dprintf(peer, "none\n");
+}
+
 static void serve(int peer) {
     char line[512];
     size_t length = 0;
@@ -222,6 +253,12 @@ static void serve(int peer) {
     else if (!strcmp(verb, "sync")) { sync(); answer(peer, 0); }
     else if (!strcmp(verb, "disk")) find(peer, "/sys/block", "serial", first);
     else if (!strcmp(verb, "address")) find(peer, "/sys/class/net", "address", first);
+    else if (!strcmp(verb, "image")) find_image(peer, first);
+    else if (!strcmp(verb, "dax") && second) {
+        mkdir(second, 0755);
+        answer(peer, mount(first, second, "erofs", MS_RDONLY, "dax") ? errno : 0);
+    }
+    else if (!strcmp(verb, "direct") && second) answer(peer, write_directly(first, second));
     else if (!strcmp(verb, "bind")) { bind_places(); answer(peer, 0); }
     else if (!strcmp(verb, "unbind")) answer(peer, unbind_place(first));
     else if (!strcmp(verb, "write") && second) answer(peer, put(first, second));

@@ -48,6 +48,9 @@ impl Inventory {
             Verb::RemoveNetwork(remove) => self.remove(Kind::Network, &remove.hardware_address),
             Verb::SetMemory(set) => self.set_memory(set.bytes),
             Verb::SetCpus(set) => self.set_processors(set.count),
+            Verb::AddImage(_) | Verb::RemoveImage(_) => {
+                Err(Failure::unsupported("QEMU maps no images into a guest's memory: use shares or disks"))
+            }
             Verb::Start(_) | Verb::Stop(_) | Verb::Check(_) => {
                 Err(Failure::invalid("that is no change of a machine"))
             }

@@ -95,6 +95,7 @@ impl Up {
             adds_shares: plugs,
             adds_disks: plugs,
             adds_networks: plugs,
+            adds_images: false,
             memory_limit: start.memory_limit,
             cpus_limit: start.cpus_limit,
         }

@@ -8,7 +8,7 @@ use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, VolatileSli
 
 use crate::vsock::QueueError;
 
-/// The guest's memory.
+/// The guest's memory. A region that is mapped for reading alone is one that devices do not write to.
 pub type Memory = GuestMemoryMmap<()>;
 /// Buffers that the guest's driver has put into a queue.
 pub type Chain<'m> = DescriptorChain<&'m Memory>;
@@ -143,6 +143,11 @@ impl<'q> Queues<'q> {
     }
 }
 
+/// Whether devices may write to the region of the guest's memory that has this address.
+pub(crate) fn is_writable(memory: &Memory, address: GuestAddress) -> bool {
+    memory.find_region(address).is_some_and(|region| region.prot() & libc::PROT_WRITE != 0)
+}
+
 /// Buffers of one request: a queue has not more places.
 const MOST_BUFFERS: usize = 1024;
 
@@ -245,9 +250,14 @@ impl Buffers {
             let count = (size - skip).min(length - done);
             let begin =
                 buffer.address.checked_add(skip as u64).ok_or(Misuse::Request("a buffer has no end"))?;
+            let before = done;
             for part in memory.get_slices(begin, count) {
                 let part = part.map_err(io::Error::other).map_err(Misuse::Buffers)?;
                 let length = part.len();
+                let address = begin.unchecked_add((done - before) as u64);
+                if writable && !is_writable(memory, address) {
+                    return Err(Misuse::Request("a buffer to write is in memory that is only read"));
+                }
                 copy(part, done).map_err(Misuse::Buffers)?;
                 done += length;
             }

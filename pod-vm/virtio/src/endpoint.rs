@@ -6,8 +6,9 @@ use virtio_bindings::bindings::virtio_config::{
 };
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueState, QueueT};
+use vm_memory::GuestAddress;
 
-use crate::device::{Device, Interrupt, Memory, Misuse, Queues, Wake};
+use crate::device::{Device, Interrupt, Memory, Misuse, Queues, Wake, is_writable};
 
 /// Features that every device has.
 const COMMON: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
@@ -137,7 +138,9 @@ impl Endpoint {
     fn begin(&mut self) -> Result<(), Misuse> {
         let events = self.negotiated.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         for queue in self.queues.iter_mut().filter(|queue| queue.ready()) {
-            if !queue.is_valid(&self.memory) {
+            // No region that may be written to ends where one begins that may not.
+            let used = GuestAddress(queue.used_ring());
+            if !queue.is_valid(&self.memory) || !is_writable(&self.memory, used) {
                 return Err(Misuse::Request("a queue does not lie in the guest's memory"));
             }
             queue.set_event_idx(events);

@@ -13,6 +13,7 @@
 //! | `fs/` | a share: requests are passed on to a file server that never sees the guest's memory |
 //! | `mem/` | memory that comes and goes |
 //! | `net/` | a network interface: a tap |
+//! | `pmem/` | an image that lies in the guest's memory |
 //! | `vsock/` | the guest's ports as unix sockets of the host |
 //!
 //! Invariants:
@@ -20,6 +21,8 @@
 //!   vm-memory alone.
 //! - *A guest that makes nonsense gets a device that needs a reset* ([`device::Misuse`]), is counted and told of once; nothing panics, no request makes
 //!   work or memory without a bound.
+//! - *What devices may not write they do not*: of the guest's memory some is mapped for reading alone, as images are. A driver that has a device
+//!   write there makes nonsense.
 //! - *Nothing is polled.*
 //! - State that has to survive a device's threads and descriptors is in plain structs ([`endpoint::Negotiated`], `virtio_queue::QueueState`, each
 //!   device's `State`).
@@ -34,6 +37,7 @@ pub mod entropy;
 pub mod fs;
 pub mod mem;
 pub mod net;
+pub mod pmem;
 pub mod sys;
 pub mod transport;
 pub mod vsock;

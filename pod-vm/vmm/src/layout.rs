@@ -65,6 +65,11 @@ pub(crate) fn growth(size: u64) -> u64 {
     (HOLE.begin + HOLE.length + high).next_multiple_of(GIGABYTE)
 }
 
+/// Where images lie: above all that memory can become.
+pub(crate) fn images(size: u64, reserved: u64) -> u64 {
+    growth(size) + reserved
+}
+
 /// The memory map of a guest with that much memory.
 pub(crate) fn map(size: u64) -> Vec<(Range, bool)> {
     let low = size.min(HOLE.begin);

@@ -74,6 +74,12 @@ pub(crate) fn device(verb: &Verb) -> Result<Vec<OwnedFd>, Failure> {
             request::check_network(network)?;
             network_tap(network)?.into()
         }
+        Verb::AddImage(add) => {
+            let image = add.image.as_ref().ok_or_else(missing)?;
+            request::check_image(image)?;
+            let files = image.paths.iter().map(|path| files::open_for_reading("image", path, 0));
+            return files.map(|file| file.map(Into::into)).collect();
+        }
         _ => return Ok(Vec::new()),
     };
     Ok(vec![opened])

@@ -1,11 +1,13 @@
 //! The system calls and conversions that have no safe wrapper. Everything else in this crate is safe code.
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::mmap::MmapRegion;
 
 /// KVM by a descriptor of /dev/kvm.
 pub(crate) fn kvm(descriptor: OwnedFd) -> Kvm {
@@ -20,6 +22,41 @@ pub(crate) fn kvm(descriptor: OwnedFd) -> Kvm {
 pub(crate) fn add_memory(vm: &VmFd, region: kvm_userspace_memory_region) -> Result<(), kvm_ioctls::Error> {
     // SAFETY: the caller upholds what is said above.
     unsafe { vm.set_user_memory_region(region) }
+}
+
+/// Maps the first `length` bytes of a file over a part of a region, for reading. What lies behind them in the last page reads as zeros.
+///
+/// Who has the file must not make it shorter: whoever reads beyond its end then is ended by SIGBUS.
+pub(crate) fn map_file(region: &MmapRegion, at: u64, file: &File, length: u64) -> io::Result<()> {
+    let (place, length) = part(region, at, length)?;
+    let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+    // SAFETY: the part is the region's, which nothing refers to but by accessors for volatile memory, and which is unmapped as a whole.
+    let mapped = unsafe { libc::mmap(place.cast(), length, libc::PROT_READ, flags, file.as_raw_fd(), 0) };
+    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Puts a page with these bytes into a region, for reading.
+pub(crate) fn map_page(region: &MmapRegion, at: u64, bytes: &[u8; 4096]) -> io::Result<()> {
+    let (place, length) = part(region, at, bytes.len() as u64)?;
+    // SAFETY: as above; the page is writable for as long as it is filled, and known to nobody else.
+    unsafe {
+        check(libc::mprotect(place.cast(), length, libc::PROT_READ | libc::PROT_WRITE))?;
+        std::ptr::copy_nonoverlapping(bytes.as_ptr(), place, length);
+        check(libc::mprotect(place.cast(), length, libc::PROT_READ))
+    }
+}
+
+/// Address and length of a part of a region that begins with a page.
+fn part(region: &MmapRegion, at: u64, length: u64) -> io::Result<(*mut u8, usize)> {
+    let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+    let at = usize::try_from(at).map_err(|_| outside())?;
+    let length = usize::try_from(length).map_err(|_| outside())?;
+    let end = length.checked_next_multiple_of(4096).and_then(|length| at.checked_add(length));
+    if !at.is_multiple_of(4096) || end.is_none_or(|end| end > region.size()) {
+        return Err(outside());
+    }
+    // SAFETY: `at` is within the region.
+    Ok((unsafe { region.as_ptr().add(at) }, length))
 }
 
 /// Ends the process at once, whatever its other threads do.

@@ -12,7 +12,8 @@ use podvisor_hypervisor::process::Process;
 use podvisor_hypervisor::request::{self, MEMORY_STEP};
 use podvisor_hypervisor::verdict::{of_process, panic_in};
 use podvisor_proto::hypervisor::{
-    Check, Done, EndReason, Ended, ErrorCode, Reply, Request, Start, Started, event, reply, request::Verb,
+    AddImage, Check, Done, EndReason, Ended, ErrorCode, Reply, Request, Start, Started, event, reply,
+    request::Verb,
 };
 use prost::Message;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -175,9 +176,13 @@ impl Up {
     }
 
     /// Hands the machine what a change needs.
-    fn plug(&mut self, request: u64, verb: Verb) -> Result<(), Failure> {
+    fn plug(&mut self, request: u64, mut verb: Verb) -> Result<(), Failure> {
         let failed = |error| Failure::failed("ask the machine to change its devices", error);
         let opened = open::device(&verb)?;
+        // Its own process gets the files and can do nothing with their names.
+        if let Verb::AddImage(AddImage { image: Some(image) }) = &mut verb {
+            image.paths.clear();
+        }
         let is_share = matches!(verb, Verb::AddShare(_));
         self.send(request, verb, &opened).map_err(failed)?;
         self.asked.push(request);

@@ -11,13 +11,14 @@ use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use lab::{FileServer, Hypervisor, Namespace, Suite, eventually};
 use podvisor_proto::hypervisor::{
-    AddDisk, AddNetwork, AddShare, Check, Disk, ErrorCode, Network, RemoveDisk, RemoveNetwork, RemoveShare,
-    Share, Start, Stop, reply, request::Verb,
+    AddDisk, AddImage, AddNetwork, AddShare, Check, Disk, ErrorCode, Image, Network, RemoveDisk, RemoveImage,
+    RemoveNetwork, RemoveShare, Share, Start, Stop, reply, request::Verb,
 };
 
 /// How often each kind of device comes and goes.
@@ -46,6 +47,27 @@ fn remove_disk(serial: &str) -> Verb {
     Verb::RemoveDisk(RemoveDisk { serial: serial.into() })
 }
 
+/// A file system with one file of that content, of whole pages, and another file behind it.
+fn image(hypervisor: &Hypervisor, serial: &str, content: &[u8]) -> Image {
+    let directory = hypervisor.path(&format!("{serial}.tree"));
+    fs::create_dir(&directory).unwrap();
+    fs::write(directory.join("file"), content).unwrap();
+    let paths = [hypervisor.path(&format!("{serial}.erofs")), hypervisor.path(&format!("{serial}.more"))];
+    let made = Command::new("mkfs.erofs").arg("--quiet").arg(&paths[0]).arg(&directory).output().unwrap();
+    assert!(made.status.success(), "{made:?}");
+    fs::write(&paths[1], format!("more of {serial}")).unwrap();
+    let paths = paths.map(|path| path.to_str().unwrap().to_owned());
+    Image { serial: serial.into(), paths: paths.into() }
+}
+
+fn add_image(image: &Image) -> Verb {
+    Verb::AddImage(AddImage { image: Some(image.clone()) })
+}
+
+fn remove_image(serial: &str) -> Verb {
+    Verb::RemoveImage(RemoveImage { serial: serial.into() })
+}
+
 /// A machine that can be plugged into, with a disk from the start.
 fn machine() -> (Hypervisor, i32) {
     let mut hypervisor = Hypervisor::new(&[]);
@@ -54,6 +76,7 @@ fn machine() -> (Hypervisor, i32) {
     let start = Start { emulate: false, plugs: true, disks: vec![first], ..start };
     let started = hypervisor.begin(start);
     assert!(started.adds_disks && started.adds_networks && started.adds_shares, "{started:?}");
+    assert!(started.adds_images, "{started:?}");
     (hypervisor, started.pid)
 }
 
@@ -112,6 +135,11 @@ fn kvm_plugged_a_hundred_times() {
     let loaded = std::thread::spawn(move || load(&socket, &their_end, &their_rounds));
 
     let second = disk(&hypervisor, "second");
+    for module in ["virtio_pmem", "nd_pmem", "erofs"] {
+        assert_eq!(hypervisor.tell(&format!("load {module}")), "ok");
+    }
+    let content = "x".repeat(8192);
+    let third = image(&hypervisor, "third", content.as_bytes());
     let network = Network {
         namespace: namespace.path(),
         tap: "tap0".into(),
@@ -131,6 +159,14 @@ fn kvm_plugged_a_hundred_times() {
         assert_eq!(hypervisor.tell(&format!("read /sys/class/net/{interface}/mtu")), "1400");
         let remove = Verb::RemoveNetwork(RemoveNetwork { hardware_address: ADDRESS.into() });
         leaves(&mut hypervisor, remove, &format!("/sys/class/net/{interface}/device"), guest_first);
+
+        hypervisor.done(add_image(&third));
+        let device = appears(&hypervisor, "image third");
+        assert_eq!(hypervisor.tell(&format!("dax /dev/{device} /image")), "ok");
+        assert_eq!(hypervisor.tell("read /image/file"), content);
+        eventually("the image is unmounted", || hypervisor.tell("unmount /image") == "ok");
+        leaves(&mut hypervisor, remove_image("third"), &format!("/sys/block/{device}/device"), guest_first);
+        assert_eq!(hypervisor.tell("image third"), "none");
 
         let content = format!("round {round}");
         let server = FileServer::new(&content);
@@ -153,6 +189,64 @@ fn kvm_plugged_a_hundred_times() {
     assert!(rounds.load(Ordering::SeqCst) > 0);
     assert!(hypervisor.tell("read /dev/vda").starts_with("content of first"));
     // The guest's kernel has noticed nothing odd.
+    let said = hypervisor.console();
+    assert!(!said.contains("WARNING") && !said.contains("BUG"), "{said}");
+    hypervisor.done(Verb::Stop(Stop {}));
+    hypervisor.finish(machine);
+}
+
+/// Files of the host's in the guest's memory: what the guest reads is there, what it writes is not, and other devices read it too.
+#[test]
+#[ignore = "runs in the lab: make test-lab"]
+fn kvm_images_are_read_where_they_are() {
+    const PAGES: usize = 64;
+    let (mut hypervisor, machine) = machine();
+    for module in ["virtio_pmem", "nd_pmem", "erofs"] {
+        assert_eq!(hypervisor.tell(&format!("load {module}")), "ok");
+    }
+    let content: Vec<u8> = (0..PAGES * 4096).map(|at| (at * 31 % 251) as u8).collect();
+    let one = image(&hypervisor, "one", &content);
+    let other = image(&hypervisor, "other", &vec![b'y'; 4096]);
+    for image in [&one, &other] {
+        hypervisor.done(add_image(image));
+    }
+    let devices = ["one", "other"].map(|name| appears(&hypervisor, &format!("image {name}")));
+    assert_ne!(devices[0], devices[1]);
+    assert_eq!(hypervisor.tell(&format!("dax /dev/{} /one", devices[0])), "ok");
+    assert_eq!(hypervisor.tell(&format!("dax /dev/{} /other", devices[1])), "ok");
+    let sum: u64 = content.iter().map(|byte| u64::from(*byte)).sum();
+    assert_eq!(hypervisor.tell("sum /one/file"), format!("{} {sum}", content.len()));
+    assert_eq!(hypervisor.tell("sum /other/file"), format!("4096 {}", 4096 * u64::from(b'y')));
+
+    // A disk gets what is in the image without a copy in the guest.
+    let disk = appears(&hypervisor, "disk first");
+    assert_eq!(hypervisor.tell(&format!("direct /one/file /dev/{disk}")), "ok");
+    assert!(fs::read(hypervisor.path("first")).unwrap().starts_with(&content));
+    // The other way round is refused, if the guest's kernel tries: nothing of the file changes.
+    let before = fs::read(&one.paths[0]).unwrap();
+    hypervisor.tell(&format!("direct /dev/{disk} /dev/{}", devices[0]));
+    hypervisor.tell(&format!("write /dev/{} nonsense", devices[0]));
+    hypervisor.tell("sync -");
+    assert_eq!(fs::read(&one.paths[0]).unwrap(), before);
+    hypervisor.done(Verb::Check(Check {}));
+
+    // Both are the host's pages, of which the machine has no copy.
+    let maps = fs::read_to_string(format!("/proc/{machine}/maps")).unwrap();
+    let mapped: Vec<&str> = maps.lines().filter(|line| line.contains(".erofs")).collect();
+    assert!(mapped.len() == 2 && mapped.iter().all(|line| line.contains("r--s")), "{maps}");
+
+    assert_eq!(hypervisor.refused(add_image(&one)).0, ErrorCode::Invalid);
+    assert_eq!(hypervisor.refused(remove_image("third")).0, ErrorCode::NotFound);
+    let none = Image { serial: "none".into(), paths: Vec::new() };
+    assert_eq!(hypervisor.refused(add_image(&none)).0, ErrorCode::Invalid);
+    let nowhere = Image { serial: "nowhere".into(), paths: vec!["/nowhere/at/all".into()] };
+    assert_eq!(hypervisor.refused(add_image(&nowhere)).0, ErrorCode::Failed);
+    // One that no address is left for.
+    let path = hypervisor.path("endless");
+    fs::File::create(&path).unwrap().set_len(1 << 42).unwrap();
+    let endless = Image { serial: "endless".into(), paths: vec![path.to_str().unwrap().into()] };
+    let (code, detail) = hypervisor.refused(add_image(&endless));
+    assert!(code != ErrorCode::Unspecified, "{detail}");
     let said = hypervisor.console();
     assert!(!said.contains("WARNING") && !said.contains("BUG"), "{said}");
     hypervisor.done(Verb::Stop(Stop {}));

@@ -74,7 +74,7 @@ pub(super) enum Purpose {
     AddVolume(u64),
     Version(u64),
     RemoveVolume,
-    ReleaseDisk,
+    ReleaseDevice,
     Create(u64),
     Start(u64, ReplyTo),
     Kill(u64, Option<ReplyTo>),
@@ -106,7 +106,7 @@ impl Purpose {
             Self::AddVolume(_) => "make a volume",
             Self::Version(_) => "write a volume",
             Self::RemoveVolume => "remove a volume",
-            Self::ReleaseDisk => "let go of a disk",
+            Self::ReleaseDevice => "let go of a device",
             Self::Create(_) => "create the container",
             Self::Start(..) => "start the container",
             Self::Kill(..) => "signal the container",
@@ -292,7 +292,7 @@ impl Monitor {
             Purpose::Boot => self.boot_answered(outcome),
             Purpose::Greet => self.greeted(outcome),
             Purpose::Compare => self.compared(outcome),
-            Purpose::Time | Purpose::Resize(_) | Purpose::RemoveVolume | Purpose::ReleaseDisk => {}
+            Purpose::Time | Purpose::Resize(_) | Purpose::RemoveVolume | Purpose::ReleaseDevice => {}
             Purpose::AddVolume(container) => self.volume_added(container, done(outcome)),
             Purpose::Version(volume) => self.version_answered(volume, done(outcome)),
             Purpose::Acknowledge(sequence) => self.acknowledged(sequence, outcome.is_ok()),

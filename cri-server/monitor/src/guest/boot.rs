@@ -151,7 +151,7 @@ impl Monitor {
             agent: Agent::default(),
             dials: Default::default(),
             volumes: Default::default(),
-            disks: Default::default(),
+            devices: Default::default(),
             started_with: size,
             size,
             resizing: None,

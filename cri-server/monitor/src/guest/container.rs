@@ -8,7 +8,7 @@ use podvisor_proto::monitor::{self as proto, GuestContainer, Place, event};
 use rustix::process::Signal;
 
 use super::agent::{Outcome, Purpose, confused};
-use super::disks::Then;
+use super::devices::Then;
 use crate::container::{Maker, Removal, State};
 use crate::failure::Failure;
 use crate::monitor::Monitor;
@@ -42,15 +42,26 @@ impl Monitor {
         }
     }
 
-    /// Begins with the root file system.
+    /// Begins with what the machine is to have for it.
     pub(crate) fn create_in_guest(&mut self, key: u64) {
         let Some(container) = self.containers.get_mut(&key) else { return };
         let State::Opening { reply } = container.state else { return };
+        container.state = State::Creating { reply, call: None };
+        self.plug_devices(key);
+    }
+
+    /// The machine has all that.
+    pub(super) fn add_root(&mut self, key: u64) {
+        let Some(container) = self.containers.get_mut(&key) else { return };
         let Maker::Guest(guest) = &mut container.maker else { return };
         let root = guest.wanted.root.take().unwrap_or_default();
-        container.state = State::Creating { reply, call: None };
-        if let Err(failure) = self.ask_agent(Verb::AddRoot(root), Purpose::AddRoot(key)) {
-            self.creation_failed(key, failure, false);
+        let asked = if container.deletes.is_empty() {
+            self.ask_agent(Verb::AddRoot(root), Purpose::AddRoot(key))
+        } else {
+            Err(deleted(&container.id))
+        };
+        if let Err(failure) = asked {
+            self.creation_failed(key, failure, true);
         }
     }
 
@@ -61,7 +72,17 @@ impl Monitor {
         }
     }
 
-    pub(super) fn create_request(&self, key: u64) -> Result<CreateContainer, Failure> {
+    /// The guest has all volumes.
+    pub(super) fn create_with_volumes(&mut self, key: u64) {
+        let asked = self
+            .create_request(key)
+            .and_then(|request| self.ask_agent(Verb::CreateContainer(request), Purpose::Create(key)));
+        if let Err(failure) = asked {
+            self.creation_failed(key, failure, true);
+        }
+    }
+
+    fn create_request(&self, key: u64) -> Result<CreateContainer, Failure> {
         let gone = || Failure::wrong_state("the container is gone");
         let container = self.containers.get(&key).ok_or_else(gone)?;
         let Maker::Guest(guest) = &container.maker else { return Err(gone()) };
@@ -150,7 +171,7 @@ impl Monitor {
 
     pub(super) fn root_cleaned_up(&mut self, key: u64, outcome: Result<(), Failure>) {
         self.note_failure("clean up after a failed create", outcome);
-        if !self.unplug_disks(key, Then::Undone) {
+        if !self.unplug_devices(key, Then::Undone) {
             self.creation_undone(key);
         }
     }
@@ -225,7 +246,7 @@ impl Monitor {
         if outcome.is_err() && running {
             return self.removal_ended(key, outcome);
         }
-        if !self.unplug_disks(key, Then::Removed) {
+        if !self.unplug_devices(key, Then::Removed) {
             self.removal_ended(key, Ok(()));
         }
     }

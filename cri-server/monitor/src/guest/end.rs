@@ -148,7 +148,7 @@ impl Monitor {
         }
         self.fail_dials(&failure);
         self.fail_resize(&failure);
-        self.disks_gone();
+        self.devices_gone();
         self.advance_machine_end();
     }
 

@@ -200,8 +200,8 @@ impl Monitor {
                 self.hypervisor_checked(error.code() == ErrorCode::Unsupported);
             }
             (Ask::Resize, outcome) => self.hypervisor_resized(outcome),
-            (Ask::Plug(disk), outcome) => self.disk_plugged(disk, outcome.map(drop)),
-            (Ask::Unplug(disk), outcome) => self.disk_unplugged(disk, outcome.map(drop)),
+            (Ask::Plug(device), outcome) => self.device_plugged(device, outcome.map(drop)),
+            (Ask::Unplug(device), outcome) => self.device_unplugged(device, outcome.map(drop)),
         }
     }
 }

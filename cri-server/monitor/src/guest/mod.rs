@@ -24,7 +24,7 @@
 //! | `agent.rs`, `link.rs` | requests to the agent, what each was for; losing it and coming back |
 //! | `news.rs` | what the agent tells unasked |
 //! | `pulse.rs`, `threads.rs` | whether the guest lives, and its clock; what the host lets the machine do |
-//! | `disks.rs` | block volumes: plugged and unplugged |
+//! | `devices.rs` | block volumes and images: plugged and unplugged |
 //! | `container.rs`, `exec.rs`, `streams.rs` | the guest's side of the verbs for containers and execs |
 //! | `volumes.rs` | volumes in the guest's memory, and what is followed on the host |
 //! | `bounds.rs` | how much of the guest's words is taken, and how often |
@@ -36,8 +36,8 @@ mod agent;
 mod boot;
 mod bounds;
 mod container;
+mod devices;
 mod dial;
-mod disks;
 mod end;
 mod exec;
 mod hypervisor;
@@ -58,8 +58,8 @@ use std::path::PathBuf;
 
 use agent::Agent;
 use boot::Starting;
+use devices::Devices;
 use dial::Dial;
-use disks::Disks;
 use end::Ending;
 pub(crate) use exec::GuestExec;
 use hypervisor::Hypervisor;
@@ -85,7 +85,7 @@ pub(crate) struct Machine {
     agent: Agent,
     dials: BTreeMap<u64, Dial>,
     volumes: Volumes,
-    disks: Disks,
+    devices: Devices,
     /// The size that it began with, and the one that it has.
     started_with: Size,
     size: Size,

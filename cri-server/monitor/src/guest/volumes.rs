@@ -57,7 +57,7 @@ impl Monitor {
                 Some(Kind::Followed(wanted)) => self.follow(key, &wanted),
                 None => Err(Failure::invalid("a volume is of a kind that this monitor does not know")),
             },
-            None => return self.plug_disks(key),
+            None => return self.create_with_volumes(key),
         };
         if let Err(failure) = asked {
             self.creation_failed(key, failure, true);

@@ -139,5 +139,6 @@ pub fn guest_container(id: &str) -> GuestContainer {
         volumes: Vec::new(),
         disks: Vec::new(),
         block_devices: Vec::new(),
+        image: None,
     }
 }

@@ -13,6 +13,12 @@ const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1, `edx`: there are several processors in the package.
 const SEVERAL: u32 = 1 << 28;
 
+/// Where the physical addresses end that processors can use (leaf 0x80000008, `eax`; 36 bits where it is not there).
+pub(crate) fn address_end(supported: &CpuId) -> u64 {
+    let sizes = supported.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
+    1 << sizes.map_or(36, |entry| entry.eax & 0xff).clamp(32, 52)
+}
+
 /// The answers for processor `number` of `count`, from those that KVM supports.
 pub(crate) fn identity(supported: &CpuId, number: u8, count: u8) -> Vec<kvm_cpuid_entry2> {
     let (number, count) = (u32::from(number), u32::from(count));

@@ -10,6 +10,6 @@ mod identity;
 mod registers;
 mod run;
 
-pub(crate) use identity::identity;
+pub(crate) use identity::{address_end, identity};
 pub(crate) use registers::set_up;
 pub(crate) use run::run;

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use podvisor_proto::hypervisor::Start;
 use podvisor_virtio::balloon::Balloon;
@@ -11,7 +11,7 @@ use podvisor_virtio::device::Memory;
 use podvisor_virtio::entropy::Entropy;
 use podvisor_virtio::mem::{LARGE_BLOCK, Reserve, Size};
 use podvisor_virtio::vsock::{Muxer, Vsock};
-use vm_memory::{GuestMemory, GuestMemoryRegion};
+use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::MachineError;
@@ -20,7 +20,9 @@ use super::console::Console;
 use super::devices::Devices;
 use super::ending::Ending;
 use super::growth::{Growth, Region};
+use super::images::Area;
 use super::parts::Parts;
+use super::slots::Slots;
 use super::transport::{Mmio, Transport};
 use crate::boot::{self, acpi, elf, pvh};
 use crate::layout::{self, IDENTITY_MAP, SERIAL_INTERRUPT, TASK_STATE};
@@ -34,8 +36,15 @@ const KERNEL_WORDS: &str = "console=ttyS0 quiet reboot=t panic=-1 random.trust_c
 const MEMORY_WORDS: &str = "memhp_default_state=online memory_hotplug.online_policy=auto-movable memory_hotplug.memmap_on_memory=1 swiotlb=noforce";
 
 /// What KVM has to be able to do: each with what it is for.
-const NEEDED: [Cap; 6] =
-    [Cap::Irqchip, Cap::Irqfd, Cap::Ioeventfd, Cap::UserMemory, Cap::ExtCpuid, Cap::TscDeadlineTimer];
+const NEEDED: [Cap; 7] = [
+    Cap::Irqchip,
+    Cap::Irqfd,
+    Cap::Ioeventfd,
+    Cap::UserMemory,
+    Cap::ReadonlyMem,
+    Cap::ExtCpuid,
+    Cap::TscDeadlineTimer,
+];
 
 /// Devices that every machine has: entropy, vsock and balloon.
 const OWN_DEVICES: usize = 3;
@@ -44,8 +53,6 @@ const SPARE_DISK_THREADS: usize = 4;
 
 /// A machine that does not run yet.
 pub(crate) struct Machine {
-    /// Unless `growth` has it.
-    pub(crate) vm: Option<VmFd>,
     pub(crate) vcpus: Vec<VcpuFd>,
     pub(crate) bus: Bus,
     pub(crate) ending: Arc<Ending>,
@@ -63,7 +70,6 @@ pub(crate) struct Machine {
 pub(crate) fn build(start: &Start, parts: Parts, link: OwnedFd) -> Result<Machine, MachineError> {
     let Parts { kvm, kernel, initramfs, console, vsock, shares, disks, networks } = parts;
     let (vm, supported) = open(kvm)?;
-    let memory = memory(&vm, start.memory)?;
     let interrupt = event()?;
     vm.register_irqfd(&interrupt, SERIAL_INTERRUPT).map_err(kvm_failed("connect the console's interrupt"))?;
     let console = Console::new(console, interrupt);
@@ -76,13 +82,21 @@ pub(crate) fn build(start: &Start, parts: Parts, link: OwnedFd) -> Result<Machin
     let news = event()?;
     let told = news.try_clone().map_err(MachineError::Descriptors)?;
     let transport: Arc<dyn Transport> = Arc::new(Mmio::new(&vm, places, told)?);
-    let mut devices = Devices::new(memory.clone(), Arc::clone(&transport), disks.len() + spare_disks)?;
+    // At most 32, which was checked.
+    let processors = u8::try_from(start.cpus_limit).unwrap_or(u8::MAX);
+    let vcpus = (0..processors).map(|number| vm.create_vcpu(number.into()));
+    let mut vcpus = vcpus.collect::<Result<Vec<_>, _>>().map_err(kvm_failed("make a processor"))?;
+    let mut slots = Slots::new(vm);
+    let memory = memory(&mut slots, start.memory)?;
+    let area = Area::new(layout::images(start.memory, reserved(start)), cpu::address_end(&supported));
+    let threads = disks.len() + spare_disks;
+    let mut devices = Devices::new(memory.clone(), slots, area, Arc::clone(&transport), threads)?;
     devices.add_own(Entropy)?;
     let muxer = Muxer::new(vsock)
         .map_err(|error| MachineError::Device("vsock".to_owned(), std::io::Error::other(error)))?;
     devices.add_own(Vsock::new(muxer))?;
     devices.add_own(Balloon::default())?;
-    let reserve = if grows { Some(reserve(start, &memory, &news, &mut devices)?) } else { None };
+    let growth = if grows { Some(growth(start, &news, &mut devices)?) } else { None };
     for (share, socket) in shares {
         devices.add_share(&share, socket)?;
     }
@@ -93,18 +107,12 @@ pub(crate) fn build(start: &Start, parts: Parts, link: OwnedFd) -> Result<Machin
         devices.add_disk(&disk, file)?;
     }
 
-    // At most 32, which was checked.
-    let processors = u8::try_from(start.cpus_limit).unwrap_or(u8::MAX);
     let entry = load(start, &memory, &kernel, &initramfs, processors, &transport.describe())?;
-    let vcpus = processors_of(&vm, &memory, &supported, processors, entry)?;
+    set_up(&mut vcpus, &memory, &supported, entry)?;
     let ending = Arc::new(Ending::new(link, console.clone()));
     let bus = Bus::new(transport, console, Arc::clone(&ending));
     let limit = start.memory_limit;
-    let (vm, growth) = match reserve {
-        Some((region, size)) => (None, Some(Growth::new(vm, region, size, start.memory))),
-        None => (Some(vm), None),
-    };
-    Ok(Machine { vm, vcpus, bus, ending, devices, growth, news, memory_limit: limit, plugs: start.plugs })
+    Ok(Machine { vcpus, bus, ending, devices, growth, news, memory_limit: limit, plugs: start.plugs })
 }
 
 fn kvm_failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError {
@@ -140,39 +148,29 @@ fn open(kvm: OwnedFd) -> Result<(VmFd, CpuId), MachineError> {
 }
 
 /// The guest's memory, private to this process.
-fn memory(vm: &VmFd, size: u64) -> Result<Memory, MachineError> {
+fn memory(slots: &mut Slots, size: u64) -> Result<Memory, MachineError> {
     let ranges = layout::memory(size);
     let memory =
         Memory::from_ranges(&ranges).map_err(|error| MachineError::Memory(std::io::Error::other(error)))?;
-    for (slot, region) in (0u32..).zip(memory.iter()) {
-        let described = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-        };
-        sys::add_memory(vm, described).map_err(kvm_failed("map the guest's memory"))?;
+    for region in memory.iter() {
+        // For as long as the machine lives.
+        slots.add(region).map_err(kvm_failed("map the guest's memory"))?;
     }
     Ok(memory)
 }
 
-/// The device for memory that comes later.
-fn reserve(
-    start: &Start,
-    memory: &Memory,
-    news: &EventFd,
-    devices: &mut Devices,
-) -> Result<(Region, Arc<Size>), MachineError> {
+/// Bytes of the region for memory that comes later.
+fn reserved(start: &Start) -> u64 {
+    (start.memory_limit - start.memory).next_multiple_of(LARGE_BLOCK)
+}
+
+/// With the device for memory that comes later.
+fn growth(start: &Start, news: &EventFd, devices: &mut Devices) -> Result<Growth, MachineError> {
     let told = news.try_clone().map_err(MachineError::Descriptors)?;
     let size = Arc::new(Size::new(told).map_err(MachineError::Descriptors)?);
-    let region = Region {
-        begin: layout::growth(start.memory),
-        length: (start.memory_limit - start.memory).next_multiple_of(LARGE_BLOCK),
-        slot: u32::try_from(memory.num_regions()).unwrap_or(u32::MAX),
-    };
+    let region = Region { begin: layout::growth(start.memory), length: reserved(start) };
     devices.add_own(Reserve::new(region.begin, region.length, Arc::clone(&size)))?;
-    Ok((region, size))
+    Ok(Growth::new(region, size, start.memory))
 }
 
 /// Puts everything that the first processor finds into memory; gives its entry.
@@ -206,22 +204,14 @@ fn load(
     Ok(kernel.entry)
 }
 
-fn processors_of(
-    vm: &VmFd,
-    memory: &Memory,
-    supported: &CpuId,
-    count: u8,
-    entry: u32,
-) -> Result<Vec<VcpuFd>, MachineError> {
-    (0..count)
-        .map(|number| {
-            let vcpu = vm.create_vcpu(number.into()).map_err(kvm_failed("make a processor"))?;
-            let identity = CpuId::from_entries(&cpu::identity(supported, number, count)).map_err(|_| {
-                MachineError::Unusable("its processors have more properties than can be told")
-            })?;
-            vcpu.set_cpuid2(&identity).map_err(kvm_failed("say what a processor can do"))?;
-            cpu::set_up(&vcpu, memory, (number == 0).then_some(entry))?;
-            Ok(vcpu)
-        })
-        .collect()
+/// The first one begins at `entry`.
+fn set_up(vcpus: &mut [VcpuFd], memory: &Memory, supported: &CpuId, entry: u32) -> Result<(), MachineError> {
+    let count = u8::try_from(vcpus.len()).unwrap_or(u8::MAX);
+    for (number, vcpu) in (0..count).zip(vcpus) {
+        let identity = CpuId::from_entries(&cpu::identity(supported, number, count))
+            .map_err(|_| MachineError::Unusable("its processors have more properties than can be told"))?;
+        vcpu.set_cpuid2(&identity).map_err(kvm_failed("say what a processor can do"))?;
+        cpu::set_up(vcpu, memory, (number == 0).then_some(entry))?;
+    }
+    Ok(())
 }

@@ -1,4 +1,4 @@
-//! Devices of a machine: made of what was opened for them, put into places, and served by threads. A device goes when no driver of the guest's uses
+//! Devices of a machine, and its memory, which they reach: made of what was opened for them, put into places, and served by threads. A device goes when no driver of the guest's uses
 //! it any more.
 
 use std::fs::File;
@@ -8,13 +8,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use podvisor_hypervisor::failure::{Failure, chain};
-use podvisor_proto::hypervisor::{Disk, Network, Share, request::Verb};
+use podvisor_proto::hypervisor::{Disk, Image, Network, Share, request::Verb};
 use podvisor_virtio::block;
 use podvisor_virtio::device::{Device, Memory};
 use podvisor_virtio::endpoint::Endpoint;
-use podvisor_virtio::{fs, net};
+use podvisor_virtio::{fs, net, pmem};
+use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::MachineError;
+use super::images::{self, Area};
+use super::slots::{Slot, Slots};
 use super::transport::Transport;
 use super::workers::Worker;
 use crate::sys;
@@ -28,6 +31,7 @@ enum Kind {
     Share,
     Disk,
     Network,
+    Image,
 }
 
 /// A device that was put into a place.
@@ -39,11 +43,15 @@ struct Placed {
     worker: Arc<Worker>,
     /// The request to remove it, and until when the guest has time.
     leaving: Option<(u64, Instant)>,
+    /// The memory that goes with it.
+    image: Option<images::Placed>,
 }
 
 /// All of them.
 pub(crate) struct Devices {
     memory: Memory,
+    slots: Slots,
+    area: Area,
     transport: Arc<dyn Transport>,
     placed: Vec<Placed>,
     /// Serves all that never waits.
@@ -58,13 +66,15 @@ pub(crate) type Removed = (u64, Result<(), Failure>);
 impl Devices {
     pub(crate) fn new(
         memory: Memory,
+        slots: Slots,
+        area: Area,
         transport: Arc<dyn Transport>,
         disk_threads: usize,
     ) -> Result<Self, MachineError> {
         let quick = Arc::new(Worker::new().map_err(MachineError::Descriptors)?);
         let disks = (0..disk_threads).map(|_| Worker::new().map(Arc::new));
         let disks = disks.collect::<Result<_, _>>().map_err(MachineError::Descriptors)?;
-        Ok(Self { memory, transport, placed: Vec::new(), quick, disks })
+        Ok(Self { memory, slots, area, transport, placed: Vec::new(), quick, disks })
     }
 
     /// The thread for everything but disks, and those for disks.
@@ -72,13 +82,33 @@ impl Devices {
         (Arc::clone(&self.quick), self.disks.clone())
     }
 
-    /// The guest's memory.
-    pub(crate) fn memory(&self) -> &Memory {
-        &self.memory
+    /// The guest has this too, and so have the devices that there are and those that come.
+    pub(crate) fn add_memory(&mut self, region: GuestRegionMmap) -> Result<Slot, MachineError> {
+        let region = Arc::new(region);
+        let memory = self.memory.insert_region(Arc::clone(&region));
+        let memory = memory.map_err(|error| MachineError::Memory(std::io::Error::other(error)))?;
+        let before = self.memory.clone();
+        // The devices first: what the guest has must be theirs.
+        self.set_memory(memory);
+        let added = self.slots.add(&region);
+        added.map_err(|error| {
+            self.set_memory(before);
+            MachineError::Kvm("map more of the guest's memory", error.into())
+        })
     }
 
-    /// From now on the guest's memory is this, for the devices that there are and those that come.
-    pub(crate) fn set_memory(&mut self, memory: &Memory) {
+    /// The guest has an image's memory no longer.
+    fn remove_memory(&mut self, image: images::Placed) -> Result<(), MachineError> {
+        self.slots.remove(image.slot)?;
+        let removed = self.memory.remove_region(GuestAddress(image.begin), image.length);
+        let (memory, _region) =
+            removed.map_err(|error| MachineError::Memory(std::io::Error::other(error)))?;
+        self.set_memory(memory);
+        self.area.give_back(image.begin);
+        Ok(())
+    }
+
+    fn set_memory(&mut self, memory: Memory) {
         self.memory = memory.clone();
         for worker in self.disks.iter().chain([&self.quick]) {
             worker.each(|device| device.with(|endpoint, _| endpoint.set_memory(memory.clone())));
@@ -109,7 +139,7 @@ impl Devices {
         device: impl Device + 'static,
     ) -> Result<(), MachineError> {
         let place = self.put(&worker, Box::new(device))?;
-        self.placed.push(Placed { kind, name: name.to_owned(), place, worker, leaving: None });
+        self.placed.push(Placed { kind, name: name.to_owned(), place, worker, leaving: None, image: None });
         Ok(())
     }
 
@@ -132,6 +162,39 @@ impl Devices {
         let offload = |tap: BorrowedFd<'_>, offloads: net::Offloads| sys::set_tap_offload(tap, offloads.0);
         let device = net::Network::new(tap, address(&network.hardware_address), mtu, offload);
         self.add(Kind::Network, &network.hardware_address, Arc::clone(&self.quick), device)
+    }
+
+    pub(crate) fn add_image(&mut self, image: &Image, files: Vec<File>) -> Result<(), MachineError> {
+        let failed = |error| MachineError::Device(image.serial.clone(), error);
+        let files = files.into_iter().map(|file| file.metadata().map(|found| (file, found.len())));
+        let files = files.collect::<Result<Vec<_>, _>>().map_err(failed)?;
+        let lengths: Vec<u64> = files.iter().map(|(_, length)| *length).collect();
+        let length = images::length(&lengths).ok_or(MachineError::Full)?;
+        let mapped = images::map(&files, &image.serial, length).map_err(failed)?;
+        let begin = self.area.take(length).ok_or(MachineError::Full)?;
+        let region = images::region(mapped, begin).map_err(failed);
+        let slot = match region.and_then(|region| self.add_memory(region)) {
+            Ok(slot) => slot,
+            Err(error) => {
+                self.area.give_back(begin);
+                return Err(error);
+            }
+        };
+        let placed = images::Placed { begin, length, slot };
+        let device = pmem::Image::new(pmem::State { begin, length });
+        match self.add(Kind::Image, &image.serial, Arc::clone(&self.quick), device) {
+            Ok(()) => {
+                if let Some(added) = self.placed.last_mut() {
+                    added.image = Some(placed);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                // The first failure is the one to tell.
+                let _ = self.remove_memory(placed);
+                Err(error)
+            }
+        }
     }
 
     /// Does what is asked of a machine that runs. `Ok(false)`: it is under way, and told by [`Self::removed`].
@@ -163,8 +226,15 @@ impl Devices {
                 let added = self.add_network(&network, opened()?.into());
                 (network.hardware_address, added)
             }
+            Verb::AddImage(add) => {
+                let image = add.image.unwrap_or_default();
+                self.check_new(Kind::Image, &image.serial)?;
+                let added = self.add_image(&image, descriptors.map(File::from).collect());
+                (image.serial, added)
+            }
             Verb::RemoveShare(remove) => return self.remove(request, Kind::Share, &remove.tag),
             Verb::RemoveDisk(remove) => return self.remove(request, Kind::Disk, &remove.serial),
+            Verb::RemoveImage(remove) => return self.remove(request, Kind::Image, &remove.serial),
             Verb::RemoveNetwork(remove) => {
                 return self.remove(request, Kind::Network, &remove.hardware_address);
             }
@@ -212,12 +282,16 @@ impl Devices {
     /// Takes out what the guest has let go of, and gives up what it has not in time.
     pub(crate) fn removed(&mut self) -> Vec<Removed> {
         let mut over = Vec::new();
+        let mut images = Vec::new();
         self.placed.retain_mut(|placed| {
             let Some((request, deadline)) = placed.leaving else { return true };
             if self.transport.is_unused(placed.place) == Some(true) {
                 placed.worker.remove(placed.place);
                 self.transport.detach(placed.place);
-                over.push((request, Ok(())));
+                match placed.image.take() {
+                    Some(image) => images.push((request, image)),
+                    None => over.push((request, Ok(()))),
+                }
                 return false;
             }
             if deadline <= Instant::now() {
@@ -228,6 +302,10 @@ impl Devices {
             }
             true
         });
+        for (request, image) in images {
+            let removed = self.remove_memory(image);
+            over.push((request, removed.map_err(|error| Failure::failed("unplug an image", chain(&error)))));
+        }
         over
     }
 }

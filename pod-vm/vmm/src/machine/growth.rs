@@ -6,8 +6,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::VmFd;
 use podvisor_hypervisor::failure::{Failure, chain};
 use podvisor_proto::hypervisor::{Resized, reply};
 use podvisor_virtio::mem::{Size, usable};
@@ -16,7 +14,6 @@ use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::MachineError;
 use super::devices::Devices;
-use crate::sys;
 
 /// How long a guest may take to take memory, or to give some back.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -26,8 +23,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Region {
     pub(crate) begin: u64,
     pub(crate) length: u64,
-    /// KVM's number for the first part of it; those that follow have the next ones.
-    pub(crate) slot: u32,
 }
 
 /// A change that the guest has not made yet.
@@ -41,7 +36,6 @@ struct Change {
 
 /// All of it, in bytes.
 pub(crate) struct Growth {
-    vm: VmFd,
     region: Region,
     size: Arc<Size>,
     from_start: u64,
@@ -54,8 +48,8 @@ pub(crate) struct Growth {
 type Answer = (u64, Result<reply::Result, Failure>);
 
 impl Growth {
-    pub(crate) fn new(vm: VmFd, region: Region, size: Arc<Size>, from_start: u64) -> Self {
-        Self { vm, region, size, from_start, mapped: 0, wanted: 0, change: None }
+    pub(crate) fn new(region: Region, size: Arc<Size>, from_start: u64) -> Self {
+        Self { region, size, from_start, mapped: 0, wanted: 0, change: None }
     }
 
     /// The machine is to have so much memory. `None`: it is answered later, by [`Self::advance`].
@@ -98,19 +92,8 @@ impl Growth {
         let begin = self.region.begin + self.mapped;
         let region = GuestRegionMmap::new(region, GuestAddress(begin))
             .ok_or_else(|| MachineError::Memory(std::io::ErrorKind::InvalidInput.into()))?;
-        let described = kvm_userspace_memory_region {
-            slot: self.region.slot,
-            flags: 0,
-            guest_phys_addr: begin,
-            memory_size: length,
-            userspace_addr: region.as_ptr() as u64,
-        };
-        // The devices' first: they hold it as long as the machine lives.
-        let memory = devices.memory().insert_region(Arc::new(region)).map_err(|error| other(&error))?;
-        devices.set_memory(&memory);
-        sys::add_memory(&self.vm, described)
-            .map_err(|error| MachineError::Kvm("map more of the guest's memory", error.into()))?;
-        self.region.slot += 1;
+        // For as long as the machine lives.
+        devices.add_memory(region)?;
         self.mapped = bytes;
         Ok(())
     }

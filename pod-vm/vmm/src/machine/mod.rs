@@ -7,6 +7,8 @@
 //! | `build.rs` | from those to a machine that can run |
 //! | `devices.rs` | devices that come and go |
 //! | `growth.rs` | memory that comes and goes |
+//! | `images.rs` | files in the guest's memory |
+//! | `slots.rs` | which memory is the guest's |
 //! | `bus.rs`, `transport.rs` | what processors reach besides memory |
 //! | `console.rs` | the serial port |
 //! | `workers.rs` | threads that serve devices |
@@ -18,7 +20,9 @@ pub(crate) mod console;
 mod devices;
 pub(crate) mod ending;
 mod growth;
+mod images;
 pub(crate) mod parts;
+mod slots;
 pub(crate) mod transport;
 mod workers;
 
@@ -125,7 +129,7 @@ struct Running {
 
 /// Starts all threads, confines them, says so, and lets the processors run.
 fn begin(machine: build::Machine, request: u64) -> Result<Running, MachineError> {
-    let build::Machine { vm, vcpus, bus, ending, devices, growth, news, memory_limit, plugs } = machine;
+    let build::Machine { vcpus, bus, ending, devices, growth, news, memory_limit, plugs } = machine;
     let filters = confine::filters().map_err(ConfineError::from)?;
     let (bus, filters) = (Arc::new(bus), Arc::new(filters));
     let ready = Arc::new(Barrier::new(vcpus.len() + 1));
@@ -169,13 +173,12 @@ fn begin(machine: build::Machine, request: u64) -> Result<Running, MachineError>
             adds_shares: plugs,
             adds_disks: plugs,
             adds_networks: plugs,
+            adds_images: plugs,
             cpus_limit: cpus,
             memory_limit,
             ..Started::default()
         }),
     );
-    // The machine's descriptor lives as long as the process.
-    std::mem::forget(vm);
     ready.wait();
     Ok(Running { ending, devices, growth, news, plugs })
 }

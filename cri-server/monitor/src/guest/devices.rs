@@ -1,4 +1,5 @@
-//! Block volumes of containers: plugged before a container is made that has them, unplugged when the last that had them is gone.
+//! What containers have of the machine: block volumes, and images that root file systems are made of. Plugged before a container is made that has them,
+//! unplugged when the last that had them is gone.
 //!
 //! ```text
 //!            refused
@@ -12,8 +13,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use podvisor_proto::agent::{ReleaseDisk, request::Verb as AgentVerb};
-use podvisor_proto::hypervisor::{AddDisk, Disk, Error, RemoveDisk, request::Verb};
+use podvisor_proto::agent::{ReleaseDisk, ReleaseImage, request::Verb as AgentVerb};
+use podvisor_proto::hypervisor::{
+    AddDisk, AddImage, Disk, Error, Image, RemoveDisk, RemoveImage, request::Verb,
+};
 
 use super::agent::Purpose;
 use super::bounds::line;
@@ -22,13 +25,59 @@ use crate::container::{Maker, State};
 use crate::failure::Failure;
 use crate::monitor::Monitor;
 
-/// Disks of the machine that containers have, by a number for each.
+/// Devices of the machine that containers have, by a number for each.
 #[derive(Debug, Default)]
-pub(super) struct Disks(BTreeMap<u64, Plugged>);
+pub(super) struct Devices(BTreeMap<u64, Plugged>);
+
+/// One that a container wants.
+#[derive(Debug, Clone)]
+enum Device {
+    Disk(Disk),
+    Image(Image),
+}
+
+impl Device {
+    /// What the hypervisor and the guest know it by, each kind for itself.
+    fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Disk(one), Self::Disk(other)) => one.serial == other.serial,
+            (Self::Image(one), Self::Image(other)) => one.serial == other.serial,
+            _ => false,
+        }
+    }
+
+    fn add(&self) -> Verb {
+        match self.clone() {
+            Self::Disk(disk) => Verb::AddDisk(AddDisk { disk: Some(disk) }),
+            Self::Image(image) => Verb::AddImage(AddImage { image: Some(image) }),
+        }
+    }
+
+    fn remove(&self) -> Verb {
+        match self.clone() {
+            Self::Disk(Disk { serial, .. }) => Verb::RemoveDisk(RemoveDisk { serial }),
+            Self::Image(Image { serial, .. }) => Verb::RemoveImage(RemoveImage { serial }),
+        }
+    }
+
+    fn release(&self) -> AgentVerb {
+        match self.clone() {
+            Self::Disk(Disk { serial, .. }) => AgentVerb::ReleaseDisk(ReleaseDisk { serial }),
+            Self::Image(Image { serial, .. }) => AgentVerb::ReleaseImage(ReleaseImage { serial }),
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Disk(_) => "block volume",
+            Self::Image(_) => "image",
+        }
+    }
+}
 
 #[derive(Debug)]
 struct Plugged {
-    disk: Disk,
+    device: Device,
     stage: Stage,
     /// Containers that have it, or wait for it.
     users: BTreeSet<u64>,
@@ -43,7 +92,7 @@ enum Stage {
     Going,
 }
 
-/// What follows when a container's disks are unplugged.
+/// What follows when a container's devices are unplugged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Then {
     /// The container is removed.
@@ -52,9 +101,9 @@ pub(super) enum Then {
     Undone,
 }
 
-impl Disks {
-    fn find(&mut self, serial: &str) -> Option<(u64, &mut Plugged)> {
-        let found = self.0.iter_mut().find(|(_, plugged)| plugged.disk.serial == serial);
+impl Devices {
+    fn find(&mut self, device: &Device) -> Option<(u64, &mut Plugged)> {
+        let found = self.0.iter_mut().find(|(_, plugged)| plugged.device.is(device));
         found.map(|(number, plugged)| (*number, plugged))
     }
 
@@ -67,15 +116,17 @@ impl Disks {
 
 impl Monitor {
     /// Plugs what a container wants; goes on with its creation when all is there.
-    pub(super) fn plug_disks(&mut self, container: u64) {
-        let wanted = match self.containers.get(&container).map(|container| &container.maker) {
-            Some(Maker::Guest(guest)) => guest.wanted.disks.clone(),
-            _ => return,
+    pub(super) fn plug_devices(&mut self, container: u64) {
+        let Some(Maker::Guest(guest)) = self.containers.get(&container).map(|container| &container.maker)
+        else {
+            return;
         };
-        for disk in wanted {
+        let disks = guest.wanted.disks.iter().cloned().map(Device::Disk);
+        let wanted: Vec<Device> = disks.chain(guest.wanted.image.clone().map(Device::Image)).collect();
+        for device in wanted {
             let new = self.new_key();
             let Self { machine: Some(machine), poller, .. } = self else { return };
-            let (number, verb) = if let Some((number, plugged)) = machine.disks.find(&disk.serial) {
+            let (number, verb) = if let Some((number, plugged)) = machine.devices.find(&device) {
                 let forsaken = plugged.stage == Stage::There && plugged.users.is_empty();
                 plugged.users.insert(container);
                 if !forsaken {
@@ -84,66 +135,60 @@ impl Monitor {
                 (number, None)
             } else {
                 let users = BTreeSet::from([container]);
-                let plugged =
-                    Plugged { disk: disk.clone(), stage: Stage::Coming, users, leaving: Vec::new() };
-                machine.disks.0.insert(new, plugged);
-                (new, Some(add(disk)))
+                let add = device.add();
+                let plugged = Plugged { device, stage: Stage::Coming, users, leaving: Vec::new() };
+                machine.devices.0.insert(new, plugged);
+                (new, Some(add))
             };
             match verb {
                 Some(add) => machine.hypervisor.ask(add, Ask::Plug(number), poller),
                 None => self.unplug(number),
             }
         }
-        self.create_if_plugged(container);
+        self.go_on_if_plugged(container);
     }
 
-    fn create_if_plugged(&mut self, container: u64) {
+    fn go_on_if_plugged(&mut self, container: u64) {
         let state = self.containers.get(&container).map(|container| &container.state);
         let creating = matches!(state, Some(State::Creating { .. }));
-        if !creating || !self.machine.as_ref().is_some_and(|machine| machine.disks.has_all(container)) {
-            return;
-        }
-        let asked = self.create_request(container).and_then(|request| {
-            self.ask_agent(AgentVerb::CreateContainer(request), Purpose::Create(container))
-        });
-        if let Err(failure) = asked {
-            self.creation_failed(container, failure, true);
+        if creating && self.machine.as_ref().is_some_and(|machine| machine.devices.has_all(container)) {
+            self.add_root(container);
         }
     }
 
-    /// The hypervisor has plugged a disk, or could not.
-    pub(super) fn disk_plugged(&mut self, number: u64, outcome: Result<(), Error>) {
+    /// The hypervisor has plugged a device, or could not.
+    pub(super) fn device_plugged(&mut self, number: u64, outcome: Result<(), Error>) {
         let Self { machine: Some(machine), .. } = self else { return };
-        let Some(plugged) = machine.disks.0.get_mut(&number) else { return };
+        let Some(plugged) = machine.devices.0.get_mut(&number) else { return };
         let users = plugged.users.clone();
         match outcome {
             Ok(()) if users.is_empty() => self.unplug(number),
             Ok(()) => {
                 plugged.stage = Stage::There;
                 for container in users {
-                    self.create_if_plugged(container);
+                    self.go_on_if_plugged(container);
                 }
             }
             Err(error) => {
                 let leaving = std::mem::take(&mut plugged.leaving);
-                machine.disks.0.remove(&number);
+                machine.devices.0.remove(&number);
                 for container in users {
                     self.creation_failed(container, refusal(&error), true);
                 }
-                self.disks_left(leaving);
+                self.devices_left(leaving);
             }
         }
     }
 
     /// Gives up what a container has, and unplugs what nobody else has. `false`: there is nothing to wait for.
-    pub(super) fn unplug_disks(&mut self, container: u64, then: Then) -> bool {
+    pub(super) fn unplug_devices(&mut self, container: u64, then: Then) -> bool {
         let Self { machine: Some(machine), .. } = self else { return false };
         if !machine.is_running() {
             return false;
         }
         let mut waits = false;
         let mut forsaken = Vec::new();
-        for (number, plugged) in &mut machine.disks.0 {
+        for (number, plugged) in &mut machine.devices.0 {
             if !plugged.users.remove(&container) || !plugged.users.is_empty() {
                 continue;
             }
@@ -159,59 +204,59 @@ impl Monitor {
         waits
     }
 
-    /// Has a disk taken out, and the guest let go of it.
+    /// Has a device taken out, and the guest let go of it.
     fn unplug(&mut self, number: u64) {
         let Self { machine: Some(machine), poller, .. } = self else { return };
-        let Some(plugged) = machine.disks.0.get_mut(&number) else { return };
+        let Some(plugged) = machine.devices.0.get_mut(&number) else { return };
         plugged.stage = Stage::Going;
-        let serial = plugged.disk.serial.clone();
-        machine.hypervisor.ask(remove(&serial), Ask::Unplug(number), poller);
+        let release = plugged.device.release();
+        machine.hypervisor.ask(plugged.device.remove(), Ask::Unplug(number), poller);
         // An agent that does not know it is one of a machine whose bus does it.
-        self.tell_agent(AgentVerb::ReleaseDisk(ReleaseDisk { serial }), Purpose::ReleaseDisk);
+        self.tell_agent(release, Purpose::ReleaseDevice);
     }
 
-    /// The guest has let go of a disk, or has not.
-    pub(super) fn disk_unplugged(&mut self, number: u64, outcome: Result<(), Error>) {
+    /// The guest has let go of a device, or has not.
+    pub(super) fn device_unplugged(&mut self, number: u64, outcome: Result<(), Error>) {
         let Self { machine: Some(machine), poller, .. } = self else { return };
-        let Some(plugged) = machine.disks.0.get_mut(&number) else { return };
+        let Some(plugged) = machine.devices.0.get_mut(&number) else { return };
         let leaving = std::mem::take(&mut plugged.leaving);
         let users = plugged.users.clone();
         match outcome {
-            Ok(()) if users.is_empty() => drop(machine.disks.0.remove(&number)),
+            Ok(()) if users.is_empty() => drop(machine.devices.0.remove(&number)),
             Ok(()) => {
                 plugged.stage = Stage::Coming;
-                machine.hypervisor.ask(add(plugged.disk.clone()), Ask::Plug(number), poller);
+                machine.hypervisor.ask(plugged.device.add(), Ask::Plug(number), poller);
             }
             Err(error) => {
                 plugged.stage = Stage::There;
                 plugged.users.clear();
-                let detail = line(&error.detail, 512);
-                self.journal.note("a disk stays plugged until the machine ends", "machine", &detail);
+                let (detail, name) = (line(&error.detail, 512), plugged.device.name());
+                self.journal.note("a device stays plugged until the machine ends", "machine", &detail);
                 for container in users {
                     let failure = Failure::vm(
-                        "the guest does not let go of the block volume that it had before".to_owned(),
+                        format!("the guest does not let go of the {name} that it had before"),
                         detail.clone(),
                     );
                     self.creation_failed(container, failure, true);
                 }
             }
         }
-        self.disks_left(leaving);
+        self.devices_left(leaving);
     }
 
-    /// Goes on with containers whose disks are all gone.
-    fn disks_left(&mut self, leaving: Vec<(u64, Then)>) {
+    /// Goes on with containers whose devices are all gone.
+    fn devices_left(&mut self, leaving: Vec<(u64, Then)>) {
         for (container, then) in leaving {
             let waits = self.machine.as_ref().is_some_and(|machine| {
-                machine.disks.0.values().any(|it| it.leaving.contains(&(container, then)))
+                machine.devices.0.values().any(|it| it.leaving.contains(&(container, then)))
             });
             if !waits {
-                self.disks_released(container, then);
+                self.devices_released(container, then);
             }
         }
     }
 
-    fn disks_released(&mut self, container: u64, then: Then) {
+    fn devices_released(&mut self, container: u64, then: Then) {
         match then {
             Then::Removed => self.removal_ended(container, Ok(())),
             Then::Undone => self.creation_undone(container),
@@ -219,21 +264,13 @@ impl Monitor {
     }
 
     /// With the machine all of them go.
-    pub(super) fn disks_gone(&mut self) {
+    pub(super) fn devices_gone(&mut self) {
         let Some(machine) = &mut self.machine else { return };
-        let disks = std::mem::take(&mut machine.disks);
+        let devices = std::mem::take(&mut machine.devices);
         let leaving: BTreeMap<u64, Then> =
-            disks.0.into_values().flat_map(|plugged| plugged.leaving).collect();
+            devices.0.into_values().flat_map(|plugged| plugged.leaving).collect();
         for (container, then) in leaving {
-            self.disks_released(container, then);
+            self.devices_released(container, then);
         }
     }
-}
-
-fn add(disk: Disk) -> Verb {
-    Verb::AddDisk(AddDisk { disk: Some(disk) })
-}
-
-fn remove(serial: &str) -> Verb {
-    Verb::RemoveDisk(RemoveDisk { serial: serial.to_owned() })
 }
