@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     CgroupDriver, Config, Handler, HandlerKind, Hypervisor, Image, Limits, Log, LogFormat, Machine, Metrics,
-    Network, NetworkMode, Nri, Runtime, Streaming, Trust, Vm,
+    Network, NetworkMode, Nri, Rootfs, Runtime, ShareImages, Streaming, Trust, Vm,
 };
 
 /// Names of the handlers that exist when no file says anything.
@@ -80,6 +80,8 @@ impl Default for Vm {
             max_memory: 0,
             default_cpus: 1,
             max_cpus: 32,
+            rootfs: Rootfs::Auto,
+            share_images: ShareImages::Node,
         }
     }
 }

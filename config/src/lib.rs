@@ -209,6 +209,32 @@ pub struct Vm {
     pub default_cpus: u32,
     /// The most virtual CPUs that a pod gets.
     pub max_cpus: u32,
+    /// How guests get the images of containers.
+    pub rootfs: Rootfs,
+    /// Which pods' guests read the same pages of the host's memory.
+    pub share_images: ShareImages,
+}
+
+/// How a guest gets a container's image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rootfs {
+    /// The best that the pod's machine can do.
+    Auto,
+    /// As persistent memory: it reads the host's page cache.
+    Pmem,
+    /// Through the file server.
+    Fs,
+}
+
+/// Who shares pages of images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShareImages {
+    /// All pods of the node.
+    Node,
+    /// Those of a namespace.
+    Namespace,
+    /// Nobody: the containers of a pod alone.
+    Pod,
 }
 
 /// Which program is a pod's virtual machine.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     CgroupDriver, Config, Handler, HandlerKind, Hypervisor, Image, Limits, Log, LogFormat, Machine, Metrics,
-    Network, NetworkMode, Nri, Runtime, Streaming, Trust, Vm, default,
+    Network, NetworkMode, Nri, Rootfs, Runtime, ShareImages, Streaming, Trust, Vm, default,
 };
 
 impl Config {
@@ -175,6 +175,8 @@ fn write_vm(f: &mut String, vm: &Vm) -> fmt::Result {
         max_memory,
         default_cpus,
         max_cpus,
+        rootfs,
+        share_images,
     } = vm;
     writeln!(f, "type = \"vm\"")?;
     writeln!(f, "hypervisor = {}", quoted(hypervisor))?;
@@ -186,7 +188,9 @@ fn write_vm(f: &mut String, vm: &Vm) -> fmt::Result {
     writeln!(f, "guest_reserve = {guest_reserve}")?;
     writeln!(f, "max_memory = {max_memory}")?;
     writeln!(f, "default_cpus = {default_cpus}")?;
-    writeln!(f, "max_cpus = {max_cpus}")
+    writeln!(f, "max_cpus = {max_cpus}")?;
+    writeln!(f, "rootfs = {}", quoted(rootfs))?;
+    writeln!(f, "share_images = {}", quoted(share_images))
 }
 
 impl Display for Hypervisor {
@@ -205,6 +209,26 @@ impl Display for Machine {
             Self::Auto => "auto",
             Self::Microvm => "microvm",
             Self::Q35 => "q35",
+        })
+    }
+}
+
+impl Display for Rootfs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Pmem => "pmem",
+            Self::Fs => "fs",
+        })
+    }
+}
+
+impl Display for ShareImages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Node => "node",
+            Self::Namespace => "namespace",
+            Self::Pod => "pod",
         })
     }
 }

@@ -13,8 +13,8 @@ use crate::value::{
     own_directory, pids, program, registry, socket_address, socket_path, subnets,
 };
 use crate::{
-    CgroupDriver, Config, Handler, HandlerKind, Hypervisor, LogFormat, Machine, NetworkMode, Trust, Vm,
-    default,
+    CgroupDriver, Config, Handler, HandlerKind, Hypervisor, LogFormat, Machine, NetworkMode, Rootfs,
+    ShareImages, Trust, Vm, default,
 };
 
 /// Most of what a pull or a call may take: a day, in seconds.
@@ -163,6 +163,11 @@ fn vm(document: &mut Document<'_>, section: &mut Section<'_>, vm: &mut Vm) {
     document.set(section, "max_memory", &mut vm.max_memory, number(0..=1 << 24, "MiB"));
     document.set(section, "default_cpus", &mut vm.default_cpus, number(1..=32, "CPUs"));
     document.set(section, "max_cpus", &mut vm.max_cpus, number(1..=32, "CPUs"));
+    let forms = [("auto", Rootfs::Auto), ("pmem", Rootfs::Pmem), ("fs", Rootfs::Fs)];
+    document.set(section, "rootfs", &mut vm.rootfs, choice(&forms));
+    let shared =
+        [("node", ShareImages::Node), ("namespace", ShareImages::Namespace), ("pod", ShareImages::Pod)];
+    document.set(section, "share_images", &mut vm.share_images, choice(&shared));
 }
 
 fn image(document: &mut Document<'_>, root: &mut Section<'_>, config: &mut Config) {

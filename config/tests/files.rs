@@ -93,6 +93,8 @@ guest_reserve = 64
 max_memory = 4096
 default_cpus = 2
 max_cpus = 4
+rootfs = "fs"
+share_images = "pod"
 aliases = ["kata"]
 
 [image]

@@ -24,7 +24,7 @@ use crate::hooks::Hooks;
 use crate::hypervisor::{self, Choice, Kvm, Virtualizer};
 use crate::id::{ContainerId, PodId};
 use crate::monitor::pool::Pool;
-use crate::pod::record::{Engine, PinnedRuntime, PinnedVm, Records};
+use crate::pod::record::{Engine, PinnedRuntime, PinnedVm, Records, RootfsForm, SharedPages};
 use crate::selinux::SeLinux;
 use crate::telemetry::Telemetry;
 
@@ -345,6 +345,16 @@ fn pinned_vm(vm: &Vm, choice: &Choice, guest: &Guest) -> PinnedVm {
             limit => u64::from(limit) * MIB,
         },
         plugs: vm.machine != podvisor_config::Machine::Microvm,
+        rootfs: match vm.rootfs {
+            podvisor_config::Rootfs::Auto => RootfsForm::Auto,
+            podvisor_config::Rootfs::Pmem => RootfsForm::Pmem,
+            podvisor_config::Rootfs::Fs => RootfsForm::Fs,
+        },
+        share_images: match vm.share_images {
+            podvisor_config::ShareImages::Node => SharedPages::Node,
+            podvisor_config::ShareImages::Namespace => SharedPages::Namespace,
+            podvisor_config::ShareImages::Pod => SharedPages::Pod,
+        },
     }
 }
 

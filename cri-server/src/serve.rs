@@ -153,7 +153,9 @@ async fn open(config: Config) -> anyhow::Result<Arc<Node>> {
             user_agent: concat!("podvisor/", env!("CARGO_PKG_VERSION")).into(),
         },
         parallel_layers: config.image.parallel_layers as usize,
-        machine_images: false,
+        machine_images: config.handlers.values().any(|handler| {
+            matches!(&handler.kind, podvisor_config::HandlerKind::Vm(vm) if vm.rootfs == podvisor_config::Rootfs::Pmem)
+        }),
     })
     .await
     .context("cannot open the image store")?;

@@ -94,6 +94,18 @@ pub struct Rootfs {
     pub work: Option<PathBuf>,
 }
 
+impl Rootfs {
+    /// The image alone.
+    pub fn without_changes(&self) -> Self {
+        Self { upper: None, work: None, ..self.clone() }
+    }
+
+    /// The directory that has nothing in it but the directories `upper` and `work`, for overlayfs somewhere else. `None`: there is none.
+    pub fn changes(&self) -> Option<&std::path::Path> {
+        self.upper.as_deref().filter(|upper| upper.ends_with("upper"))?.parent()
+    }
+}
+
 /// Use of a file system, for ImageFsInfo and stats.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FsUsage {

@@ -17,6 +17,8 @@ use crate::{FsUsage, Rootfs};
 /// Longest name of a snapshot.
 const KEY_MAX: usize = 128;
 const RECORD: &str = "record.json";
+/// Upper and work directory of a snapshot, together: so they can be shown to whoever is to join the layers elsewhere.
+const WRITABLE: &str = "rw";
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
@@ -27,6 +29,18 @@ pub(crate) struct Record {
     /// Whose pieces of images for virtual machines it has, if not those of the whole node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) domain: Option<String>,
+    /// What is written is in [`WRITABLE`]; in snapshots of older stores it is not, and nothing is shown of them as a whole.
+    #[serde(default)]
+    apart: bool,
+}
+
+impl Record {
+    /// Upper and work directory of the snapshot that is in this directory.
+    fn directories(&self, home: &Path) -> [PathBuf; 2] {
+        let names = if self.apart { ["upper", "work"] } else { ["fs", "work"] };
+        let home = if self.apart { home.join(WRITABLE) } else { home.to_owned() };
+        names.map(|name| home.join(name))
+    }
 }
 
 /// All snapshots of a store.
@@ -116,12 +130,12 @@ impl Snapshots {
             self.records().remove(key);
             return Err(error);
         }
-        let home = self.directory.join(key);
+        let [upper, work] = record.directories(&self.directory.join(key));
         Ok(Rootfs {
             key: key.to_owned(),
             lower: record.layers.iter().rev().map(|diff_id| store.path(diff_id)).collect(),
-            upper: (!read_only).then(|| home.join("fs")),
-            work: (!read_only).then(|| home.join("work")),
+            upper: (!read_only).then_some(upper),
+            work: (!read_only).then_some(work),
         })
     }
 
@@ -142,7 +156,7 @@ impl Snapshots {
             Some(_) => Err(ImageError::SnapshotTaken { key: key.to_owned() }),
             None => {
                 let layers = layers().ok_or_else(|| ImageError::NotFound(image.to_owned()))?;
-                let record = Record { image: image.to_owned(), layers, read_only, domain: None };
+                let record = Record { image: image.to_owned(), layers, read_only, domain: None, apart: true };
                 records.insert(key.to_owned(), record.clone());
                 Ok((record, true))
             }
@@ -160,9 +174,9 @@ impl Snapshots {
                 Some(Ok(root)) => (root.mode() & 0o7777, (root.uid(), root.gid())),
                 _ => (0o755, (0, 0)),
             };
-            for (name, mode, owner) in [("fs", mode, owner), ("work", 0o700, (0, 0))] {
-                let path = scratch.file(name);
-                std::fs::create_dir(&path)
+            let [upper, work] = record.directories(&scratch.file(""));
+            for (path, mode, owner) in [(upper, mode, owner), (work, 0o700, (0, 0))] {
+                std::fs::create_dir_all(&path)
                     .and_then(|()| std::os::unix::fs::chown(&path, Some(owner.0), Some(owner.1)))
                     .and_then(|()| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)))
                     .map_err(ImageError::io("make", &path))?;
@@ -191,11 +205,12 @@ impl Snapshots {
 
     /// Use of one writable layer: some seconds old, `None` if there is none, or it was not measured yet.
     pub(crate) fn usage(&self, key: &str, mountpoint: &Path) -> Option<FsUsage> {
-        let read_only = self.records().get(key)?.read_only;
-        let usage = if read_only {
+        let record = self.records().get(key)?.clone();
+        let usage = if record.read_only {
             Usage::default()
         } else {
-            self.meter.usage(key, &self.directory.join(key).join("fs"))?
+            let [upper, _] = record.directories(&self.directory.join(key));
+            self.meter.usage(key, &upper)?
         };
         Some(FsUsage {
             mountpoint: mountpoint.to_owned(),

@@ -27,7 +27,7 @@ use super::specify::{Specified, specify};
 use super::state::State;
 use super::task::Command;
 use super::volumes::volumes;
-use super::{image_volumes, share};
+use super::{guest_image, image_volumes, share};
 use crate::error::PodError;
 use crate::hooks::Subject;
 use crate::id::ContainerId;
@@ -43,6 +43,8 @@ pub(crate) struct Plan {
     pub(crate) target: Result<Option<PathBuf>, String>,
     /// Nothing in a guest, where there is no policy.
     selinux: Confinement,
+    /// The pod's machine has room for its image.
+    pub(crate) fits: bool,
 }
 
 /// What the making of a container found out.
@@ -136,7 +138,7 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
         resources: serde_json::Value::Null,
         acquired,
     };
-    Ok(Plan { record, image, target: Ok(None), selinux })
+    Ok(Plan { record, image, target: Ok(None), selinux, fits: false })
 }
 
 fn log_path(directory: &str, path: &str) -> Result<String, PodError> {
@@ -199,7 +201,7 @@ pub(crate) async fn build(
     subject: Option<Subject>,
     mailbox: &mpsc::UnboundedSender<Command>,
 ) -> Result<Built, PodError> {
-    let Plan { record, image, target, selinux } = plan;
+    let Plan { record, image, target, selinux, fits } = plan;
     let config = &record.config.0;
     let target = target
         .map_err(|why| PodError::invalid("config.linux.security_context.namespace_options.target_id", why))?;
@@ -209,18 +211,26 @@ pub(crate) async fn build(
 
     let snapshot =
         node.images.prepare(record.id.as_str(), &image.id, false).await.map_err(PodError::Image)?;
+    let in_memory = guest_image::find(node, pod, &record, &snapshot, fits).await?;
     let prepared = image_volumes::prepare(node, &record.id, &record.image_volumes).await?;
     podvisor_fault::point("create.snapshot");
+    let changes = in_memory.as_ref().map(|image| image.changes.clone());
     let Specified { spec, user, volumes } = {
         let (node, pod, record, image, bundle, rootfs) =
             (node.clone(), pod.clone(), record.clone(), image.clone(), bundle.clone(), rootfs.clone());
         tokio::task::spawn_blocking(move || {
             make_bundle(&bundle, &rootfs)?;
             let label = selinux.files.as_ref().map(ToString::to_string);
-            mount(&node, &pod, &snapshot, &rootfs, label.as_deref()).map_err(PodError::Image)?;
+            // What the guest joins itself, the host only looks at.
+            let shown = if changes.is_some() { snapshot.without_changes() } else { snapshot };
+            mount(&node, &pod, &shown, &rootfs, label.as_deref()).map_err(PodError::Image)?;
             image_volumes::mount(&node, &pod, &record, &prepared, label.as_deref())?;
             if pod.runtime.vm().is_some() {
-                share::add_container(&pod, &record.id, &rootfs)?;
+                let (name, source) = match &changes {
+                    Some(changes) => ("changes", changes),
+                    None => ("rootfs", &rootfs),
+                };
+                share::add_container(&pod, &record.id, name, source)?;
             }
             podvisor_fault::point("create.mounted");
             let specified = specify(&node, &pod, &record, &image, rootfs, target, selinux)?;
@@ -243,7 +253,9 @@ pub(crate) async fn build(
 
     podvisor_fault::point("create.specified");
     let guest = match pod.runtime.vm() {
-        Some(_) => Some(super::vm::container(pod, &record, &spec, seccomp.as_ref(), volumes)?),
+        Some(_) => {
+            Some(super::vm::container(pod, &record, &spec, seccomp.as_ref(), volumes, in_memory.as_ref())?)
+        }
         None => None,
     };
     let verb = Verb::CreateContainer(CreateContainer {

@@ -22,6 +22,7 @@
 //! | `sandbox_container.rs` | the container that holds the others, where the OCI runtime wants one |
 //! | `vm.rs` | a pod that is a virtual machine |
 //! | `share.rs` | what its guest sees of the host |
+//! | `guest_image.rs` | a container's image in its memory |
 //! | `disks.rs` | block devices of the host as its disks |
 //! | `resize.rs` | what kubelet says that a pod may use |
 //! | `build.rs` | how a container is made |
@@ -43,6 +44,7 @@ pub(crate) mod devices;
 mod disks;
 mod dismantle;
 mod files;
+mod guest_image;
 mod guest_volumes;
 pub(crate) mod image_volumes;
 pub(crate) mod launch;

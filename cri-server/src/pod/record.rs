@@ -103,6 +103,33 @@ pub(crate) struct PinnedVm {
     pub(crate) plugs: bool,
     #[serde(default)]
     pub(crate) max_memory: u64,
+    /// How its guest gets images.
+    #[serde(default)]
+    pub(crate) rootfs: RootfsForm,
+    /// Whose machines share pages of them.
+    #[serde(default)]
+    pub(crate) share_images: SharedPages,
+}
+
+/// How a guest gets the images of containers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum RootfsForm {
+    /// As persistent memory where that works, else through the file server.
+    Auto,
+    Pmem,
+    #[default]
+    Fs,
+}
+
+/// Whose machines read the same pages of images.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum SharedPages {
+    #[default]
+    Node,
+    Namespace,
+    Pod,
 }
 
 /// What runs a sandbox's containers.
@@ -155,6 +182,9 @@ pub(crate) struct Machine {
     /// Disks can be plugged into it.
     #[serde(default)]
     pub(crate) adds_disks: bool,
+    /// Images can be put into its memory.
+    #[serde(default)]
+    pub(crate) maps_images: bool,
     pub(crate) hypervisor_pid: i32,
     pub(crate) file_server: ProcessIdentity,
 }

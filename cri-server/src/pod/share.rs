@@ -5,7 +5,8 @@
 //! <run>/pods/<pod>/share/            tmpfs; the root of the file server's mount namespace
 //!     files/hostname, hosts, resolv.conf
 //!     <container>/                   tmpfs; to unmount it unmounts all below
-//!         rootfs                     the container's root file system
+//!         rootfs                     the container's root file system; or, where the guest has the image in its memory,
+//!         changes                    the upper and the work directory of an overlay
 //!     volumes/<name>                 sources of containers' mounts, see `shared_volumes.rs`
 //! ```
 //!
@@ -136,15 +137,20 @@ pub(super) fn in_living_server<T: Send>(
     in_server(server, work)?.ok_or_else(gone)
 }
 
-/// Makes a container's part, with its root file system, which is mounted at `rootfs`. Blocking.
-pub(super) fn add_container(pod: &PodRecord, container: &ContainerId, rootfs: &Path) -> Result<(), PodError> {
-    let tree = copy(rootfs, Attributes::default(), false)?;
+/// Makes a container's part, with what there is at `source` under that name. Blocking.
+pub(super) fn add_container(
+    pod: &PodRecord,
+    container: &ContainerId,
+    name: &str,
+    source: &Path,
+) -> Result<(), PodError> {
+    let tree = copy(source, Attributes::default(), false)?;
     let part = part(container.as_str());
     in_living_server(pod, || {
         make_directory(&part)?;
         mount("podvisor-share", &part, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, SIZE)
             .map_err(failed("mount a tmpfs at", &part))?;
-        tree.attach(&part.join("rootfs"))
+        tree.attach(&part.join(name))
     })
 }
 

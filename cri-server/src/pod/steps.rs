@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 use super::acquired::Acquisition;
 use super::build::{self, Built};
 use super::dismantle::Dismantling;
+use super::guest_image;
 use super::record::{ContainerPhase, Phase};
 use super::slot::{Slot, answer};
 use super::state::{Denied, Effect, Event, Exit, State, step};
@@ -65,6 +66,8 @@ impl Task {
             }
         };
         plan.target = build::target_process(&plan.record.config.0, &self.containers);
+        let others = self.containers.values().map(|slot| slot.record.image_id.as_str());
+        plan.fits = guest_image::fits(&plan.record.image_id, others);
         if let Err(failure) = self.write(plan.record.clone()).await {
             let _ = reply.send(Err(failure));
             return;

@@ -20,6 +20,7 @@ use podvisor_seccomp::Compiled;
 use podvisor_spec::{Ids, NamespacePaths, ResolvedMount, UserNamespace};
 
 use super::acquired::Acquisition;
+use super::guest_image::GuestImage;
 use super::record::{ContainerRecord, Machine, PinnedVm, PodRecord, ProcessIdentity};
 use super::request::{cgroup_parent, hostname, user_namespace};
 use super::view::namespace_options;
@@ -245,6 +246,17 @@ pub(super) fn in_guest(spec: &mut Spec, device: Option<String>, below: Vec<Mount
     Ok(())
 }
 
+/// A root file system that the host has joined.
+fn shared_root(record: &ContainerRecord) -> AddRoot {
+    let rootfs = format!("{}/{}/rootfs", share::TAG, record.id);
+    AddRoot {
+        container_id: record.id.to_string(),
+        lower: Some(add_root::Lower::SharePath(rootfs.clone())),
+        upper: Some(add_root::Upper::SharedUpper(rootfs)),
+        format: false,
+    }
+}
+
 /// What the agent is told of a container beside its spec.
 pub(super) fn container(
     pod: &PodRecord,
@@ -252,10 +264,10 @@ pub(super) fn container(
     spec: &Spec,
     seccomp: Option<&LinuxSeccomp>,
     volumes: Vec<GuestVolume>,
+    image: Option<&GuestImage>,
 ) -> Result<GuestContainer, PodError> {
     let options = super::build::container_namespaces(&record.config.0);
     let shared = namespace_options(&pod.config.0).pid == NamespaceMode::Pod as i32;
-    let rootfs = format!("{}/{}/rootfs", share::TAG, record.id);
     let compiled = seccomp.map(podvisor_seccomp::compile).transpose();
     let compiled = compiled.map_err(|error| {
         PodError::invalid("config.linux.security_context.seccomp", crate::error::chain(&error))
@@ -264,13 +276,8 @@ pub(super) fn container(
     Ok(GuestContainer {
         disks,
         block_devices,
-        image: None,
-        root: Some(AddRoot {
-            container_id: record.id.to_string(),
-            lower: Some(add_root::Lower::SharePath(rootfs.clone())),
-            upper: Some(add_root::Upper::SharedUpper(rootfs)),
-            format: false,
-        }),
+        image: image.map(GuestImage::image),
+        root: Some(image.map_or_else(|| shared_root(record), |image| image.root(record))),
         seccomp: compiled.map(|Compiled { program, flags }| Seccomp { program, flags }),
         share_pid: shared && options.pid == NamespaceMode::Pod as i32,
         target: if options.pid == NamespaceMode::Target as i32 { options.target_id } else { String::new() },
@@ -421,6 +428,7 @@ pub(super) async fn start(
         cpus,
         least_memory: memory,
         adds_disks: machine.adds_disks && agent.block_devices,
+        maps_images: machine.adds_images && agent.images,
         hypervisor_pid: started.hypervisor_pid,
         // Its parent, the monitor, has not reaped it.
         file_server: identify(started.file_server_pid).ok_or(MonitorError::Gone)?,
@@ -584,6 +592,7 @@ async fn place(node: &Node, record: &PodRecord, started: &VmStarted) -> Result<(
 
 #[cfg(test)]
 mod tests {
+    use super::super::record::{RootfsForm, SharedPages};
     use super::*;
     use crate::pod::request::tests::config;
 
@@ -603,6 +612,8 @@ mod tests {
             max_cpus: 8,
             plugs: true,
             max_memory: 4096 * MIB,
+            rootfs: RootfsForm::Auto,
+            share_images: SharedPages::Node,
         }
     }
 

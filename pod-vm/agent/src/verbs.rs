@@ -111,6 +111,7 @@ impl Agent {
             personalised: self.pod.is_personalised(),
             volumes: true,
             block_devices: true,
+            images: true,
         }
     }
 

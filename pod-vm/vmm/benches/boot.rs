@@ -168,8 +168,8 @@ fn main() {
         for turn in 0..MAKERS.len() {
             let maker = (round + turn) % MAKERS.len();
             let mut found = Figures::new();
-            small(maker, &image, &mut found);
             agent(maker, &mut found);
+            small(maker, &image, &mut found);
             if round > 0 {
                 for (name, values) in found {
                     values.into_iter().for_each(|value| add(&mut figures[maker], name, value));

@@ -1,0 +1,132 @@
+//! A container's image as persistent memory of the pod's machine (virtio-pmem): the guest reads the host's page cache, and what the container
+//! writes goes through the file server, into the same directory that it is in otherwise.
+//!
+//! ```text
+//! host                                        guest
+//!   image store: metadata, data of layers ──▶ /dev/pmem0: EROFS, lower layer ─┐
+//!   snapshot: upper, work ── file server ───▶ a share: upper layer ───────────┴─▶ overlayfs: the container's root
+//! ```
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use podvisor_image_store::Rootfs;
+use podvisor_proto::agent::{AddRoot, add_root};
+use podvisor_proto::hypervisor::Image;
+
+use super::record::{ContainerRecord, PinnedVm, PodRecord, RootfsForm, SharedPages};
+use super::share;
+use crate::error::{PodError, chain};
+use crate::node::Node;
+
+/// Images that a machine has at most: each takes one of the places for devices, and block volumes need some too.
+const MOST: usize = 8;
+
+/// Of one container.
+#[derive(Debug)]
+pub(super) struct GuestImage {
+    image: Image,
+    /// The snapshot's upper and work directory.
+    pub(super) changes: PathBuf,
+}
+
+/// Whether one more container of this image can have it so, where `others` are the images of the pod's other containers.
+pub(super) fn fits<'i>(image: &str, others: impl Iterator<Item = &'i str>) -> bool {
+    let others: BTreeSet<&str> = others.collect();
+    others.contains(image) || others.len() < MOST
+}
+
+/// The image of a container, made if need be; `None`: the container has it through the file server.
+pub(super) async fn find(
+    node: &Node,
+    pod: &PodRecord,
+    record: &ContainerRecord,
+    snapshot: &Rootfs,
+    fits: bool,
+) -> Result<Option<GuestImage>, PodError> {
+    let Some(vm) = pod.runtime.vm() else { return Ok(None) };
+    let can = pod.machine.as_ref().is_some_and(|machine| machine.maps_images);
+    if vm.rootfs == RootfsForm::Pmem && !can {
+        let why = "the handler has rootfs = \"pmem\", but the pod's machine cannot have images in its memory: \
+                   that takes hypervisor = \"kvm\"; use rootfs = \"auto\" or \"fs\"";
+        return Err(PodError::invalid("runtime_handler", why));
+    }
+    let Some(changes) = snapshot.changes().map(PathBuf::from) else { return Ok(None) };
+    // Ids that are mapped are the file server's to map.
+    if vm.rootfs == RootfsForm::Fs || !can || !fits || pod.namespaces().user.is_some() {
+        return Ok(None);
+    }
+    let made = node.images.machine_image(record.id.as_str(), domain(pod, vm).as_deref()).await;
+    let made = match made {
+        Ok(made) => made,
+        Err(error) if vm.rootfs == RootfsForm::Auto => {
+            tracing::warn!(
+                container = %record.id, image = %record.image_id, error = %chain(&error),
+                "the container gets its image through the file server"
+            );
+            return Ok(None);
+        }
+        Err(error) => return Err(PodError::Image(error)),
+    };
+    let files = std::iter::once(&made.metadata).chain(&made.blobs);
+    let image = Image {
+        serial: serial(&record.image_id),
+        paths: files.map(|path| path.display().to_string()).collect(),
+    };
+    Ok(Some(GuestImage { image, changes }))
+}
+
+/// What the machine knows it by: all containers of the pod with the image have the same.
+fn serial(image: &str) -> String {
+    let digest = image.rsplit(':').next().unwrap_or_default();
+    format!("image-{}", digest.chars().filter(char::is_ascii_alphanumeric).take(40).collect::<String>())
+}
+
+/// Who shares its pages; `None`: all of the node.
+fn domain(pod: &PodRecord, vm: &PinnedVm) -> Option<String> {
+    match vm.share_images {
+        SharedPages::Node => None,
+        SharedPages::Namespace => {
+            let metadata = pod.config.0.metadata.as_ref();
+            Some(format!("namespace {}", metadata.map_or("", |metadata| metadata.namespace.as_str())))
+        }
+        SharedPages::Pod => Some(format!("pod {}", pod.id)),
+    }
+}
+
+impl GuestImage {
+    /// What the machine gets.
+    pub(super) fn image(&self) -> Image {
+        self.image.clone()
+    }
+
+    /// What the agent makes of it.
+    pub(super) fn root(&self, record: &ContainerRecord) -> AddRoot {
+        AddRoot {
+            container_id: record.id.to_string(),
+            lower: Some(add_root::Lower::PmemSerial(self.image.serial.clone())),
+            upper: Some(add_root::Upper::SharedLayers(format!("{}/{}/changes", share::TAG, record.id))),
+            format: false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_has_room_for_some_images() {
+        let images: Vec<String> = (0..MOST).map(|number| format!("sha256:{number}")).collect();
+        let others = |count: usize| images[..count].iter().map(String::as_str);
+        assert!(fits("sha256:new", others(MOST - 1)));
+        assert!(!fits("sha256:new", others(MOST)));
+        assert!(fits("sha256:3", others(MOST)));
+    }
+
+    #[test]
+    fn serials_are_short_and_harmless() {
+        let digest = "0123456789abcdef".repeat(4);
+        assert_eq!(serial(&format!("sha256:{digest}")), format!("image-{}", &digest[..40]));
+    }
+}
