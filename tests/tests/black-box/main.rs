@@ -26,6 +26,7 @@ mod version;
 mod vm;
 mod vm_devices;
 mod vm_ends;
+mod vm_rootfs;
 mod vm_shell;
 mod vm_volumes;
 
@@ -58,6 +59,7 @@ fn main() -> Result<ExitCode> {
     vm_shell::add(&mut tests);
     vm_devices::add(&mut tests);
     vm_volumes::add(&mut tests);
+    vm_rootfs::add(&mut tests);
     security::add(&mut tests);
     userns::add(&mut tests);
     nri::add(&mut tests);
