@@ -153,8 +153,10 @@ async fn open(config: Config) -> anyhow::Result<Arc<Node>> {
             user_agent: concat!("podvisor/", env!("CARGO_PKG_VERSION")).into(),
         },
         parallel_layers: config.image.parallel_layers as usize,
+        // Images of a namespace or a pod are not made before somebody wants them.
         machine_images: config.handlers.values().any(|handler| {
-            matches!(&handler.kind, podvisor_config::HandlerKind::Vm(vm) if vm.rootfs == podvisor_config::Rootfs::Pmem)
+            matches!(&handler.kind, podvisor_config::HandlerKind::Vm(vm)
+                if vm.rootfs == podvisor_config::Rootfs::Pmem && vm.share_images == podvisor_config::ShareImages::Node)
         }),
     })
     .await
