@@ -96,6 +96,7 @@ pub struct Rootfs {
 
 impl Rootfs {
     /// The image alone.
+    #[must_use]
     pub fn without_changes(&self) -> Self {
         Self { upper: None, work: None, ..self.clone() }
     }

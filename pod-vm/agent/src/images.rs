@@ -36,7 +36,7 @@ fn size(disk: &Path) -> Option<u64> {
 
 /// Whether the last page of a device begins with the serial and a zero.
 fn labelled(device: &Path, size: u64, serial: &str) -> bool {
-    let mut label = [0; LABEL as usize];
+    let mut label = [0; 4096];
     let Some(at) = size.checked_sub(LABEL) else { return false };
     let read = File::open(device).and_then(|device| device.read_exact_at(&mut label, at));
     let end = label.iter().position(|byte| *byte == 0);

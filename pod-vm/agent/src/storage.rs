@@ -173,7 +173,7 @@ impl Storage {
                 place
             }
         };
-        let mut options = String::new();
+        let mut options = "";
         let mut layers = parts.join("upper");
         if !matches!(upper, Upper::SharedLayers(_)) {
             make(&layers)?;
@@ -195,7 +195,7 @@ impl Storage {
             Upper::SharedLayers(path) => {
                 // The file server may set no attributes but users' (overlayfs.rst, "userxattr").
                 layers = self.in_share(path)?;
-                options = ",userxattr".to_owned();
+                options = ",userxattr";
             }
             // Done above.
             Upper::SharedUpper(_) => {}

@@ -172,7 +172,9 @@ fn main() {
             small(maker, &image, &mut found);
             if round > 0 {
                 for (name, values) in found {
-                    values.into_iter().for_each(|value| add(&mut figures[maker], name, value));
+                    for value in values {
+                        add(&mut figures[maker], name, value);
+                    }
                 }
             }
         }

@@ -90,7 +90,7 @@ pub(crate) fn map(files: &[(File, u64)], serial: &str, length: u64) -> io::Resul
         sys::map_file(&region, at, file, *length)?;
         at += length.next_multiple_of(PAGE);
     }
-    let mut label = [0; PAGE as usize];
+    let mut label = [0; 4096];
     let (name, _) = label.split_at_mut(serial.len());
     name.copy_from_slice(serial.as_bytes());
     sys::map_page(&region, length - PAGE, &label)?;
