@@ -59,6 +59,18 @@ pub fn signal(leader: Pid, signal: Signal, candidates: impl Fn() -> Vec<i32>) {
     }
 }
 
+/// The same once `leader` has got a fatal signal, which [`signal`] was too early for: what it has forked since is in its session still. From here
+/// on it forks nothing (kernel/fork.c, copy_process), and who was forked a moment ago is in /proc before he is in a cgroup.
+pub fn signal_late(leader: Pid, signal: Signal) {
+    self::signal(leader, signal, all);
+}
+
+/// Every process there is.
+pub fn all() -> Vec<i32> {
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
 /// All of them are found before one is signalled: with a parent that has ended goes what tells whose child one was.
 fn descendants(family: &[i32], mut there: Vec<(i32, Stat)>) -> Vec<i32> {
     let mut found = Vec::new();

@@ -94,10 +94,36 @@ pub(crate) fn kill_tree(leader: &Child, candidates: impl Fn() -> Vec<i32>) {
     kin::signal(leader.pid, Signal::KILL, candidates);
     // The leader last: its children would become children of the container's init, and could not be told from others.
     let _ = leader.signal(Signal::KILL);
+    kin::signal_late(leader.pid, Signal::KILL);
 }
 
-/// Every process there is, for a container whose cgroup is not known.
-pub(crate) fn all_processes() -> Vec<i32> {
-    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
-    entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    fn is_anywhere(marker: &str) -> bool {
+        let of = |pid: i32| std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        kin::all().into_iter().any(|pid| String::from_utf8_lossy(&of(pid)).contains(marker))
+    }
+
+    #[test]
+    fn nobody_gets_away_from_one_that_forks_all_the_time() {
+        for round in 0..40 {
+            let marker = format!("6543.{}{round:02}", std::process::id());
+            let script = format!("while :; do sleep {marker} & done");
+            let mut shell = Command::new("setsid").args(["sh", "-c", &script]).spawn().unwrap();
+            std::thread::sleep(Duration::from_millis(round % 8));
+            let leader = Child::identify(Pid::from_child(&shell)).unwrap();
+            kill_tree(&leader, kin::all);
+            shell.wait().unwrap();
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while is_anywhere(&marker) {
+                assert!(Instant::now() < deadline, "somebody of round {round} is still there");
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+    }
 }

@@ -6,7 +6,7 @@ use oci_spec::runtime::Process;
 use podvisor_cgroup::kin;
 use podvisor_container::{Launch, Pending, ProcessPlan, Running};
 use podvisor_proto::agent::{self as wire, Exit, KillExec, ProcessState, Started, reply};
-use rustix::process::Pid;
+use rustix::process::{Pid, Signal};
 
 use crate::agent::Agent;
 use crate::container::{State as ContainerState, adopt_terminal, check_id, connect, seccomp, send};
@@ -148,6 +148,10 @@ impl Agent {
             let place = self.containers.get(&exec.container).map(|container| container.cgroup.place());
             kin::signal(pid, signal, || place.and_then(|place| place.all_pids().ok()).unwrap_or_default());
         }
-        send(pidfd, kill.signal)
+        send(pidfd, kill.signal)?;
+        if kill.all && kill.signal == Signal::KILL.as_raw() {
+            kin::signal_late(pid, Signal::KILL);
+        }
+        Ok(())
     }
 }

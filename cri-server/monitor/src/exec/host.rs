@@ -13,7 +13,7 @@ use crate::container::{present_text, read_pid};
 use crate::failure::Failure;
 use crate::monitor::Monitor;
 use crate::poll::Timer;
-use crate::process::{Child, all_processes, exit_code, kill_tree};
+use crate::process::{Child, exit_code, kill_tree};
 use crate::runtime::Purpose;
 use crate::stdio::{Streams, Wanted};
 
@@ -139,7 +139,7 @@ impl Monitor {
     /// The processes among which an exec's descendants are.
     fn candidates(&self, container: u64) -> Vec<i32> {
         let cgroup = self.containers.get(&container).and_then(|container| container.cgroup.as_ref());
-        cgroup.map_or_else(all_processes, Cgroup::processes)
+        cgroup.map_or_else(podvisor_cgroup::kin::all, Cgroup::processes)
     }
 }
 
