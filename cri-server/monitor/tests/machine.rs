@@ -261,7 +261,7 @@ fn sizes_change_together_or_not_at_all() {
     run(|lab| {
         let mut pod = lab.machine_pod();
         lab.start(&mut pod, "");
-        let resize = |memory: u64, cpus: u32| Verb::ResizeVm(ResizeVm { memory, cpus });
+        let resize = |memory: u64, cpus: u32| Verb::ResizeVm(ResizeVm { memory, cpus, ..Default::default() });
         let sizes = || std::fs::read_to_string(lab::machine::SIZES).unwrap_or_default();
         let resized = |pod: &mut lab::Pod, memory, cpus| match pod.daemon.ask(resize(memory, cpus)) {
             Ok(reply::Result::Resized(is)) => (is.memory >> 20, is.cpus),

@@ -1,7 +1,7 @@
 //! Volumes that are not shared with the guest of a virtual machine but kept in its memory.
 //!
-//! - *emptyDir in memory.* kubelet has mounted a tmpfs at `…/volumes/kubernetes.io~empty-dir/NAME`. The guest gets one of its own, of the same
-//!   size, with the owner and mode of the host's, for all containers of the pod and until its machine ends; what is in it is the guest's
+//! - *emptyDir in memory.* kubelet has mounted a tmpfs at `…/volumes/kubernetes.io~empty-dir/NAME`, or a hugetlbfs. The guest gets one of its own,
+//!   of the same size, with the owner and mode of the host's, for all containers of the pod and until its machine ends; what is in it is the guest's
 //!   memory, charged to the container that wrote it, as on the host. A subPath of one is a directory of it. Where the host's has files
 //!   already it stays shared: whoever put them there is to find them.
 //! - *Volumes that kubelet changes* (configMap, secret, projected, downward API). inotify does not cross virtio-fs, so the guest gets a copy that
@@ -112,7 +112,13 @@ fn memory(
     source: &Path,
     ids: Option<UserNamespace>,
 ) -> Result<Option<Found>, PodError> {
-    let Some((volume, inside)) = empty_dir_in_memory(&mount_table::read(), source) else { return Ok(None) };
+    let Some(EmptyDir { volume, inside, huge }) = empty_dir_in_memory(&mount_table::read(), source) else {
+        return Ok(None);
+    };
+    // The guest is of an earlier podvisor.
+    if huge && !pod.machine.as_ref().is_some_and(|machine| machine.has_huge_pages) {
+        return Ok(None);
+    }
     let failed = |source| PodError::File { operation: "look at", path: volume.clone(), source };
     let metadata = fs::metadata(&volume).map_err(failed)?;
     let size = rustix::fs::statvfs(&volume).map_err(|error| failed(error.into()))?;
@@ -148,14 +154,29 @@ fn memory(
         files: 0,
         attributes: Some(attributes(&metadata, ids)),
         directories,
+        // A block of hugetlbfs is a page (`fs/hugetlbfs/inode.c`, `hugetlbfs_statfs`).
+        page_size: if huge { size.f_bsize } else { 0 },
     };
     Ok(Some(Found { volume: GuestVolume { kind: Some(Kind::Memory(volume)) }, source: place }))
 }
 
-/// The emptyDir in memory that a path is in, if it is in one, and where in it. A subPath is a mount of kubelet's own, somewhere else.
-fn empty_dir_in_memory(table: &[Mounted], source: &Path) -> Option<(PathBuf, PathBuf)> {
+/// An emptyDir in memory, and what of it is meant.
+#[derive(Debug, PartialEq)]
+struct EmptyDir {
+    volume: PathBuf,
+    inside: PathBuf,
+    /// It is on huge pages.
+    huge: bool,
+}
+
+/// The emptyDir in memory that a path is in, if it is in one. A subPath is a mount of kubelet's own, somewhere else.
+fn empty_dir_in_memory(table: &[Mounted], source: &Path) -> Option<EmptyDir> {
     let mount = rustix::fs::statx(CWD, source, AtFlags::empty(), StatxFlags::MNT_ID).ok()?.stx_mnt_id;
-    let mounted = table.iter().find(|mounted| mounted.id == mount && mounted.kind == "tmpfs")?;
+    let mounted = table.iter().find(|mounted| mounted.id == mount)?;
+    let huge = mounted.kind == "hugetlbfs";
+    if !huge && mounted.kind != "tmpfs" {
+        return None;
+    }
     let below = source.strip_prefix(&mounted.point).ok()?;
     let inside = mounted.root.strip_prefix("/").ok()?.join(below);
     let is_volume = |point: &Path| {
@@ -166,7 +187,7 @@ fn empty_dir_in_memory(table: &[Mounted], source: &Path) -> Option<(PathBuf, Pat
     let volume = table.iter().find(|other| {
         other.device == mounted.device && other.root == Path::new("/") && is_volume(&other.point).is_some()
     })?;
-    Some((volume.point.clone(), inside))
+    Some(EmptyDir { volume: volume.point.clone(), inside, huge })
 }
 
 /// Directories alone are kubelet's, for subPaths.
@@ -242,8 +263,10 @@ mod tests {
         let volume = Path::new("/pods/uid/volumes/kubernetes.io~empty-dir/scratch");
         let sub = mounted(id, "/sub", directory.path(), "tmpfs");
         let whole = mounted(u64::MAX, "/", volume, "tmpfs");
-        let found = empty_dir_in_memory(&[whole.clone(), sub.clone()], &source);
-        assert_eq!(found, Some((volume.to_owned(), PathBuf::from("sub/a"))));
+        let found = |huge| Some(EmptyDir { volume: volume.to_owned(), inside: PathBuf::from("sub/a"), huge });
+        assert_eq!(empty_dir_in_memory(&[whole.clone(), sub.clone()], &source), found(false));
+        let on_huge_pages = Mounted { kind: "hugetlbfs".into(), ..sub.clone() };
+        assert_eq!(empty_dir_in_memory(&[whole.clone(), on_huge_pages], &source), found(true));
         // Secrets are tmpfs too, and kubelet changes them.
         let secret = mounted(u64::MAX, "/", Path::new("/pods/uid/volumes/kubernetes.io~secret/s"), "tmpfs");
         assert_eq!(empty_dir_in_memory(&[secret, sub], &source), None);

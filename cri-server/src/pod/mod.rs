@@ -46,6 +46,7 @@ mod dismantle;
 mod files;
 mod guest_image;
 mod guest_volumes;
+mod huge_pages;
 pub(crate) mod image_volumes;
 pub(crate) mod launch;
 pub(crate) mod record;

@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::acquired::Acquisition;
+use super::huge_pages::HugePages;
 use super::image_volumes::ImageVolume;
 use super::resize::Sizes;
 use super::state::Exit;
@@ -179,6 +180,12 @@ pub(crate) struct Machine {
     /// Bytes that it began with, and cannot be without.
     #[serde(default)]
     pub(crate) least_memory: u64,
+    /// Its agent, and its monitor, can set huge pages aside.
+    #[serde(default)]
+    pub(crate) has_huge_pages: bool,
+    /// What of its memory is huge pages.
+    #[serde(default)]
+    pub(crate) huge_pages: HugePages,
     /// Disks can be plugged into it.
     #[serde(default)]
     pub(crate) adds_disks: bool,

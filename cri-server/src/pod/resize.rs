@@ -10,9 +10,9 @@ use std::sync::Arc;
 use podvisor_proto::cri;
 use serde::{Deserialize, Serialize};
 
-use super::record::Wire;
+use super::record::{PodRecord, Wire};
 use super::task::{Reply, Task};
-use super::view::{PodView, Status};
+use super::view::Status;
 use super::vm;
 use crate::error::PodError;
 
@@ -51,10 +51,10 @@ impl Sizes {
 }
 
 /// What a pod may use: as kubelet said last, else as it was made with.
-pub(crate) fn of(view: &PodView) -> Sizes {
-    let made = view.config().linux.clone().unwrap_or_default();
+pub(crate) fn of(pod: &PodRecord) -> Sizes {
+    let made = pod.config.0.linux.clone().unwrap_or_default();
     let made = Sizes { overhead: made.overhead.map(Wire), resources: made.resources.map(Wire) };
-    view.record.sizes.clone().over(&made)
+    pod.sizes.clone().over(&made)
 }
 
 /// Sums of containers and remainders after an overhead, not what a cgroup takes: small or below zero can be right (a quota of -1 less an
@@ -96,7 +96,8 @@ impl Task {
         let machine = match (self.record.runtime.vm(), &self.record.machine) {
             (Some(pinned), Some(machine)) => {
                 let resources = merged.resources.as_ref().map(|resources| &resources.0);
-                match vm::resize(pinned, machine, resources, self.monitor.as_ref()).await {
+                match vm::resize(pinned, machine, resources, &machine.huge_pages, self.monitor.as_ref()).await
+                {
                     Ok(resized) => Some(resized),
                     Err(error) => {
                         // Any error but UNIMPLEMENTED makes kubelet give the resize up.

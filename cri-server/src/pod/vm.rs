@@ -21,6 +21,7 @@ use podvisor_spec::{Ids, NamespacePaths, ResolvedMount, UserNamespace};
 
 use super::acquired::Acquisition;
 use super::guest_image::GuestImage;
+use super::huge_pages::HugePages;
 use super::record::{ContainerRecord, Machine, PinnedVm, PodRecord, ProcessIdentity};
 use super::request::{cgroup_parent, hostname, user_namespace};
 use super::view::namespace_options;
@@ -37,7 +38,7 @@ const FIELD: &str = "config.linux.security_context.namespace_options";
 const MIB: u64 = 1 << 20;
 
 /// What a machine's memory is a multiple of (hypervisor.proto, `Start.memory`).
-const MEMORY_UNIT: u64 = 2 * MIB;
+pub(super) const MEMORY_UNIT: u64 = 2 * MIB;
 
 /// How long a guest may take to come up, ms: on a busy machine, and where the processor is translated.
 const START_LIMIT: u32 = 60_000;
@@ -285,14 +286,18 @@ pub(super) fn container(
     })
 }
 
-/// Where the machine's processes are: in the pod's cgroup where the pod has declared what a machine costs beside its containers
-/// (RuntimeClass, `overhead`), for then its limit has room for it; else with the monitors.
-fn parent(node: &Node, config: &cri::PodSandboxConfig) -> String {
+/// Whether the pod has declared what a machine costs beside its containers (RuntimeClass, `overhead`).
+pub(super) fn declares_overhead(config: &cri::PodSandboxConfig) -> bool {
     let overhead = config.linux.as_ref().and_then(|linux| linux.overhead.as_ref());
-    let declared = |overhead: &cri::LinuxContainerResources| {
+    overhead.is_some_and(|overhead| {
         overhead.memory_limit_in_bytes > 0 || overhead.cpu_quota > 0 || overhead.cpu_shares > 0
-    };
-    if overhead.is_some_and(declared) {
+    })
+}
+
+/// Where the machine's processes are: in the pod's cgroup where the pod has declared an overhead, for then its limit has room for them;
+/// else with the monitors.
+fn parent(node: &Node, config: &cri::PodSandboxConfig) -> String {
+    if declares_overhead(config) {
         cgroup_parent(config)
     } else {
         node.config().runtime.monitor_cgroup.clone()
@@ -360,29 +365,32 @@ fn limits(vm: &PinnedVm, size: Size) -> Size {
     Size { memory: (memory / MEMORY_UNIT * MEMORY_UNIT).max(size.memory), cpus: cpus.max(size.cpus) }
 }
 
-/// Makes a running machine as large as its containers may become together; gives what it is then. Not changed, and an error, where that
-/// cannot be done. Memory goes only as far as the guest gives it back, and never below what the machine began with: limits of containers do
-/// what kubelet wants.
+/// Makes a running machine as large as its containers may become together, with `huge_pages` beside that; gives what it is then. Not changed,
+/// and an error, where that cannot be done. Memory goes only as far as the guest gives it back, and never below what the machine began with:
+/// limits of containers do what kubelet wants.
 pub(super) async fn resize(
     vm: &PinnedVm,
     machine: &Machine,
     resources: Option<&cri::LinuxContainerResources>,
+    huge_pages: &HugePages,
     monitor: Option<&Connection>,
 ) -> Result<Machine, PodError> {
     let wanted = size(vm, resources);
     // One that an earlier podvisor has made does not get smaller.
     let least = if machine.least_memory == 0 { machine.memory } else { machine.least_memory };
-    let (memory, cpus) = (wanted.memory.max(least), wanted.cpus);
-    if (memory, cpus) == (machine.memory, machine.cpus) {
+    let (memory, cpus) = (wanted.memory.max(least).saturating_add(huge_pages.memory()), wanted.cpus);
+    if (memory, cpus) == (machine.memory, machine.cpus) && *huge_pages == machine.huge_pages {
         return Ok(machine.clone());
     }
+    let request = ResizeVm { memory, cpus, huge_pages: huge_pages.wire() };
     let resized = match monitor {
-        Some(monitor) => monitor.call(Verb::ResizeVm(ResizeVm { memory, cpus })).await,
+        Some(monitor) => monitor.call(Verb::ResizeVm(request)).await,
         None => Err(MonitorError::Gone),
     };
+    let machine = Machine { huge_pages: huge_pages.clone(), ..machine.clone() };
     match resized {
-        Ok(Answer::Resized(is)) => Ok(Machine { memory: is.memory, cpus: is.cpus, ..machine.clone() }),
-        Ok(Answer::Done(_)) => Ok(Machine { memory, cpus, ..machine.clone() }),
+        Ok(Answer::Resized(is)) => Ok(Machine { memory: is.memory, cpus: is.cpus, ..machine }),
+        Ok(Answer::Done(_)) => Ok(Machine { memory, cpus, ..machine }),
         Ok(_) => Err(MonitorError::Confused { verb: "resize the virtual machine" }.into()),
         Err(source) => {
             Err(PodError::CannotResize { memory: machine.memory / MIB, cpus: machine.cpus, source })
@@ -427,6 +435,8 @@ pub(super) async fn start(
         memory,
         cpus,
         least_memory: memory,
+        has_huge_pages: agent.huge_pages,
+        huge_pages: HugePages::default(),
         adds_disks: machine.adds_disks && agent.block_devices,
         maps_images: machine.adds_images && agent.images,
         hypervisor_pid: started.hypervisor_pid,

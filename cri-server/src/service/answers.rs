@@ -90,7 +90,7 @@ fn virtual_machine(view: &PodView) -> Option<serde_json::Value> {
 /// What `crictl inspectp` shows beside the status.
 /// `network`: what its network answers to CHECK.
 pub(super) fn sandbox_info(view: &PodView, network: Option<&str>) -> HashMap<String, String> {
-    let sizes = resize::of(view);
+    let sizes = resize::of(&view.record);
     let init = view.record.init.map(|process| process.pid);
     let info = serde_json::json!({
         "pid": init.or(view.record.monitor.map(|process| process.pid)),
@@ -205,7 +205,7 @@ pub(super) fn container_resources(record: &ContainerRecord) -> Option<cri::Linux
 
 /// What kubelet said that the pod's containers may use together.
 pub(super) fn sandbox_resources(view: &PodView) -> Option<cri::LinuxContainerResources> {
-    resize::of(view).resources.map(|resources| resources.0)
+    resize::of(&view.record).resources.map(|resources| resources.0)
 }
 
 /// The CRI's number of a signal of the kernel.

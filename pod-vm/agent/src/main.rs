@@ -49,6 +49,7 @@ mod disks;
 mod events;
 mod exec;
 mod failure;
+mod huge_pages;
 mod images;
 mod init;
 mod interface;

@@ -1,4 +1,4 @@
-//! The guest follows its machine: containers may use memory that was added, processors come and go.
+//! The guest follows its machine: containers may use memory that was added, as huge pages too, processors come and go.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,7 @@ use podvisor_proto::agent::Adapt;
 use crate::agent::Agent;
 use crate::container::PARENT;
 use crate::failure::Failure;
+use crate::huge_pages;
 
 const PROCESSORS: &str = "/sys/devices/system/cpu";
 
@@ -39,13 +40,23 @@ impl Agent {
         let Some(directory) = self.cgroups.cgroup(PARENT).directory("memory").map(Path::to_path_buf) else {
             return Err(Failure::unsupported("this guest has no cgroup for the containers' memory"));
         };
-        let limit = self.pod.began.limit(wanted.added);
+        // A huge page is charged to its own controller, and taken from what there is of memory (cgroup-v2.rst, "HugeTLB").
+        let limit = self.pod.began.limit(wanted.added).saturating_sub(huge_pages::bytes(&wanted.huge_pages));
         make_room(&directory, limit)?;
+        let sizes = Path::new(huge_pages::SIZES);
+        let changed = huge_pages::set_aside(sizes, &wanted.huge_pages)?;
+        let mut outcome = Ok(());
         if wanted.cpus > 0 {
-            bring_online(Path::new(PROCESSORS), wanted.cpus)?;
+            outcome = bring_online(Path::new(PROCESSORS), wanted.cpus);
         }
-        fs::write(directory.join("memory.max"), limit.to_string())
-            .map_err(|error| Failure::system("limit the containers' memory", error))
+        let outcome = outcome.and_then(|()| {
+            fs::write(directory.join("memory.max"), limit.to_string())
+                .map_err(|error| Failure::system("limit the containers' memory", error))
+        });
+        if outcome.is_err() {
+            huge_pages::restore(sizes, &changed);
+        }
+        outcome
     }
 }
 

@@ -112,6 +112,7 @@ impl Agent {
             volumes: true,
             block_devices: true,
             images: true,
+            huge_pages: true,
         }
     }
 

@@ -1,4 +1,4 @@
-//! Volumes in the guest's memory: emptyDirs, and copies of what kubelet changes on the host, written here as kubelet writes it, so that
+//! Volumes in the guest's memory: emptyDirs, on huge pages too, and copies of what kubelet changes on the host, written here as kubelet writes it, so that
 //! programs see the same events (kubelet, `pkg/volume/util/atomic_writer.go`).
 //!
 //! Containers may have written to a volume: no link in one is ever followed here.
@@ -45,11 +45,12 @@ impl Volumes {
         let place = place(name);
         if !self.names.contains(name) {
             make(&place)?;
-            let bounds = [("size", wanted.size), ("nr_inodes", wanted.files)];
+            let bounds = [("size", wanted.size), ("nr_inodes", wanted.files), ("pagesize", wanted.page_size)];
             let bounds = bounds.into_iter().filter(|(_, bound)| *bound > 0);
             let data =
                 bounds.fold("mode=0755".to_owned(), |data, (key, bound)| format!("{data},{key}={bound}"));
-            mounted("tmpfs", Path::new("volume"), &place, MountFlags::empty(), &data)?;
+            let kind = if wanted.page_size > 0 { "hugetlbfs" } else { "tmpfs" };
+            mounted(kind, Path::new("volume"), &place, MountFlags::empty(), &data)?;
             self.names.insert(name.clone());
             let root = self.root(name)?;
             set_attributes(&root, wanted.attributes.unwrap_or_default(), name)?;

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use podvisor_critest::image::{Dialect, Image};
 use podvisor_critest::layer::{Compression, Files};
 use podvisor_critest::node::{Options, VM};
-use podvisor_proto::cri::{ContainerConfig, Mount};
+use podvisor_proto::cri::{ContainerConfig, HugepageLimit, LinuxContainerResources, Mount};
 use podvisor_tests::images::HOST;
 use podvisor_tests::{Fixture, ask, eventually};
 
@@ -22,6 +22,7 @@ pub(crate) fn add(tests: &mut Tests) {
     tests.add_with("vm_volumes::are_one_for_all_containers", options(), are_one_for_all_containers);
     tests.add_with("vm_volumes::are_as_on_the_host", options(), are_as_on_the_host);
     tests.add_with("vm_volumes::keep_memory_in_the_guest", options(), keep_memory_in_the_guest);
+    tests.add_with("vm_volumes::are_on_huge_pages", options(), are_on_huge_pages);
     tests.add_with("vm_volumes::are_copied_within_a_bound", options(), are_copied_within_a_bound);
     tests.add_with("vm_volumes::wake_who_watches_them", options(), wake_who_watches_them);
 }
@@ -132,9 +133,9 @@ async fn are_one_for_all_containers(f: &mut Fixture) -> Result<()> {
 struct Mounts(Vec<PathBuf>);
 
 impl Mounts {
-    fn tmpfs(&mut self, place: &Path, data: &std::ffi::CStr) -> Result<()> {
+    fn add(&mut self, kind: &str, place: &Path, data: &std::ffi::CStr) -> Result<()> {
         fs::create_dir_all(place)?;
-        rustix::mount::mount("tmpfs", place, "tmpfs", rustix::mount::MountFlags::empty(), data)?;
+        rustix::mount::mount(kind, place, kind, rustix::mount::MountFlags::empty(), data)?;
         self.0.push(place.to_owned());
         Ok(())
     }
@@ -159,7 +160,7 @@ async fn are_as_on_the_host(f: &mut Fixture) -> Result<()> {
     let mut mounts = Mounts::default();
     let data = f.node.path("data");
     fs::create_dir_all(data.join("below"))?;
-    mounts.tmpfs(&data.join("below"), c"size=1m")?;
+    mounts.add("tmpfs", &data.join("below"), c"size=1m")?;
     fs::write(data.join("script"), "#!/bin/sh\necho it runs\n")?;
     fs::set_permissions(data.join("script"), Permissions::from_mode(0o755))?;
     let files = Files::new().file("dir/value", 0o640, "of the image\n").pack(Compression::Gzip)?;
@@ -204,7 +205,7 @@ async fn are_as_on_the_host(f: &mut Fixture) -> Result<()> {
 async fn keep_memory_in_the_guest(f: &mut Fixture) -> Result<()> {
     let mut mounts = Mounts::default();
     let scratch = f.node.path("pods/uid/volumes/kubernetes.io~empty-dir/scratch");
-    mounts.tmpfs(&scratch, c"size=8m,mode=0777")?;
+    mounts.add("tmpfs", &scratch, c"size=8m,mode=0777")?;
     // As kubelet does it for fsGroup, and for a subPath.
     let owned = |path: &Path, mode: u32| -> Result<()> {
         chown(path, Some(1000), Some(2000))?;
@@ -254,6 +255,109 @@ async fn keep_memory_in_the_guest(f: &mut Fixture) -> Result<()> {
     run(f, &again, "rm -r /scratch/sub && ln -s /etc /scratch/sub").await?;
     let refused = pod.create(&with_sub("misled")).await.err().context("it was created")?;
     ensure!(format!("{refused:#}").contains("/sub"), "{refused:#}");
+    Ok(())
+}
+
+/// Bytes of memory, of all containers or one, and of huge pages of 2 MiB, in MiB.
+fn limits(memory: i64, huge: u64) -> LinuxContainerResources {
+    // kubelet names every size that the node has.
+    let limits = [("2MB", huge << 20), ("1GB", 0)];
+    let limits = limits.map(|(size, limit)| HugepageLimit { page_size: size.to_owned(), limit });
+    LinuxContainerResources {
+        memory_limit_in_bytes: memory << 20,
+        hugepage_limits: limits.into(),
+        ..Default::default()
+    }
+}
+
+async fn are_on_huge_pages(f: &mut Fixture) -> Result<()> {
+    let (tools, mut mounts) = (tools(f)?, Mounts::default());
+    let huge = f.node.path("pods/uid/volumes/kubernetes.io~empty-dir/huge");
+    mounts.add("hugetlbfs", &huge, c"pagesize=2M,mode=0777")?;
+    f.cri.pull(podvisor_tests::images::BUSYBOX).await?;
+    let mut config = f.ask_pod("pod");
+    config.linux.get_or_insert_default().resources = Some(limits(256, 0));
+    let pod = f.run(config.clone()).await?;
+    let with = |name: &str, mib| {
+        let mut config = container(name, vec![read_only(mount(&tools, "/tools")), mount(&huge, "/huge")]);
+        config.linux.get_or_insert_default().resources = Some(limits(64, mib));
+        config
+    };
+    let run = async |f: &Fixture, container: &str, script: &str| {
+        f.cri.output(container, &["sh", "-c", script]).await
+    };
+    let memory = async |f: &Fixture| -> Result<u64> {
+        let machine = super::vm::machine(f, &pod.id).await?;
+        Ok(machine["memoryBytes"].as_u64().context("no memory")? >> 20)
+    };
+    let none = pod.start(&with("none", 0)).await?;
+    let before = memory(f).await?;
+    ensure!(
+        run(f, &none, "stat -f -c %T /huge; /tools/v huge - 2 2>&1 || true")
+            .await?
+            .contains("Cannot allocate memory")
+    );
+
+    // The machine becomes larger by what a container may use, beside its memory.
+    let first = pod.start(&with("first", 8)).await?;
+    let larger = memory(f).await?;
+    ensure!((before + 8..=before + 12).contains(&larger), "{before} MiB became {larger}");
+    ensure!(run(f, &first, "awk '/HugePages_Total/ { print $2 }' /proc/meminfo").await? == "4\n");
+    ensure!(run(f, &first, "/tools/v huge - 8").await? == "4\n");
+    let hungry = "dd if=/dev/zero of=/dev/null bs=50M count=1 2>/dev/null && echo done";
+    ensure!(run(f, &first, hungry).await? == "done\n");
+
+    // Volumes are on them, for all containers; whoever writes pays.
+    let second = pod.start(&with("second", 4)).await?;
+    ensure!(run(f, &first, "/tools/v huge /huge/file 6").await? == "3\n");
+    ensure!(
+        run(f, &second, "wc -c </huge/file; dd if=/huge/file bs=2M 2>/dev/null | tr -d '\\0' | wc -c")
+            .await?
+            == "6291456\n3\n"
+    );
+    ensure!(run(f, &second, "/tools/v huge - 4").await? == "2\n");
+    ensure!(
+        run(f, &second, "/tools/v huge - 6 2>/dev/null; echo $?").await? == "135\n",
+        "its limit is 4 MiB"
+    );
+    ensure!(run(f, &none, "/tools/v huge - 2 2>/dev/null; echo $?").await? == "135\n", "it may use none");
+    ensure!(fs::read_dir(&huge)?.next().is_none(), "it is on the host");
+
+    // What cannot be had changes nothing. Files outlive their container, and the next one has what that had.
+    let both = memory(f).await?;
+    let mut huger = with("huger", 0);
+    let asked = huger.linux.get_or_insert_default().resources.get_or_insert_default();
+    asked.hugepage_limits[1].limit = 1 << 30;
+    let refused = pod.create(&huger).await.err().context("a page of 1 GiB was there")?;
+    ensure!(format!("{refused:#}").contains("huge pages of 1048576 KiB"), "{refused:#}");
+    ensure!(memory(f).await? == both);
+    f.cri.stop(&first, 1).await?;
+    f.cri.remove(&first).await?;
+    f.kill()?;
+    f.start()?;
+    let again = pod.start(&with("again", 8)).await?;
+    ensure!(memory(f).await? == both);
+    ensure!(run(f, &again, "/tools/v huge /huge/file 6; /tools/v huge - 2").await? == "3\n1\n");
+    f.cri.stop_pod(&pod.id).await?;
+
+    // A machine in the cgroup of its pod, which has declared what the machine needs and not what huge pages do.
+    let mut config = f.ask_pod("declared");
+    let linux = config.linux.get_or_insert_default();
+    (linux.resources, linux.overhead) = (Some(limits(256, 0)), Some(limits(160, 0)));
+    let declared = f.run(config.clone()).await?;
+    let parent = config.linux.unwrap_or_default().cgroup_parent;
+    let files = [format!("memory{parent}/memory.limit_in_bytes"), format!("{parent}/memory.max")];
+    let files = files.map(|file| Path::new("/sys/fs/cgroup").join(file.trim_start_matches('/')));
+    let limit = files.iter().find(|file| file.exists()).context("the pod has no cgroup for memory")?;
+    fs::write(limit, ((before + 4) << 20).to_string())?;
+    let refused = declared.create(&with("c", 8)).await.err().context("the cgroup has no room")?;
+    let words = "hugepage_limits: need 6 MiB more than the pod's cgroup allows";
+    ensure!(format!("{refused:#}").contains(words), "{refused:#}");
+    f.cri.stop_pod(&declared.id).await?;
+
+    let plain = f.run(f.ask_pod("plain")).await?;
+    let refused = plain.create(&with("c", 8)).await.err().context("the machine cannot grow")?;
+    ensure!(format!("{refused:#}").contains("cannot be resized as asked"), "{refused:#}");
     Ok(())
 }
 
@@ -330,7 +434,7 @@ async fn wake_who_watches_them(f: &mut Fixture) -> Result<()> {
     let tools = tools(f)?;
     let mut mounts = Mounts::default();
     let volume = f.node.path("pods/uid/volumes/kubernetes.io~secret/secret");
-    mounts.tmpfs(&volume, c"size=1m,mode=0755")?;
+    mounts.add("tmpfs", &volume, c"size=1m,mode=0755")?;
     publish(&volume, "..1", &[("value", "old\n"), ("one", "1"), ("two", "1"), ("goes", "")])?;
     // A subPath, which is of one version for ever.
     let single = f.node.path("single");

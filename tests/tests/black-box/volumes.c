@@ -5,6 +5,7 @@
 //   try FILE     says which of the locks it gets, and byte 0; with "answer" says B in byte 1 and waits until byte 0 is C
 //   watch DIR LIMIT   watches a directory, what its ..data leads to and the file `value` through it; tells the events until the directory's
 //                ..data has been exchanged and both others have gone; fails after LIMIT seconds
+//   huge FILE MIB   fills so many MiB of huge pages, a file's or, for -, its own; says the sum of what the pages begin with, 1 in each
 //   compare DIR UNTIL   reads the files `one` and `two` of versions of DIR until they hold UNTIL, and tells of a version in which they differ
 #include <errno.h>
 #include <fcntl.h>
@@ -116,10 +117,25 @@ static int compare(const char *directory, const char *until) {
     return 0;
 }
 
+static int huge(const char *path, size_t mib) {
+    const size_t page = 2 << 20, size = mib << 20;
+    int own = !strcmp(path, "-");
+    int file = own ? -1 : open(path, O_RDWR | O_CREAT, 0644);
+    if (!own && file < 0) return failed(path);
+    int flags = own ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB : MAP_SHARED;
+    char *pages = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, file, 0);
+    if (pages == MAP_FAILED) return failed("mmap");
+    size_t sum = 0;
+    for (size_t at = 0; at < size; at += page) sum += pages[at] = 1;
+    printf("%zu\n", sum);
+    return 0;
+}
+
 int main(int count, char **words) {
     if (count >= 3 && !strcmp(words[1], "hold")) return hold(words[2]);
     if (count >= 3 && !strcmp(words[1], "try")) return try(words[2], count > 3);
     if (count >= 4 && !strcmp(words[1], "watch")) return watch(words[2], atoi(words[3]));
+    if (count >= 4 && !strcmp(words[1], "huge")) return huge(words[2], strtoul(words[3], NULL, 10));
     if (count >= 4 && !strcmp(words[1], "compare")) return compare(words[2], words[3]);
     return 2;
 }

@@ -110,7 +110,7 @@ impl Monitor {
         }
         let machine = request.machine.clone().unwrap_or_default();
         let key = self.new_key();
-        let size = Size { memory: machine.memory, cpus: machine.cpus };
+        let size = Size { memory: machine.memory, cpus: machine.cpus, huge_pages: Vec::new() };
         let hypervisor = Hypervisor::spawn(key, &request.hypervisor, &self.poller).map_err(|error| {
             Failure::vm(format!("execute {}: {error}", request.hypervisor), String::new())
         })?;
@@ -152,7 +152,7 @@ impl Monitor {
             dials: Default::default(),
             volumes: Default::default(),
             devices: Default::default(),
-            started_with: size,
+            started_with: size.memory,
             size,
             resizing: None,
             vsock: PathBuf::from(machine.vsock_path),

@@ -86,8 +86,8 @@ pub(crate) struct Machine {
     dials: BTreeMap<u64, Dial>,
     volumes: Volumes,
     devices: Devices,
-    /// The size that it began with, and the one that it has.
-    started_with: Size,
+    /// Bytes of memory that it began with, and the size that it has.
+    started_with: u64,
     size: Size,
     resizing: Option<Resizing>,
     /// Where the hypervisor listens for connections to the guest's ports.

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use podvisor_proto::agent::{Adapt, request::Verb as AgentVerb};
+use podvisor_proto::agent::{Adapt, HugePages, request::Verb as AgentVerb};
 use podvisor_proto::hypervisor::{self as wire, SetCpus, SetMemory, request::Verb};
 use podvisor_proto::monitor::{ResizeVm, Resized, reply};
 
@@ -17,14 +17,31 @@ use crate::monitor::Monitor;
 use crate::verbs::{Answer, Answered, ReplyTo};
 
 /// Of the machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Size {
     pub(super) memory: u64,
     pub(super) cpus: u32,
+    /// What of the memory the guest sets aside.
+    pub(super) huge_pages: Vec<HugePages>,
+}
+
+impl Size {
+    /// What both have.
+    fn least(&self, other: &Self) -> Self {
+        let both = self.huge_pages.iter().filter_map(|pages| {
+            let same = other.huge_pages.iter().find(|other| other.page_size == pages.page_size)?;
+            Some(HugePages { count: pages.count.min(same.count), ..*pages })
+        });
+        Self {
+            memory: self.memory.min(other.memory),
+            cpus: self.cpus.min(other.cpus),
+            huge_pages: both.collect(),
+        }
+    }
 }
 
 /// One thing to do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Step {
     /// The guest uses that much.
     Adapt(Size),
@@ -48,7 +65,7 @@ pub(super) struct Resizing {
 
 impl Resizing {
     fn new(to: ReplyTo, from: Size, size: Size) -> Self {
-        let least = Size { memory: from.memory.min(size.memory), cpus: from.cpus.min(size.cpus) };
+        let least = from.least(&size);
         let mut steps = VecDeque::new();
         if least != from {
             steps.push_back(Step::Adapt(least));
@@ -59,17 +76,17 @@ impl Resizing {
         if size.cpus != from.cpus {
             steps.push_back(Step::Cpus(size.cpus));
         }
-        steps.push_back(Step::Adapt(size));
+        steps.push_back(Step::Adapt(size.clone()));
         Self { to, from, size, steps, undo: Vec::new(), failure: None, under_way: None }
     }
 
     /// A step was done.
-    fn done(&mut self, step: Step, reached: Option<u64>) {
+    fn done(&mut self, step: &Step, reached: Option<u64>) {
         if self.failure.is_some() {
             return;
         }
         self.undo.push(match step {
-            Step::Adapt(_) => Step::Adapt(self.from),
+            Step::Adapt(_) => Step::Adapt(self.from.clone()),
             Step::Memory(_) => Step::Memory(self.from.memory),
             Step::Cpus(_) => Step::Cpus(self.from.cpus),
         });
@@ -97,13 +114,19 @@ impl Monitor {
         if machine.resizing.is_some() {
             return Err(Failure::wrong_state("the virtual machine is being resized"));
         }
-        let from = machine.size;
-        let size = Size {
-            memory: if request.memory == 0 { from.memory } else { request.memory },
-            cpus: if request.cpus == 0 { from.cpus } else { request.cpus },
-        };
+        let from = machine.size.clone();
+        let mut size = from.clone();
+        if request.memory != 0 {
+            size.memory = request.memory;
+        }
+        if request.cpus != 0 {
+            size.cpus = request.cpus;
+        }
+        if !request.huge_pages.is_empty() {
+            size.huge_pages.clone_from(&request.huge_pages);
+        }
         if size == from {
-            return Ok(Answer::Now(resized(size)));
+            return Ok(Answer::Now(resized(&size)));
         }
         machine.resizing = Some(Resizing::new(to, from, size));
         self.next_resize_step();
@@ -115,17 +138,18 @@ impl Monitor {
         let started_with = machine.started_with;
         let Some(resizing) = &mut machine.resizing else { return };
         resizing.under_way = resizing.steps.pop_front();
-        let verb = match resizing.under_way {
+        let verb = match &resizing.under_way {
             Some(Step::Adapt(size)) => {
-                let added = size.memory.saturating_sub(started_with.memory);
-                let adapt = AgentVerb::Adapt(Adapt { added, cpus: size.cpus });
+                let Size { memory, cpus, huge_pages } = size.clone();
+                let added = memory.saturating_sub(started_with);
+                let adapt = AgentVerb::Adapt(Adapt { added, cpus, huge_pages });
                 if let Err(failure) = self.ask_agent(adapt, Purpose::Adapt) {
                     self.resize_answered(Err(failure));
                 }
                 return;
             }
-            Some(Step::Memory(bytes)) => Verb::SetMemory(SetMemory { bytes }),
-            Some(Step::Cpus(count)) => Verb::SetCpus(SetCpus { count }),
+            Some(Step::Memory(bytes)) => Verb::SetMemory(SetMemory { bytes: *bytes }),
+            Some(Step::Cpus(count)) => Verb::SetCpus(SetCpus { count: *count }),
             None => return self.resize_ended(),
         };
         machine.hypervisor.ask(verb, Ask::Resize, poller);
@@ -147,7 +171,7 @@ impl Monitor {
         };
         let Some(step) = resizing.under_way.take() else { return };
         match outcome {
-            Ok(reached) => resizing.done(step, reached),
+            Ok(reached) => resizing.done(&step, reached),
             Err(failure) if resizing.failure.is_none() => resizing.fail(failure),
             Err(failure) => {
                 let detail = line(&failure.detail, 512);
@@ -164,7 +188,7 @@ impl Monitor {
             Err(failure)
         } else {
             machine.size = resizing.size;
-            Ok(resized(resizing.size))
+            Ok(resized(&machine.size))
         };
         self.reply(resizing.to, answer);
     }
@@ -178,7 +202,7 @@ impl Monitor {
     }
 }
 
-fn resized(size: Size) -> reply::Result {
+fn resized(size: &Size) -> reply::Result {
     reply::Result::Resized(Resized { memory: size.memory, cpus: size.cpus })
 }
 
@@ -189,30 +213,44 @@ mod tests {
     const TO: ReplyTo = ReplyTo { connection: 1, request: 1 };
 
     fn size(memory: u64, cpus: u32) -> Size {
-        Size { memory, cpus }
+        Size { memory, cpus, huge_pages: Vec::new() }
     }
 
     #[test]
     fn the_guest_gives_before_and_takes_after() {
-        let steps = |from, to| Vec::from(Resizing::new(TO, from, to).steps);
+        let steps = |from: &Size, to: &Size| Vec::from(Resizing::new(TO, from.clone(), to.clone()).steps);
         let (small, large) = (size(1, 1), size(4, 2));
-        assert_eq!(steps(small, large), [Step::Memory(4), Step::Cpus(2), Step::Adapt(large)]);
+        assert_eq!(steps(&small, &large), [Step::Memory(4), Step::Cpus(2), Step::Adapt(large.clone())]);
         assert_eq!(
-            steps(large, small),
-            [Step::Adapt(small), Step::Memory(1), Step::Cpus(1), Step::Adapt(small)]
+            steps(&large, &small),
+            [Step::Adapt(small.clone()), Step::Memory(1), Step::Cpus(1), Step::Adapt(small)]
         );
         assert_eq!(
-            steps(size(4, 1), size(1, 2)),
+            steps(&size(4, 1), &size(1, 2)),
             [Step::Adapt(size(1, 1)), Step::Memory(1), Step::Cpus(2), Step::Adapt(size(1, 2))]
         );
+    }
+
+    #[test]
+    fn huge_pages_come_with_their_memory_and_go_before_it() {
+        let pages = |count| vec![HugePages { page_size: 2 << 20, count }];
+        let (plain, few, many) = (
+            size(1, 1),
+            Size { huge_pages: pages(1), ..size(2, 1) },
+            Size { huge_pages: pages(3), ..size(4, 1) },
+        );
+        let steps = |from: &Size, to: &Size| Vec::from(Resizing::new(TO, from.clone(), to.clone()).steps);
+        assert_eq!(steps(&plain, &few), [Step::Memory(2), Step::Adapt(few.clone())]);
+        assert_eq!(steps(&few, &many), [Step::Memory(4), Step::Adapt(many.clone())]);
+        assert_eq!(steps(&many, &few), [Step::Adapt(few.clone()), Step::Memory(2), Step::Adapt(few)]);
     }
 
     #[test]
     fn what_was_done_is_taken_back_last_first() {
         let (small, large) = (size(1, 1), size(4, 2));
         let mut resizing = Resizing::new(TO, small, large);
-        resizing.done(Step::Memory(4), None);
-        resizing.done(Step::Cpus(2), None);
+        resizing.done(&Step::Memory(4), None);
+        resizing.done(&Step::Cpus(2), None);
         resizing.fail(Failure::wrong_state("no"));
         assert_eq!(Vec::from(resizing.steps), [Step::Cpus(1), Step::Memory(1)]);
     }
@@ -222,7 +260,7 @@ mod tests {
         let mut resizing = Resizing::new(TO, size(8, 1), size(4, 1));
         assert_eq!(resizing.steps.pop_front(), Some(Step::Adapt(size(4, 1))));
         resizing.steps.pop_front();
-        resizing.done(Step::Memory(4), Some(6));
+        resizing.done(&Step::Memory(4), Some(6));
         assert_eq!(Vec::from(resizing.steps), [Step::Adapt(size(6, 1))]);
         assert_eq!(resizing.size, size(6, 1));
     }

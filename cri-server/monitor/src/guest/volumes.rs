@@ -166,7 +166,7 @@ impl Monitor {
                 size: 2 * FOLLOWED_BYTES + (1 << 20),
                 files: 4 * u64::try_from(FOLLOWED_FILES).unwrap_or(u64::MAX),
                 attributes: Some(root),
-                directories: Vec::new(),
+                ..AddVolume::default()
             };
             followed.requests.push_front(Verb::AddVolume(add));
         }

@@ -46,6 +46,10 @@ impl Cgroup {
     pub fn update(&mut self, resources: &LinuxResources) -> Result<(), ContainerError> {
         for (file, value) in limits::files(resources)? {
             let path = self.directory.join(&file);
+            // kubelet forbids huge pages of all sizes that the node has; of one that this processor does not have there are none.
+            if file.starts_with("hugetlb.") && value == "0" && !path.exists() {
+                continue;
+            }
             fs::write(&path, &value)
                 .map_err(ContainerError::system(format!("write {value:?} to {}", path.display())))?;
         }
