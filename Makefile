@@ -5,7 +5,7 @@ CRITEST := $(TARGET)/release/podvisor-critest
 
 .PHONY: all packages deps build deb images kernels guest test lint critest lab critest-lab test-lab demo bench clean
 .PHONY: critest-vm critest-lab-vm critest-orders critest-peer test-gvisor kubernetes test-kubernetes fuzz
-.PHONY: bench-peers bench-pull bench-fs bench-vmm bench-load test-faults test-oci-runtime test-k8s-conformance
+.PHONY: bench-idle bench-fs bench-vmm bench-load test-faults test-oci-runtime test-k8s-conformance
 
 all: build
 
@@ -135,25 +135,21 @@ demo: build kernels
 	critest/tools/contents busybox-static
 	tests/scripts/demo
 
-# Times and memory, beside those of the OCI runtimes alone, and of QEMU alone for pods in virtual machines.
+# podvisor beside containerd, CRI-O, the OCI runtimes and QEMU alone: tests/bench/README.md. The last table is the goals. SHORT=1 leaves out the
+# peers and what takes long; PUBLISH=1 writes README.md's section and tests/bench/results. ARGUMENTS="--workloads pod,log" runs a part.
+BENCH_SHORT := --subjects podvisor,podvisor-crun,runc,crun,podvisor-vm,qemu --rounds 4 \
+	--workloads pod,at-once,grow,log,streams,pull,pull-zstd,pull-half,pull-ten,machine
 bench: deps build guest
-	critest/tools/contents busybox
-	cargo build --release -p podvisor-tests --bin podvisor-bench
-	$(CRITEST) sandbox -- $(TARGET)/release/podvisor-bench
-
-# The same beside containerd and CRI-O: tests/bench.
-bench-peers: deps build
 	critest/tools/contents busybox programs
-	critest/tools/build containerd crio
+	$(if $(SHORT),,critest/tools/build containerd crio)
 	cargo build --release -p podvisor-compare
-	$(TARGET)/release/podvisor-compare run --output $(TARGET)/bench $(ARGUMENTS)
+	$(TARGET)/release/podvisor-compare run --output $(TARGET)/bench $(if $(SHORT),$(BENCH_SHORT)) $(if $(PUBLISH),--publish) $(ARGUMENTS)
 
-# A pull's time beside containerd's, on the file system that target/ is on.
-bench-pull: deps build
-	critest/tools/build containerd
-	cargo build --release -p podvisor-tests --bin podvisor-bench-pull
-	mkdir -p $(TARGET)/tmp
-	TMPDIR=$(TARGET)/tmp $(CRITEST) sandbox -- $(TARGET)/release/podvisor-bench-pull
+# What the daemon and a virtual machine hold and do when there is nothing to do; ARGUMENTS is memory, machine or clock.
+bench-idle: deps build guest
+	critest/tools/contents busybox
+	cargo build --release -p podvisor-tests --bin podvisor-idle
+	$(CRITEST) sandbox -- $(TARGET)/release/podvisor-idle $(ARGUMENTS)
 
 # Throughput and processor time of podvisor-fs behind a virtual machine, beside those of the distribution's virtiofsd.
 bench-fs: deps build kernels

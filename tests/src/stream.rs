@@ -5,6 +5,8 @@ use anyhow::{Context, Result, bail, ensure};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 
+/// Channel of what the process reads from its standard input.
+pub const STDIN: u8 = 0;
 /// Channel of what the process writes to its standard output.
 pub const STDOUT: u8 = 1;
 /// Channel of the outcome: a Kubernetes Status as JSON.
@@ -21,7 +23,9 @@ impl Session {
     pub async fn open(url: &str) -> Result<Self> {
         let rest = url.strip_prefix("http://").context("no http URL")?;
         let (address, path) = rest.split_once('/').context("no path in the URL")?;
-        let mut stream = BufReader::new(TcpStream::connect(address).await?);
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        let mut stream = BufReader::with_capacity(64 << 10, stream);
         let request = format!(
             "GET /{path} HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
              Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\
@@ -35,6 +39,14 @@ impl Session {
         let head = String::from_utf8_lossy(&head).into_owned();
         ensure!(head.starts_with("HTTP/1.1 101"), "no upgrade: {head}");
         Ok(Self { stream })
+    }
+
+    /// Sends bytes on a channel.
+    pub async fn send(&mut self, channel: u8, bytes: &[u8]) -> Result<()> {
+        let length = u8::try_from(bytes.len() + 1).ok().filter(|length| *length < 126);
+        // Final and binary; masked, as a client's frames have to be, with zeros, which changes nothing.
+        let head = [0x82, 0x80 | length.context("a long message")?, 0, 0, 0, 0, channel];
+        Ok(self.stream.write_all(&[&head, bytes].concat()).await?)
     }
 
     /// The next message's channel and bytes; `None` at the end, also a sudden one.

@@ -47,7 +47,9 @@ struct Setup {
 /// A running daemon; it ends when this is dropped.
 #[derive(Debug)]
 pub struct Peer {
-    process: Child,
+    kind: Kind,
+    command: Command,
+    process: Option<Child>,
     directory: TempDir,
     socket: PathBuf,
     outside: &'static [&'static str],
@@ -71,23 +73,42 @@ impl Peer {
             Kind::Crio => crio::setup(directory.path(), mirrored, mirror, pause)?,
         };
         let log = File::create(path("log")).context("making the log")?;
-        let process =
-            command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn().with_context(|| {
-                format!("starting {kind:?} (`critest/tools/build containerd crio` makes them)")
-            })?;
-        let mut peer = Self { process, directory, socket, outside, cgroups };
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let mut peer = Self { kind, command, process: None, directory, socket, outside, cgroups };
+        peer.resume()?;
+        Ok(peer)
+    }
+
+    /// Starts it again after [`Peer::stop`] and returns when it listens.
+    pub fn resume(&mut self) -> Result<()> {
+        let kind = self.kind;
+        if self.socket.exists() {
+            fs::remove_file(&self.socket).context("removing the last socket")?;
+        }
+        let process = self.command.spawn().with_context(|| {
+            format!("starting {kind:?} (`critest/tools/build containerd crio` makes them)")
+        })?;
+        let process = self.process.insert(process);
         let deadline = Instant::now() + PATIENCE;
         // Both listen only when all their parts are there.
-        while UnixStream::connect(&peer.socket).is_err() {
-            if let Some(status) = peer.process.try_wait().context("looking after the peer")? {
-                bail!("{kind:?} ended at its start: {status}\n{}", peer.log());
+        while UnixStream::connect(&self.socket).is_err() {
+            if let Some(status) = process.try_wait().context("looking after the peer")? {
+                bail!("{kind:?} ended at its start: {status}\n{}", self.log());
             }
             if Instant::now() > deadline {
-                bail!("{kind:?} did not listen within {PATIENCE:?}\n{}", peer.log());
+                bail!("{kind:?} did not listen within {PATIENCE:?}\n{}", self.log());
             }
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(2));
         }
-        Ok(peer)
+        Ok(())
+    }
+
+    /// SIGTERM, and waits for its end. What it has started stays.
+    pub fn stop(&mut self) -> Result<()> {
+        let Some(mut process) = self.process.take() else { return Ok(()) };
+        kill_process(Pid::from_child(&process), Signal::TERM).context("stopping the peer")?;
+        process.wait().context("waiting for the peer")?;
+        Ok(())
     }
 
     /// Where it listens.
@@ -95,9 +116,9 @@ impl Peer {
         &self.socket
     }
 
-    /// Its process.
-    pub fn pid(&self) -> Pid {
-        Pid::from_child(&self.process)
+    /// Its process, if it runs.
+    pub fn pid(&self) -> Option<Pid> {
+        self.process.as_ref().map(Pid::from_child)
     }
 
     /// What it has logged.
@@ -108,9 +129,8 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        // Both fail only when it has ended already.
-        let _ = kill_process(self.pid(), Signal::TERM);
-        let _ = self.process.wait();
+        // Fails only when it has ended already.
+        let _ = self.stop();
         remove_network();
         for directory in self.outside.iter().map(Path::new) {
             for entry in fs::read_dir(directory).into_iter().flatten().flatten() {

@@ -56,9 +56,31 @@ impl Bare {
             ("start", create + start),
             ("ExecSync", exec),
             ("StopContainer", kill),
+            ("stop", kill),
             ("RemoveContainer", delete),
+            ("remove", delete),
         ];
         Ok(samples.map(|(series, time)| Sample::milliseconds(series, time)).into())
+    }
+
+    /// Workload "at-once".
+    pub(crate) fn at_once(&self, count: u32) -> Result<Vec<Sample>> {
+        let ids: Vec<String> = (0..count).map(|number| format!("once{number}")).collect();
+        let began = Instant::now();
+        all(&ids, |id| {
+            self.call(&["create", id])?;
+            self.call(&["start", id])
+        })?;
+        let started = began.elapsed();
+        let began = Instant::now();
+        all(&ids, |id| {
+            self.call(&["kill", id, "KILL"])?;
+            self.call(&["delete", "--force", id])
+        })?;
+        Ok(vec![
+            Sample::milliseconds(&format!("{count} at once"), started),
+            Sample::milliseconds(&format!("{count} stopped and removed at once"), began.elapsed()),
+        ])
     }
 
     fn call(&self, arguments: &[&str]) -> Result<Duration> {
@@ -75,6 +97,14 @@ impl Bare {
         ensure!(status.success(), "{} {arguments:?}: {status}", self.program.display());
         Ok(began.elapsed())
     }
+}
+
+/// Does that with each of them at the same time.
+fn all(ids: &[String], work: impl Fn(&str) -> Result<Duration> + Sync) -> Result<()> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = ids.iter().map(|id| scope.spawn(|| work(id))).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().expect("a thread that waits").map(drop))
+    })
 }
 
 fn specification(file: &Path) -> Result<()> {

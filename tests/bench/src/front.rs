@@ -1,37 +1,28 @@
 //! Gives the orders: one round after the other, and in each every subject in turn, because the machine is not equally fast all the time.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use podvisor_critest::target_dir;
 
+use crate::images;
+use crate::samples::Samples;
 use crate::subject::Name;
-use crate::wire::{Line, Order, Ready, Report};
+use crate::wire::{Line, Order, Ready, Report, Sample};
 use crate::workload::Workload;
-use crate::{images, plot, table};
 
-/// Values of every series, by its name and unit, then by subject; series in the order of their first sample.
-#[derive(Debug, Default)]
-pub(crate) struct Samples {
-    pub(crate) series: Vec<(String, String)>,
-    pub(crate) values: BTreeMap<(String, Name), Vec<f64>>,
-}
-
-impl Samples {
-    fn add(&mut self, subject: Name, series: &str, unit: &str, value: f64) {
-        if !self.series.iter().any(|(known, _)| known == series) {
-            self.series.push((series.to_owned(), unit.to_owned()));
-        }
-        self.values.entry((series.to_owned(), subject)).or_default().push(value);
-    }
-
-    pub(crate) fn of(&self, series: &str, subject: Name) -> &[f64] {
-        self.values.get(&(series.to_owned(), subject)).map_or(&[], Vec::as_slice)
-    }
+/// What came of a run.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// What each subject says it is.
+    pub(crate) versions: Vec<(Name, String)>,
+    pub(crate) samples: Samples,
+    /// Who could not do what, and why.
+    pub(crate) failures: Vec<(Name, String)>,
 }
 
 struct Node {
@@ -39,46 +30,67 @@ struct Node {
     line: Line,
     subject: Name,
     version: String,
+    /// It has ended too early.
+    lost: bool,
 }
 
-pub(crate) fn run(subjects: &[Name], workloads: &[Workload], rounds: u32, output: &Path) -> Result<()> {
-    fs::create_dir_all(output).with_context(|| format!("making {}", output.display()))?;
+pub(crate) fn run(subjects: &[Name], workloads: &[Workload], rounds: u32) -> Result<Outcome> {
     // In the project's target directory, which every sandbox sees.
     let shared = tempfile::Builder::new().prefix("bench.").tempdir_in(target_dir())?;
     let storage = shared.path().join("registry");
     fs::create_dir(&storage)?;
-    images::push(&storage, workloads.iter().any(|workload| workload.needs_application()))?;
+    let began = Instant::now();
+    images::push(&storage, workloads)?;
+    eprintln!("images: {:.0} s", began.elapsed().as_secs_f64());
     let mut nodes = Vec::new();
     for subject in subjects {
-        nodes.push(start(*subject, shared.path(), &storage)?);
+        if workloads.iter().any(|workload| workload.takes(*subject)) {
+            nodes.push(start(*subject, shared.path(), &storage)?);
+        }
     }
-    let mut samples = Samples::default();
+    let mut outcome = Outcome { versions: Vec::new(), samples: Samples::default(), failures: Vec::new() };
     for workload in workloads {
-        eprintln!("{}", workload.as_str());
-        let count = workload.rounds(rounds);
-        // One to warm up.
-        let warm = u32::from(count > 1);
-        for round in 0..count + warm {
-            for node in &mut nodes {
-                if node.subject.is_bare() && !workload.has_limit() {
-                    continue;
-                }
-                for sample in node.order(*workload, round)? {
-                    if round >= warm {
-                        samples.add(node.subject, &sample.series, &sample.unit, sample.value);
+        let began = Instant::now();
+        work(*workload, rounds, &mut nodes, &mut outcome);
+        eprintln!("{}: {:.0} s", workload.as_str(), began.elapsed().as_secs_f64());
+    }
+    for node in nodes {
+        outcome.versions.push((node.subject, node.version.clone()));
+        let (subject, ended) = (node.subject, node.end());
+        if let Err(error) = ended {
+            outcome.failures.push((subject, format!("at its end: {error:#}")));
+        }
+    }
+    Ok(outcome)
+}
+
+/// All rounds of one workload. Who fails in one does not do the others, and the rest goes on.
+fn work(workload: Workload, rounds: u32, nodes: &mut [Node], outcome: &mut Outcome) {
+    let count = workload.rounds(rounds);
+    // One to warm up.
+    let warm = u32::from(count > 1);
+    let mut failed = Vec::new();
+    for round in 0..count + warm {
+        for node in nodes.iter_mut().filter(|node| workload.takes(node.subject) && !node.lost) {
+            if failed.contains(&node.subject) {
+                continue;
+            }
+            match node.order(workload, round) {
+                Ok(samples) if round >= warm => {
+                    for sample in samples {
+                        outcome.samples.add(node.subject, sample);
                     }
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    let why = format!("{}: {error:#}", workload.as_str());
+                    eprintln!("{}, {why}", node.subject.as_str());
+                    outcome.failures.push((node.subject, why));
+                    failed.push(node.subject);
                 }
             }
         }
     }
-    let versions: Vec<(Name, String)> =
-        nodes.iter().map(|node| (node.subject, node.version.clone())).collect();
-    for node in nodes {
-        node.end()?;
-    }
-    table::print(subjects, &versions, &samples);
-    table::keep(&output.join("samples.json"), &versions, &samples)?;
-    plot::draw(output, subjects, &samples)
 }
 
 fn start(subject: Name, shared: &Path, storage: &Path) -> Result<Node> {
@@ -110,15 +122,16 @@ fn start(subject: Name, shared: &Path, storage: &Path) -> Result<Node> {
     let mut line = Line::new(stream);
     let Some(Ready { version, .. }) = line.hear()? else { bail!("{} did not start", subject.as_str()) };
     eprintln!("{} runs: {version}", subject.as_str());
-    Ok(Node { process, line, subject, version })
+    Ok(Node { process, line, subject, version, lost: false })
 }
 
 impl Node {
-    fn order(&mut self, workload: Workload, round: u32) -> Result<Vec<crate::wire::Sample>> {
-        let (subject, what) = (self.subject.as_str(), workload.as_str());
+    fn order(&mut self, workload: Workload, round: u32) -> Result<Vec<Sample>> {
+        self.lost = true;
         self.line.say(&Order { workload, round })?;
-        let Some(Report { outcome }) = self.line.hear()? else { bail!("{subject} ended during {what}") };
-        outcome.map_err(|error| anyhow::anyhow!("{subject}, {what}: {error}"))
+        let Some(Report { outcome }) = self.line.hear()? else { bail!("it has ended") };
+        self.lost = false;
+        outcome.map_err(anyhow::Error::msg)
     }
 
     fn end(mut self) -> Result<()> {

@@ -4,6 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use podvisor_tests::memory::Memory;
 
 /// Processes of these names. The kernel keeps 15 bytes of a name (`TASK_COMM_LEN`).
 pub(crate) fn named(names: &[&str]) -> Result<Vec<i32>> {
@@ -31,4 +32,54 @@ pub(crate) fn processor_time(pids: &[i32]) -> Result<Duration> {
         }
     }
     Ok(Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second()))
+}
+
+/// What threads have done so far.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Activity {
+    /// How often they have gone to sleep, and been woken up since.
+    pub(crate) slept: u64,
+    /// What they have run, to the nanosecond (`schedstat`).
+    pub(crate) ran: Duration,
+}
+
+/// Of all threads of these processes.
+pub(crate) fn activity(pids: &[i32]) -> Result<Activity> {
+    let mut sum = Activity::default();
+    for pid in pids {
+        for thread in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
+            let read = |name: &str| fs::read_to_string(thread.path().join(name));
+            // One that has ended meanwhile does nothing any more.
+            let (Ok(status), Ok(schedule)) = (read("status"), read("schedstat")) else { continue };
+            let slept = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            sum.slept += slept.context("no switches")?.trim().parse::<u64>()?;
+            let ran = schedule.split(' ').next().unwrap_or_default();
+            sum.ran += Duration::from_nanos(ran.parse().context("no time in schedstat")?);
+        }
+    }
+    Ok(sum)
+}
+
+/// Memory of processes together, in KiB: what no other process has mapped, and each page divided by those who have it mapped.
+pub(crate) fn memory(pids: &[i32]) -> Result<(f64, f64)> {
+    let (mut private, mut proportional) = (0.0, 0.0);
+    for pid in pids {
+        let memory = Memory::of(*pid)?;
+        private += f64::from(memory.private);
+        proportional += f64::from(memory.proportional);
+    }
+    Ok((private, proportional))
+}
+
+/// Forgets the most that a process had resident (`VmHWM`), and says what it has now, in KiB.
+pub(crate) fn forget_peak(pid: i32) -> Result<f64> {
+    fs::write(format!("/proc/{pid}/clear_refs"), "5").context("forgetting the peak of memory")?;
+    peak(pid)
+}
+
+/// The most that a process has had resident, in KiB.
+pub(crate) fn peak(pid: i32) -> Result<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
 }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use podvisor_critest::node::{Daemon, Node, Options};
+use podvisor_critest::node::{Daemon, Node, Options, VM};
 use podvisor_critest::peer::{self, Kind, Peer};
 use podvisor_proto::cri::VersionRequest;
 use podvisor_tests::cri::Cri;
@@ -23,34 +23,43 @@ pub(crate) enum Name {
     Podvisor,
     /// podvisor with the distribution's crun.
     PodvisorCrun,
+    /// podvisor with a virtual machine per pod, by QEMU's translator where there is no KVM.
+    PodvisorVm,
     /// containerd with the same runc.
     Containerd,
     /// CRI-O with the same runc.
     Crio,
-    /// runc without a daemon: what nobody who uses it can be faster than.
+    /// runc, and a program that unpacks layers, without a daemon: what nobody can be faster than.
     Runc,
     /// The same of crun.
     Crun,
+    /// QEMU that boots the same guest kernel, without a daemon.
+    Qemu,
 }
 
 impl Name {
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Podvisor, Self::PodvisorCrun, Self::Containerd, Self::Crio, Self::Runc, Self::Crun];
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Podvisor,
+        Self::PodvisorCrun,
+        Self::Containerd,
+        Self::Crio,
+        Self::Runc,
+        Self::Crun,
+        Self::PodvisorVm,
+        Self::Qemu,
+    ];
 
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Podvisor => "podvisor",
             Self::PodvisorCrun => "podvisor-crun",
+            Self::PodvisorVm => "podvisor-vm",
             Self::Containerd => "containerd",
             Self::Crio => "crio",
             Self::Runc => "runc",
             Self::Crun => "crun",
+            Self::Qemu => "qemu",
         }
-    }
-
-    /// The OCI runtime alone.
-    pub(crate) fn is_bare(self) -> bool {
-        matches!(self, Self::Runc | Self::Crun)
     }
 
     /// What the project is compared with.
@@ -58,12 +67,9 @@ impl Name {
         matches!(self, Self::Containerd | Self::Crio)
     }
 
-    /// The OCI runtime that it calls.
-    pub(crate) fn limit(self) -> Self {
-        match self {
-            Self::Podvisor | Self::Containerd | Self::Crio | Self::Runc => Self::Runc,
-            Self::PodvisorCrun | Self::Crun => Self::Crun,
-        }
+    /// This project in one of its forms.
+    pub(crate) fn is_ours(self) -> bool {
+        matches!(self, Self::Podvisor | Self::PodvisorCrun | Self::PodvisorVm)
     }
 }
 
@@ -77,7 +83,7 @@ pub(crate) struct Subject {
 
 #[derive(Debug)]
 enum Own {
-    Podvisor { daemon: Daemon, node: Node },
+    Podvisor { daemon: Option<Daemon>, node: Node },
     Peer(Peer),
 }
 
@@ -89,11 +95,36 @@ impl Subject {
         let (own, socket) = match name {
             Name::Podvisor => podvisor("runc", mirror)?,
             Name::PodvisorCrun => podvisor("crun", mirror)?,
+            Name::PodvisorVm => podvisor(VM, mirror)?,
             Name::Containerd => of_peer(Kind::Containerd, mirror)?,
             Name::Crio => of_peer(Kind::Crio, mirror)?,
-            Name::Runc | Name::Crun => anyhow::bail!("{name:?} is no daemon"),
+            Name::Runc | Name::Crun | Name::Qemu => anyhow::bail!("{name:?} is no daemon"),
         };
         Ok(Self { cri: Cri::new(&socket)?, own, logs })
+    }
+
+    /// Ends the daemon as an upgrade does: its pods go on.
+    pub(crate) fn stop(&mut self) -> Result<()> {
+        match &mut self.own {
+            Own::Podvisor { daemon, node } => {
+                let Some(daemon) = daemon.take() else { return Ok(()) };
+                let status = daemon.stop()?;
+                ensure!(status.success(), "the daemon ended with {status}\n{}", node.log_tail(20));
+                Ok(())
+            }
+            Own::Peer(peer) => peer.stop(),
+        }
+    }
+
+    /// Starts the daemon again, and returns when it listens.
+    pub(crate) fn resume(&mut self) -> Result<()> {
+        match &mut self.own {
+            Own::Podvisor { daemon, node } => {
+                *daemon = Some(node.start()?);
+                Ok(())
+            }
+            Own::Peer(peer) => peer.resume(),
+        }
     }
 
     pub(crate) async fn version(&self) -> Result<String> {
@@ -107,33 +138,29 @@ impl Subject {
         self.logs.path()
     }
 
-    fn pid(&self) -> i32 {
-        match &self.own {
-            Own::Podvisor { daemon, .. } => daemon.pid(),
-            Own::Peer(peer) => peer.pid(),
-        }
-        .as_raw_nonzero()
-        .get()
-    }
-
     /// Its daemon.
-    pub(crate) fn daemon(&self) -> Vec<i32> {
-        vec![self.pid()]
+    pub(crate) fn daemon(&self) -> Result<i32> {
+        let pid = match &self.own {
+            Own::Podvisor { daemon, .. } => daemon.as_ref().map(Daemon::pid),
+            Own::Peer(peer) => peer.pid(),
+        };
+        Ok(pid.context("the daemon does not run")?.as_raw_nonzero().get())
     }
 
     /// Its helpers, which it has per pod or per container.
     pub(crate) fn helpers(&self) -> Result<Vec<i32>> {
         process::named(match &self.own {
-            Own::Podvisor { .. } => &["podvisor-monit"],
+            Own::Podvisor { .. } => {
+                &["podvisor-monit", "podvisor-fs", "podvisor-qemu", "podvisor-vmm", "qemu-system"]
+            }
             Own::Peer(_) => &["containerd-shim", "conmon"],
         })
     }
 
     /// Stops it. No pod is left.
-    pub(crate) fn end(self) -> Result<()> {
-        if let Own::Podvisor { daemon, node } = self.own {
-            let status = daemon.stop()?;
-            ensure!(status.success(), "after SIGTERM the daemon ended with {status}\n{}", node.log_tail(20));
+    pub(crate) fn end(mut self) -> Result<()> {
+        self.stop()?;
+        if let Own::Podvisor { .. } = self.own {
             peer::remove_network();
         }
         Ok(())
@@ -163,7 +190,7 @@ fn podvisor(handler: &str, mirror: SocketAddr) -> Result<(Own, PathBuf)> {
     let networks = node.path("cni/net.d");
     fs::create_dir_all(&networks)?;
     fs::write(networks.join("10-peer.conflist"), peer::network())?;
-    let daemon = node.start()?;
+    let daemon = Some(node.start()?);
     let socket = node.socket();
     Ok((Own::Podvisor { daemon, node }, socket))
 }

@@ -6,58 +6,47 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::front::Samples;
-use crate::statistics::summary;
+use crate::front::Outcome;
 use crate::subject::Name;
 
-/// Of these more is better; of everything else less is.
-pub(crate) fn more_is_better(unit: &str) -> bool {
-    matches!(unit, "MB/s" | "MB")
-}
-
-/// Markdown: a row per series, a column per subject, and podvisor beside the better peer and beside its own OCI runtime.
-pub(crate) fn print(subjects: &[Name], versions: &[(Name, String)], samples: &Samples) {
-    for (subject, version) in versions {
-        println!("- {}: {version}", subject.as_str());
-    }
-    println!();
-    print!("| median (95th percentile) |");
-    for subject in subjects {
-        print!(" {} |", subject.as_str());
-    }
-    println!(" podvisor / better peer | podvisor / runc |");
-    println!("|---|{}---|---|", "---|".repeat(subjects.len()));
-    for (series, unit) in &samples.series {
-        print!("| {series}, {unit} |");
-        for subject in subjects {
-            match summary(samples.of(series, *subject)) {
-                Some(of) => print!(" {} ({}) |", digits(of.median), digits(of.p95)),
-                None => print!(" |"),
+/// Markdown: a row per series, a column per subject, and podvisor beside each peer and beside the limit.
+pub(crate) fn markdown(Outcome { versions, samples, .. }: &Outcome) -> String {
+    let mut lines: Vec<String> =
+        versions.iter().map(|(subject, version)| format!("- {}: {version}", subject.as_str())).collect();
+    let subjects: Vec<Name> = versions.iter().map(|(subject, _)| *subject).collect();
+    let mut head = vec!["median (95th percentile)"];
+    head.extend(subjects.iter().map(|subject| subject.as_str()));
+    head.extend(["/ containerd", "/ crio", "/ limit"]);
+    lines.push(String::new());
+    lines.push(format!("| {} |", head.join(" | ")));
+    lines.push(format!("|{}", "---|".repeat(head.len())));
+    for series in &samples.series {
+        let mut cells = vec![format!("{series}, {}", series.unit)];
+        for subject in &subjects {
+            cells.push(
+                samples
+                    .summary(series, *subject)
+                    .map_or_else(String::new, |of| format!("{} ({})", digits(of.median), digits(of.p95))),
+            );
+        }
+        let ours = [(Name::Podvisor, Name::Runc), (Name::PodvisorVm, Name::Qemu)]
+            .into_iter()
+            .find_map(|(name, limit)| Some((samples.median(series, name)?, limit)));
+        if let Some((ours, limit)) = ours {
+            for other in [Name::Containerd, Name::Crio, limit] {
+                let other = samples.median(series, other).filter(|other| *other > 0.0);
+                cells.push(other.map_or_else(String::new, |other| format!("{:.2}", ours / other)));
             }
         }
-        let ours = summary(samples.of(series, Name::Podvisor)).map(|of| of.median);
-        let peers = subjects
-            .iter()
-            .filter(|subject| subject.is_peer())
-            .filter_map(|peer| summary(samples.of(series, *peer)));
-        let better = if more_is_better(unit) {
-            peers.map(|of| of.median).reduce(f64::max)
-        } else {
-            peers.map(|of| of.median).reduce(f64::min)
-        };
-        let limit = summary(samples.of(series, Name::Podvisor.limit())).map(|of| of.median);
-        for other in [better, limit] {
-            match (ours, other) {
-                (Some(ours), Some(other)) if other > 0.0 => print!(" {:.2} |", ours / other),
-                _ => print!(" |"),
-            }
-        }
-        println!();
+        cells.resize(head.len(), String::new());
+        lines.push(format!("| {} |", cells.join(" | ")));
     }
+    lines.push(String::new());
+    lines.join("\n")
 }
 
 /// Three digits that count.
-fn digits(value: f64) -> String {
+pub(crate) fn digits(value: f64) -> String {
     match value.abs() {
         large if large >= 100.0 => format!("{value:.0}"),
         middle if middle >= 10.0 => format!("{value:.1}"),
@@ -66,22 +55,25 @@ fn digits(value: f64) -> String {
 }
 
 /// Writes everything to a file.
-pub(crate) fn keep(file: &Path, versions: &[(Name, String)], samples: &Samples) -> Result<()> {
+pub(crate) fn keep(file: &Path, Outcome { versions, samples, failures }: &Outcome) -> Result<()> {
     let versions: serde_json::Map<String, Value> =
         versions.iter().map(|(subject, version)| (subject.as_str().to_owned(), json!(version))).collect();
-    let mut series = Vec::new();
-    for (name, unit) in &samples.series {
-        for ((of, subject), values) in samples.values.iter().filter(|((of, _), _)| of == name) {
-            series.push(json!({
-                "series": of,
-                "unit": unit,
-                "subject": subject.as_str(),
-                "summary": summary(values),
-                "samples": values,
-            }));
+    let mut all = Vec::new();
+    for series in &samples.series {
+        for subject in Name::ALL {
+            if let Some(summary) = samples.summary(series, subject) {
+                all.push(json!({
+                    "series": series,
+                    "subject": subject.as_str(),
+                    "summary": summary,
+                    "samples": samples.of(series, subject),
+                }));
+            }
         }
     }
-    let document = json!({"versions": versions, "series": series});
+    let failures: Vec<Value> =
+        failures.iter().map(|(subject, why)| json!({"subject": subject.as_str(), "why": why})).collect();
+    let document = json!({"versions": versions, "series": all, "failures": failures});
     fs::write(file, serde_json::to_vec_pretty(&document)?)
         .with_context(|| format!("writing {}", file.display()))
 }

@@ -1,5 +1,6 @@
 //! What the front asks a node, and what it answers: one JSON document per line.
 
+use std::fmt;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 
@@ -32,23 +33,54 @@ pub(crate) struct Report {
     pub(crate) outcome: Result<Vec<Sample>, String>,
 }
 
+/// What figures are of; those of one series are compared with each other.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub(crate) struct Series {
+    /// `ExecSync`.
+    pub(crate) name: String,
+    /// What was on the node meanwhile, where that is what is measured: `(200, "pods")`.
+    pub(crate) among: Option<(u32, String)>,
+    /// `ms`, `s`, `MiB`, …
+    pub(crate) unit: String,
+}
+
+impl Series {
+    /// Whether one value of it is better than another.
+    pub(crate) fn is_better(&self, one: f64, other: f64) -> bool {
+        if matches!(self.unit.as_str(), "MB/s" | "MB") { one > other } else { one < other }
+    }
+}
+
+impl fmt::Display for Series {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.among {
+            Some((count, what)) => write!(f, "{}, {count} {what}", self.name),
+            None => f.write_str(&self.name),
+        }
+    }
+}
+
 /// One figure.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Sample {
-    /// What it is: `ExecSync`.
-    pub(crate) series: String,
-    /// `ms`, `s`, `MiB`, …
-    pub(crate) unit: String,
+    pub(crate) series: Series,
     pub(crate) value: f64,
 }
 
 impl Sample {
-    pub(crate) fn new(series: &str, unit: &str, value: f64) -> Self {
-        Self { series: series.to_owned(), unit: unit.to_owned(), value }
+    pub(crate) fn new(name: &str, unit: &str, value: f64) -> Self {
+        Self { series: Series { name: name.to_owned(), among: None, unit: unit.to_owned() }, value }
     }
 
-    pub(crate) fn milliseconds(series: &str, time: std::time::Duration) -> Self {
-        Self::new(series, "ms", time.as_secs_f64() * 1000.0)
+    pub(crate) fn milliseconds(name: &str, time: std::time::Duration) -> Self {
+        Self::new(name, "ms", time.as_secs_f64() * 1000.0)
+    }
+
+    /// Measured on a node with so many pods or images.
+    #[must_use]
+    pub(crate) fn among(mut self, count: u32, what: &str) -> Self {
+        self.series.among = Some((count, what.to_owned()));
+        self
     }
 }
 

@@ -1,39 +1,30 @@
-//! Ten pods at the same time, until the last one runs; then what is held for them.
+//! Pods at the same time, until the last one runs; then what is held for them.
 
 use std::time::Instant;
 
 use anyhow::Result;
+use futures_util::future::try_join_all;
 use podvisor_tests::ask;
-use podvisor_tests::memory::Memory;
 
 use super::{remove, running};
+use crate::process;
 use crate::subject::Subject;
 use crate::wire::Sample;
 
-const PODS: u32 = 10;
-
-pub(super) async fn run(subject: &Subject, round: u32) -> Result<Vec<Sample>> {
+pub(super) async fn run(subject: &Subject, count: u32) -> Result<Vec<Sample>> {
     let began = Instant::now();
     let container = ask::waiting("c");
-    let pods = (0..PODS).map(async |number| {
-        Ok::<_, anyhow::Error>(running(subject, &format!("once{round}-{number}"), &container).await?.0)
+    let pods = (0..count).map(async |number| {
+        Ok::<_, anyhow::Error>(running(subject, &format!("once{number}"), &container).await?.0)
     });
-    let pods = futures_util::future::try_join_all(pods).await?;
-    let mut samples = vec![Sample::milliseconds("ten at once", began.elapsed())];
-    let (mut private, mut proportional) = (0.0, 0.0);
-    for pid in subject.helpers()? {
-        let memory = Memory::of(pid)?;
-        private += f64::from(memory.private);
-        proportional += f64::from(memory.proportional);
-    }
+    let pods = try_join_all(pods).await?;
+    let mut samples = vec![Sample::milliseconds(&format!("{count} at once"), began.elapsed())];
+    let (private, proportional) = process::memory(&subject.helpers()?)?;
     for (series, kib) in [("helpers of a pod, private", private), ("helpers of a pod, PSS", proportional)] {
-        samples.push(Sample::new(series, "KiB", kib / f64::from(PODS)));
+        samples.push(Sample::new(series, "KiB", kib / f64::from(count)));
     }
-    let mut resident = 0.0;
-    for pid in subject.daemon() {
-        resident += f64::from(Memory::of(pid)?.private) / 1024.0;
-    }
-    samples.push(Sample::new("daemon with ten pods, private", "MiB", resident));
-    futures_util::future::try_join_all(pods.iter().map(|pod| remove(subject, pod))).await?;
+    let began = Instant::now();
+    try_join_all(pods.iter().map(|pod| remove(subject, pod))).await?;
+    samples.push(Sample::milliseconds(&format!("{count} stopped and removed at once"), began.elapsed()));
     Ok(samples)
 }

@@ -1,17 +1,20 @@
 //! What is measured, one file each: work that a subject does once per order.
 
 mod at_once;
-mod lists;
+mod grow;
+mod images;
 mod log;
 mod pod;
 mod pull;
+mod streams;
 
 use anyhow::Result;
 use podvisor_proto::cri::ContainerConfig;
 use serde::{Deserialize, Serialize};
 
-use crate::subject::Subject;
+use crate::subject::{Name, Subject};
 use crate::wire::Sample;
+pub(crate) use pull::Whole;
 
 /// What.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
@@ -21,28 +24,66 @@ pub(crate) enum Workload {
     Pod,
     /// Ten of them at once, and what they take in memory.
     AtOnce,
-    /// Lists and status while pods come and go.
-    Lists,
+    /// Fifty of them at once.
+    FiftyAtOnce,
+    /// A node from no pod to 200: answers, memory, restarts of the daemon, and what it does when there is nothing to do.
+    Grow,
     /// A container that writes lines as fast as they are taken.
     Log,
+    /// Exec, attach and port-forward: there and back, and how much goes through.
+    Streams,
     /// An image of eight layers.
     Pull,
     /// The same in zstd.
     PullZstd,
+    /// Eight layers that cannot be compressed.
+    PullRandom,
+    /// An image of which half the layers are there.
+    PullHalf,
+    /// Ten images at the same time, which share most of their layers.
+    PullTen,
+    /// A node with up to a hundred images.
+    Images,
+    /// A pod in a virtual machine.
+    Machine,
+    /// Ten of them at once.
+    MachinesAtOnce,
 }
 
 impl Workload {
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Pod, Self::AtOnce, Self::Lists, Self::Log, Self::Pull, Self::PullZstd];
+    pub(crate) const ALL: [Self; 14] = [
+        Self::Pod,
+        Self::AtOnce,
+        Self::FiftyAtOnce,
+        Self::Grow,
+        Self::Log,
+        Self::Streams,
+        Self::Pull,
+        Self::PullZstd,
+        Self::PullRandom,
+        Self::PullHalf,
+        Self::PullTen,
+        Self::Images,
+        Self::Machine,
+        Self::MachinesAtOnce,
+    ];
 
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Pod => "pod",
             Self::AtOnce => "at-once",
-            Self::Lists => "lists",
+            Self::FiftyAtOnce => "fifty-at-once",
+            Self::Grow => "grow",
             Self::Log => "log",
+            Self::Streams => "streams",
             Self::Pull => "pull",
             Self::PullZstd => "pull-zstd",
+            Self::PullRandom => "pull-random",
+            Self::PullHalf => "pull-half",
+            Self::PullTen => "pull-ten",
+            Self::Images => "images",
+            Self::Machine => "machine",
+            Self::MachinesAtOnce => "machines-at-once",
         }
     }
 
@@ -51,29 +92,51 @@ impl Workload {
     pub(crate) fn rounds(self, rounds: u32) -> u32 {
         match self {
             Self::Pod => rounds,
-            Self::AtOnce | Self::Log | Self::Pull | Self::PullZstd => rounds.div_ceil(4),
-            Self::Lists => 1,
+            Self::AtOnce | Self::Streams | Self::Pull | Self::PullZstd | Self::Machine => rounds.div_ceil(4),
+            Self::PullRandom | Self::PullHalf | Self::PullTen => rounds.div_ceil(7),
+            Self::FiftyAtOnce | Self::Log => rounds.div_ceil(20),
+            Self::Grow | Self::Images | Self::MachinesAtOnce => 1,
         }
     }
 
-    /// Whether an OCI runtime alone can do it.
-    pub(crate) fn has_limit(self) -> bool {
-        self == Self::Pod
-    }
-
-    /// Whether it pulls more than small images.
-    pub(crate) fn needs_application(self) -> bool {
-        matches!(self, Self::Pull | Self::PullZstd)
-    }
-
-    pub(crate) async fn run(self, subject: &Subject, round: u32) -> Result<Vec<Sample>> {
+    /// Who does it.
+    pub(crate) fn takes(self, name: Name) -> bool {
+        let daemons = matches!(name, Name::Podvisor | Name::Containerd | Name::Crio);
+        let machines = name == Name::PodvisorVm;
         match self {
-            Self::Pod => pod::run(subject, round).await,
-            Self::AtOnce => at_once::run(subject, round).await,
-            Self::Lists => lists::run(subject).await,
+            Self::Pod | Self::AtOnce => !machines && name != Name::Qemu,
+            // The OCI runtime's place is taken by a program that unpacks layers and does nothing else.
+            Self::Pull | Self::PullZstd | Self::PullRandom => daemons || name == Name::Runc,
+            Self::Machine => machines || name == Name::Qemu,
+            Self::MachinesAtOnce => machines,
+            _ => daemons,
+        }
+    }
+
+    /// The image that it pulls as a whole.
+    pub(crate) fn image(self) -> Option<Whole> {
+        match self {
+            Self::Pull => Some(pull::GZIP),
+            Self::PullZstd => Some(pull::ZSTD),
+            Self::PullRandom => Some(pull::INCOMPRESSIBLE),
+            _ => None,
+        }
+    }
+
+    pub(crate) async fn run(self, subject: &mut Subject, round: u32) -> Result<Vec<Sample>> {
+        match self {
+            Self::Pod | Self::Machine => pod::run(subject, round).await,
+            Self::AtOnce | Self::MachinesAtOnce => at_once::run(subject, 10).await,
+            Self::FiftyAtOnce => at_once::run(subject, 50).await,
+            Self::Grow => Box::pin(grow::run(subject)).await,
             Self::Log => log::run(subject, round).await,
-            Self::Pull => pull::run(subject, crate::images::APPLICATION, "pull").await,
-            Self::PullZstd => pull::run(subject, crate::images::APPLICATION_ZSTD, "pull zstd").await,
+            Self::Streams => streams::run(subject, round).await,
+            Self::Pull => pull::whole(subject, pull::GZIP).await,
+            Self::PullZstd => pull::whole(subject, pull::ZSTD).await,
+            Self::PullRandom => pull::whole(subject, pull::INCOMPRESSIBLE).await,
+            Self::PullHalf => pull::half(subject).await,
+            Self::PullTen => pull::ten(subject).await,
+            Self::Images => images::run(subject).await,
         }
     }
 }

@@ -29,17 +29,19 @@ pub(super) async fn run(subject: &Subject, round: u32) -> Result<Vec<Sample>> {
     let start = began.elapsed();
     cri.exec(&container, &["true"], 10).await?;
     lap("ExecSync");
+    let began = Instant::now();
     cri.stop(&container, 30).await?;
     lap("StopContainer");
     cri.stop_pod(&pod).await?;
     lap("StopPodSandbox");
+    let stop = began.elapsed();
+    let began = Instant::now();
     cri.remove(&container).await?;
     lap("RemoveContainer");
     cri.remove_pod(&pod).await?;
     lap("RemovePodSandbox");
-    samples.push(Sample::milliseconds(START, start));
+    for (series, time) in [("start", start), ("stop", stop), ("remove", began.elapsed())] {
+        samples.push(Sample::milliseconds(series, time));
+    }
     Ok(samples)
 }
-
-/// The sum of the first three calls, or of the OCI runtime's `create` and `start`.
-pub(crate) const START: &str = "start";

@@ -1,24 +1,19 @@
-//! Pods in virtual machines: their start beside a bare boot by QEMU of the same kernel and initramfs, and what an idle one costs.
+//! What an idle pod in a virtual machine costs, and how its clock goes.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use podvisor_critest::node::{Options, VM, guests_dir};
+use podvisor_critest::node::{Options, VM};
 use podvisor_proto::cri::Mount;
 use podvisor_tests::images::{BUSYBOX, TestImages};
 use podvisor_tests::memory::Memory;
 use podvisor_tests::{Fixture, ask};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::Times;
-
-const ROUNDS: usize = 11;
 /// Files of the host that a guest holds.
 const FILES: usize = 10_000;
 const IDLE: Duration = Duration::from_secs(10);
@@ -27,122 +22,8 @@ pub(crate) async fn measure(images: &Arc<TestImages>) -> Result<()> {
     let options = Options { handler: VM.to_owned(), log: "info".to_owned(), ..Options::default() };
     let f = Fixture::with(images, options)?;
     f.cri.pull(BUSYBOX).await?;
-    let directory = tempfile::tempdir()?;
-    let initramfs = bare_initramfs(directory.path())?;
-    let mut times = Times::default();
-    // In turns, so that both get the same of what else the machine does; the first round only warms up.
-    for round in 0..=ROUNDS {
-        let path = initramfs.clone();
-        let [bare, same_words] = tokio::task::spawn_blocking(move || {
-            Ok::<_, anyhow::Error>([bare_boot(&path, "")?, bare_boot(&path, WORDS)?])
-        })
-        .await??;
-        let config = f.ask_pod(&format!("bench{round}"));
-        fs::create_dir_all(&config.log_directory)?;
-        let began = Instant::now();
-        let pod = f.cri.run_pod(&config).await?;
-        let sandbox = began.elapsed();
-        let container = f.cri.create(&pod, &ask::waiting("c"), &config).await?;
-        f.cri.start(&container).await?;
-        let all = began.elapsed();
-        let began = Instant::now();
-        f.cri.exec(&container, &["true"], 60).await?;
-        let exec = began.elapsed();
-        let began = Instant::now();
-        f.cri.stop_pod(&pod).await?;
-        f.cri.remove_pod(&pod).await?;
-        if round > 0 {
-            times.add("QEMU alone, to user space", bare);
-            times.add("the same, a pod's kernel words", same_words);
-            times.add("RunPodSandbox", sandbox);
-            times.add("with a container", all);
-            times.add("ExecSync", exec);
-            times.add("stop and remove", began.elapsed());
-        }
-    }
-    times.print("pods in virtual machines");
-    for bare in ["QEMU alone, to user space", "the same, a pod's kernel words"] {
-        let ratio = times.median("RunPodSandbox") / times.median(bare);
-        println!("  RunPodSandbox is {ratio:.2} times {bare}");
-    }
     Box::pin(costs(&f)).await?;
     f.finish().await
-}
-
-/// The first process of a guest in which nothing but a boot is measured.
-const FIRST_PROCESS: &str = r#"
-static long call(long number, long a, long b, long c) {
-    long result;
-    __asm__ volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c) : "rcx", "r11", "memory");
-    return result;
-}
-void _start(void) {
-    call(1, 1, (long)"bench: up\n", 10);
-    for (;;) call(34, 0, 0, 0);
-}
-"#;
-
-/// The guest's initramfs with that process beside the agent: the kernel unpacks archives one after the other (Documentation/filesystems/
-/// ramfs-rootfs-initramfs.rst; the format is in Documentation/driver-api/early-userspace/buffer-format.rst).
-fn bare_initramfs(directory: &Path) -> Result<PathBuf> {
-    let (source, program) = (directory.join("first.c"), directory.join("first"));
-    fs::write(&source, FIRST_PROCESS)?;
-    let mut compiler = Command::new("cc");
-    compiler.args(["-static", "-nostdlib", "-Os", "-s", "-o"]).arg(&program).arg(&source);
-    ensure!(compiler.status().context("running cc")?.success(), "cc has failed");
-    let mut archive = fs::read(guests_dir().join("current/initramfs"))?;
-    archive.resize(archive.len().next_multiple_of(512), 0);
-    for (name, mode, content) in [("bench", 0o100_755, fs::read(&program)?), ("TRAILER!!!", 0, Vec::new())] {
-        let fields = [1, mode, 0, 0, 1, 0, content.len(), 0, 0, 0, 0, name.len() + 1, 0];
-        archive.extend(b"070701");
-        archive.extend(fields.map(|field| format!("{field:08X}")).concat().bytes());
-        archive.extend(name.bytes().chain([0]));
-        archive.resize(archive.len().next_multiple_of(4), 0);
-        archive.extend(content);
-        archive.resize(archive.len().next_multiple_of(4), 0);
-    }
-    let path = directory.join("initramfs");
-    fs::write(&path, archive)?;
-    Ok(path)
-}
-
-/// What the kernel of a translated machine with one processor is told more by podvisor-qemu.
-const WORDS: &str = "tsc=reliable noreplace-smp";
-
-/// The time until the first process runs, of QEMU as anybody starts it for speed: no device but a console.
-fn bare_boot(initramfs: &Path, more: &str) -> Result<Duration> {
-    let words = format!(
-        "console=ttyS0 quiet reboot=t panic=-1 random.trust_cpu=on no5lvl cryptomgr.notests=1 rdinit=/bench tsc_early_khz={} {more}",
-        kilohertz()?
-    );
-    let began = Instant::now();
-    let mut qemu = Command::new("qemu-system-x86_64")
-        .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"])
-        .args(["-M", "microvm,acpi=on,pit=off,pic=off,rtc=on"])
-        .args(["-accel", "tcg,thread=multi", "-cpu", "max,-cx16", "-m", "256"])
-        .arg("-kernel")
-        .arg(guests_dir().join("current/kernel"))
-        .arg("-initrd")
-        .arg(initramfs)
-        .args(["-append", &words])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("starting qemu-system-x86_64")?;
-    let mut lines = BufReader::new(qemu.stdout.take().context("no output")?).lines();
-    let said = lines.find(|line| line.as_ref().is_ok_and(|line| line.contains("bench: up")));
-    let took = began.elapsed();
-    qemu.kill()?;
-    qemu.wait()?;
-    said.context("the first process has not said a word")??;
-    Ok(took)
-}
-
-/// What the time stamp counter counts, near enough for a boot.
-fn kilohertz() -> Result<String> {
-    let text = fs::read_to_string("/proc/cpuinfo")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("cpu MHz")).context("no cpu MHz")?;
-    Ok(line.trim_start_matches([' ', '\t', ':']).replace('.', ""))
 }
 
 /// Private memory in KiB, without what descriptors of memory (memfd_create(2)) stand behind: that is the guest's.
