@@ -54,11 +54,16 @@ pub(crate) fn run(subjects: &[Name], workloads: &[Workload], rounds: u32) -> Res
         work(*workload, rounds, &mut nodes, &mut outcome);
         eprintln!("{}: {:.0} s", workload.as_str(), began.elapsed().as_secs_f64());
     }
-    for node in nodes {
-        outcome.versions.push((node.subject, node.version.clone()));
-        let (subject, ended) = (node.subject, node.end());
-        if let Err(error) = ended {
-            outcome.failures.push((subject, format!("at its end: {error:#}")));
+    // All at the same time: what a peer leaves behind is waited for, in case it goes.
+    let mut ends = Vec::new();
+    for Node { process, line, subject, version, .. } in nodes {
+        drop(line);
+        outcome.versions.push((subject, version));
+        ends.push((subject, process));
+    }
+    for (subject, process) in ends {
+        if let Err(error) = end(subject, process) {
+            outcome.failures.push((subject, format!("{error:#}")));
         }
     }
     Ok(outcome)
@@ -133,13 +138,12 @@ impl Node {
         self.lost = false;
         outcome.map_err(anyhow::Error::msg)
     }
+}
 
-    fn end(mut self) -> Result<()> {
-        drop(self.line);
-        let status = self.process.wait()?;
-        // A peer may leave something in its sandbox, which goes with it.
-        let left = status.code() == Some(podvisor_critest::sandbox::LEFTOVERS) && self.subject.is_peer();
-        ensure!(status.success() || left, "{} ended with {status}", self.subject.as_str());
-        Ok(())
-    }
+fn end(subject: Name, mut process: Child) -> Result<()> {
+    let status = process.wait()?;
+    // A peer may leave something in its sandbox, which goes with it.
+    let left = status.code() == Some(podvisor_critest::sandbox::LEFTOVERS) && subject.is_peer();
+    ensure!(status.success() || left, "{} ended with {status}", subject.as_str());
+    Ok(())
 }

@@ -16,24 +16,19 @@ use crate::process;
 use crate::subject::Subject;
 use crate::wire::Sample;
 
-/// How many pods there are, with one container each; how many more come and go then, one after the other; and whether the daemon is left
-/// alone before, to see what it holds and does.
-const STEPS: [(u32, u32, bool); 7] = [
-    (0, 4, true),
-    (1, 4, false),
-    (10, 4, false),
-    (20, 4, true),
-    (50, 4, false),
-    (100, 4, true),
-    (200, 20, true),
-];
+/// How many pods there are, with one container each; how many more come and go then, one after the other.
+const STEPS: [(u32, u32); 7] = [(0, 4), (1, 4), (10, 4), (20, 4), (50, 4), (100, 4), (200, 12)];
+/// With so many the daemon is left alone before, to see what it holds.
+const QUIET: [u32; 4] = [0, 20, 100, 200];
+/// With so many also what it does.
+const WATCHED: [u32; 2] = [0, 100];
 /// How many are started at the same time.
 const AT_ONCE: usize = 4;
 /// How often statistics are asked for.
 const STATISTICS: u32 = 10;
 const PAUSE: Duration = Duration::from_millis(10);
 /// After this long without work a daemon has done what it does later.
-const SETTLE: Duration = Duration::from_secs(12);
+const SETTLE: Duration = Duration::from_secs(16);
 const IDLE: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -49,10 +44,10 @@ pub(super) async fn run(subject: &mut Subject) -> Result<Vec<Sample>> {
     restart(subject, &pods).await?;
     pod::run(subject, 0).await?;
     let mut empty = None;
-    for (count, passing, quiet) in STEPS {
+    for (count, passing) in STEPS {
         let mut here = Vec::new();
         fill(subject, &mut pods, count as usize).await?;
-        if quiet {
+        if QUIET.contains(&count) {
             tokio::time::sleep(SETTLE).await;
             let daemon = process::memory(&[subject.daemon()?])?;
             let (private, proportional) = *empty.get_or_insert(daemon);
@@ -72,6 +67,8 @@ pub(super) async fn run(subject: &mut Subject) -> Result<Vec<Sample>> {
                     shared / f64::from(count),
                 ));
             }
+        }
+        if WATCHED.contains(&count) {
             here.extend(idle(subject).await?);
         }
         here.extend(statistics(subject).await?);

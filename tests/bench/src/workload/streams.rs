@@ -14,6 +14,8 @@ use crate::wire::Sample;
 /// Answers 0 with an empty line, and every other number with so many blocks of 64 KiB and one.
 const SERVER: &str =
     "while read n; do test $n = 0 || dd if=/dev/zero bs=65536 count=$n 2>/dev/null; echo; done";
+/// The first process of a pid namespace ignores signals that it does not handle.
+const OBEY: &str = "trap 'exit 0' TERM; ";
 const PORT: u16 = 8080;
 const BLOCKS: usize = 1600;
 /// Blocks asked for at once of an attached shell: a container never waits for somebody who is attached to podvisor, so who is 1 MiB behind is
@@ -25,11 +27,11 @@ const DATA: u8 = 0;
 
 pub(super) async fn run(subject: &Subject, round: u32) -> Result<Vec<Sample>> {
     let mut runtime = subject.cri.runtime.clone();
-    let mut config = ask::script("c", SERVER);
+    let mut config = ask::script("c", &format!("{OBEY}{SERVER}"));
     config.stdin = true;
     let (pod, container) = running(subject, &format!("streams{round}"), &config).await?;
-    let command = ["nc", "-lk", "-p", "8080", "-e", "sh", "-c", SERVER];
-    let (listener, id) = running(subject, &format!("listens{round}"), &ask::container("c", &command)).await?;
+    let listen = format!("{OBEY}nc -lk -p {PORT} -e sh -c '{SERVER}' & wait");
+    let (listener, id) = running(subject, &format!("listens{round}"), &ask::script("c", &listen)).await?;
     eventually("nc listens", || async {
         let listening = ["grep", "-q", ":1F90 ", "/proc/net/tcp", "/proc/net/tcp6"];
         let code = subject.cri.exec(&id, &listening, 10).await?.exit_code;
