@@ -20,6 +20,11 @@ use crate::output::file::LogFile;
 /// Bytes of one container's log that may wait for the disk. Then its pipe fills, and then the container waits.
 pub(crate) const BACKLOG: usize = 512 * 1024;
 
+/// So much is written at once, where there is more.
+pub(crate) const BATCH: usize = 128 * 1024;
+/// Batches whose memory is kept: one is filled while another is written.
+const SPARE: usize = 2;
+
 /// What the disk thread is asked. The number is the container's.
 #[derive(Debug)]
 pub(crate) enum Job {
@@ -38,10 +43,23 @@ pub(crate) enum Job {
 /// What it answers, in the order of the jobs.
 #[derive(Debug)]
 pub(crate) enum Done {
-    Opened { key: u64, result: Result<(), String> },
-    Written { key: u64, bytes: usize },
-    Reopened { key: u64, result: Result<(), String> },
-    Recorded { key: u64, result: Result<(), String> },
+    Opened {
+        key: u64,
+        result: Result<(), String>,
+    },
+    /// The lines come back, so that their memory can be used again.
+    Written {
+        key: u64,
+        lines: Vec<u8>,
+    },
+    Reopened {
+        key: u64,
+        result: Result<(), String>,
+    },
+    Recorded {
+        key: u64,
+        result: Result<(), String>,
+    },
 }
 
 /// The loop's end.
@@ -50,6 +68,8 @@ pub(crate) struct Disk {
     jobs: Sender<Job>,
     done: Receiver<Done>,
     waker: Arc<OwnedFd>,
+    /// Memory for lines, kept while a flood lasts.
+    spare: Vec<Vec<u8>>,
 }
 
 impl Disk {
@@ -62,7 +82,22 @@ impl Disk {
             .name("disk".to_owned())
             .stack_size(128 * 1024)
             .spawn(move || work(&queue, &answers, &theirs))?;
-        Ok(Self { jobs, done, waker })
+        Ok(Self { jobs, done, waker, spare: Vec::new() })
+    }
+
+    /// Memory for lines to append.
+    pub(crate) fn lines(&mut self) -> Vec<u8> {
+        self.spare.pop().unwrap_or_default()
+    }
+
+    /// Takes memory for lines back. What is kept goes when no flood is on.
+    pub(crate) fn take_back(&mut self, mut lines: Vec<u8>, flood: bool) {
+        if !flood {
+            self.spare = Vec::new();
+        } else if lines.capacity() > 0 && self.spare.len() < SPARE {
+            lines.clear();
+            self.spare.push(lines);
+        }
     }
 
     pub(crate) fn send(&self, job: Job) {
@@ -100,7 +135,7 @@ fn work(queue: &Receiver<Job>, answers: &Sender<Done>, waker: &OwnedFd) {
                 if let Some(log) = logs.get_mut(&key) {
                     log.append(&lines);
                 }
-                Some(Done::Written { key, bytes: lines.len() })
+                Some(Done::Written { key, lines })
             }
             Job::Reopen { key } => {
                 let result = logs.get_mut(&key).map_or(Ok(()), LogFile::reopen).map_err(chain);

@@ -193,6 +193,7 @@ impl Monitor {
             }
             Timer::Exec(key) => self.exec_time_is_over(key),
             Timer::Drain(key) => self.drain_time_is_over(key),
+            Timer::Output(key) => self.rested(key),
             Timer::Checkpoint(key) => self.checkpoint_time_is_over(key),
             Timer::Oom(key, looks) => self.look_for_oom_kills(key, looks),
             Timer::Port(key) => self.port_time_is_over(key),
@@ -351,7 +352,7 @@ impl Monitor {
         while let Some(done) = self.disk.next() {
             match done {
                 Done::Opened { key, result } => self.log_opened(key, result),
-                Done::Written { key, bytes } => self.log_written(key, bytes),
+                Done::Written { key, lines } => self.log_written(key, lines),
                 Done::Reopened { key, result } => self.log_reopened(key, result),
                 Done::Recorded { key, result } => {
                     if let Err(error) = result {

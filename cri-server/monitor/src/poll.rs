@@ -199,6 +199,8 @@ pub(crate) enum Timer {
     Exec(u64),
     /// The output of a process that ended should have come to its end by now.
     Drain(u64),
+    /// A flood of output has come on for long enough to be read again.
+    Output(u64),
     /// An OOM kill that was announced may have happened by now; how often that has been looked at.
     Oom(u64, u32),
     /// A connection into the pod is not made.

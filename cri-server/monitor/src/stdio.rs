@@ -8,12 +8,13 @@ use std::process::Stdio;
 use rustix::fs::OFlags;
 use rustix::io::{Errno, ioctl_fionread};
 use rustix::net::{Shutdown, shutdown};
-use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 use rustix::termios::{LocalModes, SpecialCodeIndex, Winsize, tcgetattr, tcsetwinsize};
 
 use crate::console::ConsoleSocket;
 use crate::output::lines::Stream;
+use crate::output::pace;
 use crate::poll::{Interest, Poller, Token, Watch};
 
 /// Input that may wait for a process that does not read. Then its senders are not read either.
@@ -177,6 +178,8 @@ pub(crate) struct Output {
     until: Until,
     /// Something has come since that was asked last.
     progressed: bool,
+    /// Whether it has become a pipe with room for a flood, once that was wanted.
+    roomy: Option<bool>,
 }
 
 /// What is read of an output.
@@ -193,7 +196,14 @@ enum Until {
 impl Output {
     fn new(descriptor: OwnedFd, token: Token, slave: Option<OwnedFd>) -> io::Result<Self> {
         set_nonblocking(&descriptor)?;
-        Ok(Self { descriptor, watch: Watch::new(token), slave, until: Until::End, progressed: false })
+        Ok(Self {
+            descriptor,
+            watch: Watch::new(token),
+            slave,
+            until: Until::End,
+            progressed: false,
+            roomy: None,
+        })
     }
 
     pub(crate) fn read(&mut self, into: &mut [u8]) -> Chunk {
@@ -256,6 +266,11 @@ impl Output {
     pub(crate) fn still_arrives(&mut self, held_back: bool) -> bool {
         let progressed = std::mem::take(&mut self.progressed);
         matches!(self.until, Until::Arrival(_)) && (progressed || held_back)
+    }
+
+    /// Makes room for what comes while nobody reads. `false`: there is none, as in a terminal or a connection.
+    pub(crate) fn make_room(&mut self) -> bool {
+        *self.roomy.get_or_insert_with(|| fcntl_setpipe_size(&self.descriptor, pace::ROOM).is_ok())
     }
 
     /// Watches for output, or not. Not watched it reports nothing at all, also no hang-up, which would be reported

@@ -13,6 +13,7 @@ use crate::disk::Job;
 use crate::failure::{Failure, check_absolute, check_id};
 use crate::monitor::Monitor;
 use crate::output::lines::{LONGEST, Lines, Stream};
+use crate::output::pace::Pace;
 use crate::poll::{Interest, Timer, Token, Watch};
 use crate::process::{Child, exit_code};
 use crate::runtime::{Call, Purpose, Runtime, shorten};
@@ -84,6 +85,8 @@ impl Monitor {
             stderr: Lines::new(Stream::Stderr, longest),
             backlog: 0,
             held_back: false,
+            pace: Pace::new(),
+            resting: false,
             reopening: Vec::new(),
             attached: Vec::new(),
             memory: None,

@@ -1,16 +1,18 @@
 //! A container's output: from its pipes to its log and to who is attached.
 //!
 //! The log comes first: the pipes are read as fast as the disk thread writes, with at most [`BACKLOG`] bytes under
-//! way, and no attached client can slow that down.
+//! way, and no attached client can slow that down. A flood is read in large pieces ([`pace`]).
 
 use podvisor_proto::monitor::{self as proto, ReopenLog, reply, stream_frame::Frame};
 
 use super::{Container, Maker, State};
-use crate::disk::{BACKLOG, Job};
+use crate::disk::{BACKLOG, BATCH, Job};
 use crate::failure::Failure;
 use crate::monitor::Monitor;
 use crate::output::lines::Stream;
+use crate::output::pace::{self, Pace};
 use crate::output::timestamp;
+use crate::poll::Timer;
 use crate::runtime::LOG_LIMIT;
 use crate::stdio::{Chunk, Output};
 use crate::verbs::{Answer, Answered, ReplyTo};
@@ -23,23 +25,27 @@ impl Container {
         }
     }
 
-    /// Log lines that these bytes complete, or that the end of the stream does.
-    fn cut(&mut self, stream: Stream, written: Option<&[u8]>) -> Vec<u8> {
-        let mut log = Vec::new();
-        if self.logged {
-            log.reserve(written.map_or(0, |bytes| bytes.len() * 2));
-            let time = timestamp::now();
-            let lines = match stream {
-                Stream::Stdout => &mut self.stdout,
-                Stream::Stderr => &mut self.stderr,
-            };
-            match written {
-                Some(bytes) => lines.push(bytes, &time, &mut log),
-                None => lines.finish(&time, &mut log),
-            }
+    /// It writes as fast as its output is read, as far as one can tell.
+    fn is_flooded(&self) -> bool {
+        self.resting || self.backlog > 0 || self.pace.is_flood()
+    }
+
+    /// Appends the log lines that these bytes complete, or that the end of the stream does.
+    fn cut(&mut self, stream: Stream, written: Option<&[u8]>, log: &mut Vec<u8>) {
+        if !self.logged {
+            return;
         }
-        self.backlog += log.len();
-        log
+        let before = log.len();
+        let time = timestamp::now();
+        let lines = match stream {
+            Stream::Stdout => &mut self.stdout,
+            Stream::Stderr => &mut self.stderr,
+        };
+        match written {
+            Some(bytes) => lines.push(bytes, &time, log),
+            None => lines.finish(&time, log),
+        }
+        self.backlog += log.len() - before;
     }
 }
 
@@ -55,11 +61,13 @@ impl Monitor {
         /// Reads in a row, so that one container's flood does not keep the others waiting.
         const TURNS: usize = 8;
         let mut buffer = std::mem::take(&mut self.buffer);
+        let mut log = self.disk.lines();
         let mut ended = false;
         for turn in 0.. {
             let Some(container) = self.containers.get_mut(&key) else { break };
             let full = container.backlog >= BACKLOG;
             let creating = matches!(container.state, State::Creating { .. });
+            let is_flood = container.pace.is_flood();
             let Some(output) = container.output(stream) else { break };
             if full {
                 output.watch(&self.poller, false);
@@ -78,30 +86,43 @@ impl Monitor {
                     host.words.extend_from_slice(&buffer[..room]);
                 }
                 Chunk::Data(count) => {
-                    let lines = container.cut(stream, Some(&buffer[..count]));
-                    if !lines.is_empty() {
+                    container.pace.count(count);
+                    container.cut(stream, Some(&buffer[..count]), &mut log);
+                    self.show_attached(key, stream, &buffer[..count]);
+                    if log.len() >= BATCH {
+                        let lines = std::mem::replace(&mut log, self.disk.lines());
                         self.disk.send(Job::Append { key, lines });
                     }
-                    self.show_attached(key, stream, &buffer[..count]);
                 }
                 Chunk::Blocked => {
-                    output.watch(&self.poller, true);
+                    let rests = is_flood && output.make_room();
+                    output.watch(&self.poller, !rests);
+                    if !rests && is_flood {
+                        container.pace = Pace::new();
+                    } else if rests && !container.resting {
+                        container.resting = true;
+                        self.timers.set(pace::EACH, Timer::Output(key));
+                    }
                     break;
                 }
                 Chunk::End => {
                     if let Some(output) = container.output(stream).take() {
                         output.close(&self.poller);
                     }
-                    let lines = container.cut(stream, None);
-                    if !lines.is_empty() {
-                        self.disk.send(Job::Append { key, lines });
-                    }
+                    container.cut(stream, None, &mut log);
+                    container.pace = Pace::new();
                     ended = true;
                     break;
                 }
             }
         }
         self.buffer = buffer;
+        let flood = self.containers.get(&key).is_some_and(Container::is_flooded);
+        if log.is_empty() {
+            self.disk.take_back(log, flood);
+        } else {
+            self.disk.send(Job::Append { key, lines: log });
+        }
         if ended {
             self.advance_ending(key);
         }
@@ -127,10 +148,22 @@ impl Monitor {
         }
     }
 
+    /// A container that has written much may have written more.
+    pub(crate) fn rested(&mut self, key: u64) {
+        match self.containers.get_mut(&key) {
+            Some(container) => {
+                container.resting = false;
+                self.watch_output(key);
+            }
+            None => self.disk.take_back(Vec::new(), false),
+        }
+    }
+
     /// The disk thread has written a part of a log.
-    pub(crate) fn log_written(&mut self, key: u64, bytes: usize) {
+    pub(crate) fn log_written(&mut self, key: u64, lines: Vec<u8>) {
         let Some(container) = self.containers.get_mut(&key) else { return };
-        container.backlog = container.backlog.saturating_sub(bytes);
+        container.backlog = container.backlog.saturating_sub(lines.len());
+        self.disk.take_back(lines, container.is_flooded());
         if container.held_back && container.backlog < BACKLOG / 2 {
             container.held_back = false;
             self.watch_output(key);

@@ -31,6 +31,7 @@ use rustix::process::Pid;
 use crate::cgroup::Cgroup;
 use crate::failure::Failure;
 use crate::output::lines::Lines;
+use crate::output::pace::Pace;
 use crate::poll::{TimerId, Watch};
 use crate::process::Child;
 use crate::stdio::{Streams, Wanted};
@@ -55,6 +56,9 @@ pub(crate) struct Container {
     backlog: usize,
     /// Its output is not read until the disk thread has caught up.
     held_back: bool,
+    pace: Pace,
+    /// Its output is not read until a timer is due.
+    resting: bool,
     reopening: Vec<ReplyTo>,
     attached: Vec<Attached>,
     memory: Option<MemoryWatch>,

@@ -43,16 +43,22 @@ impl Lines {
 
     /// Takes what the process wrote, and appends the lines that it completes to `log`.
     pub(crate) fn push(&mut self, written: &[u8], time: &str, log: &mut Vec<u8>) {
+        let head = self.head(time, b"F");
         let mut rest = written;
         while !rest.is_empty() {
             let room = self.longest - self.begun.len();
             // One byte more than there is room for: a line of exactly the longest length is still one full line.
             let window = &rest[..rest.len().min(room + 1)];
-            if let Some(newline) = window.iter().position(|&byte| byte == b'\n') {
-                self.line(b"F", &rest[..newline], time, log);
-                rest = &rest[newline + 1..];
+            if let Some(newline) = memchr::memchr(b'\n', window) {
+                let (line, after) = rest.split_at(newline + 1);
+                log.extend_from_slice(&head);
+                if !self.begun.is_empty() {
+                    log.extend_from_slice(&std::mem::take(&mut self.begun));
+                }
+                log.extend_from_slice(line);
+                rest = after;
             } else if window.len() > room {
-                self.line(b"P", &rest[..room], time, log);
+                self.part(&rest[..room], time, log);
                 rest = &rest[room..];
             } else {
                 self.begun.extend_from_slice(rest);
@@ -64,15 +70,21 @@ impl Lines {
     /// The stream has ended.
     pub(crate) fn finish(&mut self, time: &str, log: &mut Vec<u8>) {
         if !self.begun.is_empty() {
-            self.line(b"P", b"", time, log);
+            self.part(b"", time, log);
         }
     }
 
-    fn line(&mut self, tag: &[u8], end: &[u8], time: &str, log: &mut Vec<u8>) {
-        for part in [time.as_bytes(), b" ", self.stream.name(), b" ", tag, b" ", &self.begun, end, b"\n"] {
+    /// A line of the log that is not the last of its line.
+    fn part(&mut self, end: &[u8], time: &str, log: &mut Vec<u8>) {
+        let head = self.head(time, b"P");
+        for part in [&head, &std::mem::take(&mut self.begun), end, b"\n"] {
             log.extend_from_slice(part);
         }
-        self.begun = Vec::new();
+    }
+
+    /// What a line of the log begins with.
+    fn head(&self, time: &str, tag: &[u8]) -> Vec<u8> {
+        [time.as_bytes(), b" ", self.stream.name(), b" ", tag, b" "].concat()
     }
 }
 

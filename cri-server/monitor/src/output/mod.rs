@@ -2,4 +2,5 @@
 
 pub(crate) mod file;
 pub(crate) mod lines;
+pub(crate) mod pace;
 pub(crate) mod timestamp;
