@@ -349,7 +349,10 @@ impl Monitor {
 
     fn disk_done(&mut self) {
         self.disk.quiet();
-        while let Some(done) = self.disk.next() {
+        // No more than was done before any of it is looked at: what is read of a flood, as soon as there is room for it, is written while the
+        // next is read, and nothing else would have its turn.
+        let done: Vec<Done> = std::iter::from_fn(|| self.disk.next()).collect();
+        for done in done {
             match done {
                 Done::Opened { key, result } => self.log_opened(key, result),
                 Done::Written { key, lines } => self.log_written(key, lines),
