@@ -10,8 +10,12 @@ use podvisor_critest::{target_dir, tools_dir};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::plugins::Attachment;
 use crate::subject::Name;
 use crate::wire::Sample;
+
+const PLUGINS_ADD: &str = "CNI plugins alone, ADD";
+const PLUGINS_DELETE: &str = "CNI plugins alone, DEL";
 
 /// A bundle of busybox.
 #[derive(Debug)]
@@ -45,12 +49,16 @@ impl Bare {
     /// Workload "pod".
     pub(crate) fn pod(&self, round: u32) -> Result<Vec<Sample>> {
         let id = format!("bare{round}");
+        let (attachment, add) = Attachment::add(&id)?;
         let create = self.call(&["create", &id])?;
         let start = self.call(&["start", &id])?;
         let exec = self.call(&["exec", &id, "true"])?;
         let kill = self.call(&["kill", &id, "KILL"])?;
         let delete = self.call(&["delete", "--force", &id])?;
+        let remove = attachment.delete()?;
         let samples = [
+            (PLUGINS_ADD, add),
+            (PLUGINS_DELETE, remove),
             ("CreateContainer", create),
             ("StartContainer", start),
             ("start", create + start),

@@ -11,6 +11,7 @@ mod goals;
 mod images;
 mod node;
 mod plot;
+mod plugins;
 mod process;
 mod publish;
 mod samples;

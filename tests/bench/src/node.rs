@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use podvisor_critest::peer;
 use podvisor_critest::registry::{Access, Registry};
 use podvisor_tests::images::BUSYBOX;
 use tokio::runtime::Runtime;
@@ -99,10 +100,16 @@ impl Worker {
     }
 
     fn end(self) -> Result<()> {
-        let Self::Daemon { runtime, subject, .. } = self else { return Ok(()) };
-        runtime.block_on(remove_pods(&subject))?;
-        podvisor_tests::world::remove_pod_cgroups();
-        subject.end()
+        match self {
+            Self::Daemon { runtime, subject, .. } => {
+                runtime.block_on(remove_pods(&subject))?;
+                podvisor_tests::world::remove_pod_cgroups();
+                subject.end()?;
+            }
+            Self::Bare { .. } => peer::remove_network(),
+            Self::Boot(_) => {}
+        }
+        Ok(())
     }
 }
 

@@ -122,7 +122,14 @@ fn lines(file: &Path, what: &str, panels: &[&str], samples: &Samples) -> Drawn {
             .x_label_area_size(20)
             .y_label_area_size(48)
             .build_cartesian_2d(0.0..right, 0.0..top * 1.05)?;
-        chart.configure_mesh().disable_mesh().x_labels(5).y_labels(5).draw()?;
+        chart
+            .configure_mesh()
+            .disable_mesh()
+            .x_labels(5)
+            .y_labels(5)
+            .x_label_formatter(&|count| format!("{count:.0}"))
+            .y_label_formatter(&|value| digits(*value))
+            .draw()?;
         for subject in Name::ALL {
             let points: Vec<(f64, f64)> = of(subject).collect();
             let Some(last) = points.last().copied() else { continue };
