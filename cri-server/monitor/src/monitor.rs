@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::Instant;
 
 use podvisor_proto::monitor as proto;
 use rustix::event::{EventfdFlags, eventfd};
@@ -127,7 +128,9 @@ impl Monitor {
             for event in &ready {
                 self.on_ready(*event);
             }
-            while let Some(timer) = self.timers.due() {
+            // What is set meanwhile has its turn in the next round, however soon it is due: floods are read by timers, and reading takes time.
+            let now = Instant::now();
+            while let Some(timer) = self.timers.due(now) {
                 self.on_timer(timer);
             }
         }

@@ -253,9 +253,25 @@ impl Timers {
         self.set.keys().next().map(|id| id.0.saturating_duration_since(Instant::now()))
     }
 
-    /// Takes one whose time has come.
-    pub(crate) fn due(&mut self) -> Option<Timer> {
+    /// Takes one whose time had come at `now`.
+    pub(crate) fn due(&mut self, now: Instant) -> Option<Timer> {
         let first = self.set.first_entry()?;
-        (first.key().0 <= Instant::now()).then(|| first.remove())
+        (first.key().0 <= now).then(|| first.remove())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timer_that_is_set_in_a_round_waits_for_the_next() {
+        let mut timers = Timers::default();
+        timers.set(Duration::ZERO, Timer::Output(1));
+        let now = Instant::now();
+        assert!(matches!(timers.due(now), Some(Timer::Output(1))));
+        timers.set(Duration::from_nanos(1), Timer::Output(2));
+        assert!(timers.due(now).is_none());
+        assert!(matches!(timers.due(now + Duration::from_secs(60)), Some(Timer::Output(2))));
     }
 }
