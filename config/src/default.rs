@@ -80,7 +80,7 @@ impl Default for Vm {
             max_memory: 0,
             default_cpus: 1,
             max_cpus: 32,
-            rootfs: Rootfs::Fs,
+            rootfs: Rootfs::Auto,
             share_images: ShareImages::Node,
         }
     }

@@ -93,7 +93,7 @@ guest_reserve = 64
 max_memory = 4096
 default_cpus = 2
 max_cpus = 4
-rootfs = "pmem"
+rootfs = "fs"
 share_images = "pod"
 aliases = ["kata"]
 

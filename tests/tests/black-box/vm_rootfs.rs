@@ -11,8 +11,8 @@ use super::Tests;
 use super::vm::machine;
 
 /// The same handler but for the form of its images, and for who shares them.
-const OTHERS: &str = "[runtime.handlers.mapped]\ntype = \"vm\"\nallow_emulation = true\nrootfs = \"auto\"\n\
-    [runtime.handlers.alone]\ntype = \"vm\"\nallow_emulation = true\nrootfs = \"auto\"\nshare_images = \"pod\"\n";
+const OTHERS: &str = "[runtime.handlers.served]\ntype = \"vm\"\nallow_emulation = true\nrootfs = \"fs\"\n\
+    [runtime.handlers.alone]\ntype = \"vm\"\nallow_emulation = true\nshare_images = \"pod\"\n";
 
 /// Everything about every file but what differs from one container to the next: kind and mode, owner, links, device, time, content.
 const TREE: &str = "cd /; find . -xdev -type d | sort | xargs stat -c '%n %f %u %g'; \
@@ -42,7 +42,7 @@ async fn maps(f: &Fixture, pod: &Pod) -> Result<bool> {
 async fn is_the_same_in_every_form(f: &mut Fixture) -> Result<()> {
     f.cri.pull(podvisor_tests::images::BUSYBOX).await?;
     let mut trees = Vec::new();
-    for (handler, mapped) in [(VM, false), ("mapped", true), ("alone", true)] {
+    for (handler, mapped) in [(VM, true), ("alone", true), ("served", false)] {
         let pod = pod_of(f, handler, handler).await?;
         let container = pod.start(&ask::waiting("c")).await?;
         let said = f.cri.exec(&container, &["sh", "-c", TREE], SECONDS).await?;
@@ -70,9 +70,7 @@ async fn is_the_same_in_every_form(f: &mut Fixture) -> Result<()> {
 
 /// Copied up, removed, replaced, renamed, linked; and what one container has written another of the same image has not.
 async fn is_written_to_like_any(f: &mut Fixture) -> Result<()> {
-    f.cri.pull(podvisor_tests::images::BUSYBOX).await?;
-    let pod = pod_of(f, "pod", "mapped").await?;
-    let first = pod.start(&ask::waiting("first")).await?;
+    let (pod, first) = f.running("pod", &ask::waiting("first")).await?;
     let run = async |container: &str, script: &str| f.cri.output(container, &["sh", "-c", script]).await;
     // Nodes of devices are made by whoever serves the files, who may make none.
     let script = "set -e; echo more >>/etc/group; tail -n 1 /etc/group; rm -r /usr; mkdir /usr; ls -A /usr | wc -l; \
