@@ -28,8 +28,10 @@ const AT_ONCE: usize = 4;
 const STATISTICS: u32 = 10;
 const RESTARTS: u32 = 2;
 const PAUSE: Duration = Duration::from_millis(10);
-/// After this long without work a daemon has done what it does later.
-const SETTLE: Duration = Duration::from_secs(16);
+/// After this long without work a daemon has done what it does later,
+const SETTLE: Duration = Duration::from_secs(12);
+/// and after this long more the threads that did it have ended.
+const END: Duration = Duration::from_secs(4);
 const IDLE: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -70,6 +72,7 @@ pub(super) async fn run(subject: &mut Subject) -> Result<Vec<Sample>> {
             }
         }
         if WATCHED.contains(&count) {
+            tokio::time::sleep(END).await;
             here.extend(idle(subject).await?);
         }
         here.extend(statistics(subject).await?);
