@@ -14,6 +14,7 @@ mod guest;
 mod hooks;
 mod hypervisor;
 mod id;
+mod listener;
 mod machine_usage;
 mod memory;
 mod meters;

@@ -1,7 +1,7 @@
 //! The daemon's life: start in an order in which nothing is visible before it is right, serve, reload, end.
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use tracing_subscriber::prelude::*;
 use tracing_subscriber::reload;
 
 use crate::deadline::Deadline;
+use crate::listener;
 use crate::memory;
 use crate::meters::Meters;
 use crate::monitor::connection::runtime_limit;
@@ -84,7 +85,8 @@ async fn run(file: Option<PathBuf>, config: Config, level: LogLevel) -> anyhow::
         let served = telemetry::serve(address, subjects).await;
         served.with_context(|| format!("cannot serve metrics at {address} (metrics.address)"))?;
     }
-    let listener = listen(&socket)?;
+    let listener = listener::listen(&socket)?;
+    let incoming = UnixListenerStream::new(UnixListener::from_std(listener.socket)?);
     let message = node.config().limits.grpc_message as usize;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -94,7 +96,7 @@ async fn run(file: Option<PathBuf>, config: Config, level: LogLevel) -> anyhow::
         .layer(Deadline)
         .add_service(RuntimeServiceServer::new(cri.clone()).max_decoding_message_size(message))
         .add_service(ImageServiceServer::new(cri).max_decoding_message_size(message))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
+        .serve_with_incoming_shutdown(incoming, async {
             let _ = stopped.await;
         });
     let mut serving = tokio::spawn(server);
@@ -117,8 +119,10 @@ async fn run(file: Option<PathBuf>, config: Config, level: LogLevel) -> anyhow::
     }
     tracing::info!("podvisor ends; pods go on");
     notify(&[sd_notify::NotifyState::Stopping]);
-    // Requests in flight may end (a postStart hook that is cut kills its container), new ones are refused.
-    let _ = std::fs::remove_file(&socket);
+    // Requests in flight may end (a postStart hook that is cut kills its container), new ones are refused or wait for the next daemon.
+    if !listener.is_kept {
+        let _ = std::fs::remove_file(&socket);
+    }
     streaming.close();
     let _ = stop.send(());
     if tokio::time::timeout(drain, &mut serving).await.is_err() {
@@ -250,19 +254,6 @@ async fn streaming(node: &Arc<Node>, pods: &Arc<Pods>) -> anyhow::Result<Arc<pod
         .await
         .context("cannot start the streaming server")?;
     Ok(Arc::new(server))
-}
-
-/// The CRI socket, for root only. One that a killed daemon left is replaced: the lock has shown that nobody serves it.
-fn listen(socket: &Path) -> anyhow::Result<UnixListener> {
-    if let Some(directory) = socket.parent() {
-        std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
-    }
-    let _ = std::fs::remove_file(socket);
-    let listener =
-        UnixListener::bind(socket).with_context(|| format!("cannot listen on {}", socket.display()))?;
-    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o660))
-        .with_context(|| format!("cannot set the mode of {}", socket.display()))?;
-    Ok(listener)
 }
 
 async fn reload_on_hangup(file: Option<PathBuf>, node: Arc<Node>, level: LogLevel) {

@@ -141,7 +141,7 @@ async fn outlive(node: &Node) -> Result<()> {
     );
 
     for round in ROUNDS {
-        unit_goes_through(&cri, round).await?;
+        unit_goes_through(&cri, &node.socket(), round).await?;
         ensure!([process_in(&init)?, process_in(&own)?] == running, "after {round} other processes run");
         ensure!(cgroup_of(monitor)? == monitor_cgroup, "after {round} the monitor is elsewhere");
         ensure!(cri.output(&container, &["echo", round]).await?.trim() == round);
@@ -161,7 +161,7 @@ async fn outlive(node: &Node) -> Result<()> {
 /// Restarted, killed, and with systemd reading everything again: afterwards the same processes run in the same places.
 const ROUNDS: [&str; 3] = ["restart", "kill", "daemon-reexec"];
 
-async fn unit_goes_through(cri: &Cri, round: &str) -> Result<()> {
+async fn unit_goes_through(cri: &Cri, socket: &Path, round: &str) -> Result<()> {
     let before = main_pid()?;
     match round {
         "restart" => systemctl(&["restart", UNIT])?,
@@ -169,6 +169,17 @@ async fn unit_goes_through(cri: &Cri, round: &str) -> Result<()> {
         _ => systemctl(&["daemon-reexec"])?,
     };
     if round == "daemon-reexec" {
+        return Ok(());
+    }
+    if round == "kill" {
+        // systemd has its socket: who comes before the next daemon does is served by that one.
+        eventually("there is no daemon", || async {
+            ensure!(systemctl(&["show", "--property=MainPID", "--value", UNIT])? == "0", "there is one");
+            Ok(())
+        })
+        .await?;
+        Cri::new(socket)?.version().await.context("asked while there was no daemon")?;
+        ensure!(main_pid()? != before, "it is still process {before}");
         return Ok(());
     }
     eventually("the unit has a new process that serves", || async {
@@ -237,7 +248,7 @@ async fn machines_outlive(node: &Node) -> Result<()> {
         pods.push((pod, container, scope, running));
     }
     for round in ROUNDS {
-        unit_goes_through(&cri, round).await?;
+        unit_goes_through(&cri, &node.socket(), round).await?;
         for (pod, container, scope, running) in &pods {
             ensure!(processes_in(scope)? == *running, "after {round} other processes run in {scope}");
             ensure!(machine(&cri, &pod.id).await? == *running, "after {round} others are told");
