@@ -5,7 +5,7 @@ CRITEST := $(TARGET)/release/podvisor-critest
 
 .PHONY: all packages deps build deb images kernels guest test lint critest lab critest-lab test-lab demo bench clean
 .PHONY: critest-vm critest-lab-vm critest-orders critest-peer test-gvisor kubernetes test-kubernetes fuzz
-.PHONY: bench-idle bench-fs bench-vmm bench-load test-faults test-oci-runtime test-k8s-conformance
+.PHONY: bench-idle bench-fs bench-vmm bench-load test-faults test-oci-runtime test-k8s-conformance test-kvm test-kubernetes-lab
 
 all: build
 
@@ -91,8 +91,12 @@ test-kubernetes: deps images guest kubernetes
 	cargo build -p podvisor -p podvisor-monitor -p podvisor-fs -p podvisor-qemu -p podvisor-vmm
 	tests/scripts/cargo-test -p podvisor-tests --test kubernetes -- --ignored
 
+# Some of them in the lab: on cgroup v2, podvisor from its package as a unit of systemd's, machines on KVM.
+test-kubernetes-lab: deps images guest lab kubernetes
+	tests/lab/test kubernetes
+
 # Kubernetes' own conformance tests on such a cluster, those that FOCUS names, PROCS at once; compared with tests/kubernetes/conformance.txt.
-# TRUST=untrusted makes every pod a machine that can be one; RUNTIME=containerd as above.
+# TRUST=untrusted makes every pod a machine that can be one, SERIAL=1 runs those that bear no others; RUNTIME=containerd as above.
 FOCUS ?= \[sig-node\].*\[Conformance\]
 test-k8s-conformance: deps images guest kubernetes
 	$(if $(filter containerd,$(RUNTIME)),critest/tools/build containerd)
@@ -128,6 +132,10 @@ critest-lab-vm: deps images guest lab
 # What only it can show: machines on KVM, limits of cgroup v2, checkpoints by CRIU, the daemon as a unit of systemd's, a loss of power.
 test-lab: deps images guest lab
 	tests/lab/test
+
+# Machines on this machine's own KVM, for processors that the lab does not have; says why not where that cannot be.
+test-kvm: deps images guest
+	tests/scripts/kvm $(ARGUMENTS)
 
 # Pulls an image through a mirror and runs pods with it, one of them in a virtual machine, showing every step.
 demo: build kernels

@@ -13,15 +13,17 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::images::{kubernetes_version, program};
-use crate::machine::{ADDRESS, DIRECTORY, Machine, NAME, remove_cgroups, resolv_conf, run, with_tunables};
+use crate::machine::{
+    ADDRESS, ADDRESS6, DIRECTORY, Machine, NAME, remove_cgroups, resolv_conf, run, with_tunables,
+};
 use crate::runtime::{Runtime, Setup};
 use crate::{PATIENCE, until};
 
 /// Where kubeadm puts what the administrator needs.
 pub(crate) const ADMIN: &str = "/etc/kubernetes/admin.conf";
 
-/// How long kubeadm may take. It has limits of its own, of four minutes each.
-const INIT: Duration = Duration::from_secs(420);
+/// How long kubeadm may take. It has limits of its own, of some minutes each.
+const INIT: Duration = Duration::from_secs(900);
 
 /// What a cluster is made with. Tests that agree on it share one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,13 +34,21 @@ pub(crate) struct Settings {
     pub(crate) image_repository: &'static str,
     /// kubelet's feature gate: pods' figures come from the runtime, not from cAdvisor.
     pub(crate) stats_from_cri: bool,
+    /// Pods and Services have addresses of both families, IPv4 first.
+    pub(crate) dual_stack: bool,
     /// More of kubelet's configuration, as JSON; "": nothing more.
     pub(crate) kubelet: &'static str,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { setup: Setup::default(), image_repository: "", stats_from_cri: true, kubelet: "" }
+        Self {
+            setup: Setup::default(),
+            image_repository: "",
+            stats_from_cri: true,
+            dual_stack: false,
+            kubelet: "",
+        }
     }
 }
 
@@ -181,6 +191,14 @@ impl Cluster {
                 "extraArgs": [{"name": "flex-volume-plugin-dir", "value": "/var/lib/kubelet/volumeplugins"}],
             },
         });
+        let mut addresses = ADDRESS.to_owned();
+        if self.settings.dual_stack {
+            cluster["networking"] = json!({
+                "podSubnet": "10.244.0.0/16,fd00:244::/56",
+                "serviceSubnet": "10.96.0.0/12,fd00:96::/112",
+            });
+            addresses = format!("{ADDRESS},{ADDRESS6}");
+        }
         if !self.settings.image_repository.is_empty() {
             cluster["imageRepository"] = self.settings.image_repository.into();
         }
@@ -210,9 +228,12 @@ impl Cluster {
                 "apiVersion": "kubeadm.k8s.io/v1beta4",
                 "kind": "InitConfiguration",
                 "localAPIEndpoint": {"advertiseAddress": ADDRESS},
+                // A lab translates the processor.
+                "timeouts": {"kubernetesAPICall": "5m0s", "controlPlaneComponentHealthCheck": "6m0s"},
                 "nodeRegistration": {
                     "name": NAME,
                     "criSocket": self.runtime.endpoint(),
+                    "kubeletExtraArgs": [{"name": "node-ip", "value": addresses}],
                     // Workloads run on this node too.
                     "taints": [],
                 },

@@ -14,6 +14,9 @@ pub(crate) const NAME: &str = "node";
 /// The node's address (RFC 5737 keeps it for documentation, so that it is nobody's).
 pub(crate) const ADDRESS: &str = "192.0.2.10";
 
+/// The same of IPv6 (RFC 3849).
+pub(crate) const ADDRESS6: &str = "2001:db8::10";
+
 /// The node's interface.
 const INTERFACE: &str = "eth0";
 
@@ -66,6 +69,8 @@ impl Machine {
             vec!["link", "set", INTERFACE, "up"],
             vec!["address", "add", &format!("{ADDRESS}/24"), "dev", INTERFACE],
             vec!["route", "add", "default", "via", "192.0.2.1", "dev", INTERFACE],
+            vec!["address", "add", &format!("{ADDRESS6}/64"), "dev", INTERFACE, "nodad"],
+            vec!["route", "add", "default", "via", "2001:db8::1", "dev", INTERFACE],
         ] {
             run(Command::new("ip").args(&command))?;
         }

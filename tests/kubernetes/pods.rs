@@ -41,6 +41,13 @@ pub(crate) fn of_class(name: &str, class: &str) -> Value {
     pod
 }
 
+/// The same, ready when it answers, and not only when it runs.
+pub(crate) fn serving(mut pod: Value) -> Value {
+    pod["spec"]["containers"][0]["readinessProbe"] =
+        json!({"httpGet": {"path": "/healthz", "port": 8080}, "periodSeconds": 1, "timeoutSeconds": 20});
+    pod
+}
+
 impl Cluster {
     /// Makes pods, and returns when all are ready.
     pub(crate) fn run(&self, pods: &[Value]) -> Result<()> {

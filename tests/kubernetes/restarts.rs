@@ -6,13 +6,11 @@ use std::process::{Child, ChildStdout, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use podvisor_critest::node::{daemon_program, debug_daemon_program};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::cluster::{Cluster, Settings, kubectl_command, name};
 use crate::machine::NAME;
-use crate::pods::{machine, pod};
-use crate::runtime::install;
+use crate::pods::{machine, pod, serving};
 use crate::{Tests, until};
 
 pub(crate) fn add(tests: &mut Tests) {
@@ -57,13 +55,6 @@ fn ready_since(cluster: &Cluster) -> Result<String> {
     Ok(ready["lastTransitionTime"].to_string())
 }
 
-/// A pod that is ready when it answers, and not only when it runs.
-fn serving(mut pod: Value) -> Value {
-    pod["spec"]["containers"][0]["readinessProbe"] =
-        json!({"httpGet": {"path": "/healthz", "port": 8080}, "periodSeconds": 1, "timeoutSeconds": 20});
-    pod
-}
-
 /// Waits for kubelet, which dials again by itself, at the latest three seconds after the daemon listens (cri-client's `maxBackoffDelay`).
 /// Until then nothing but that may be wrong.
 fn connected(cluster: &Cluster) -> Result<()> {
@@ -83,13 +74,11 @@ fn notice_nothing(cluster: &mut Cluster, times: usize) -> Result<()> {
 
 /// The programs are replaced by those of another build, and the daemon is restarted: ten times, each build by the other.
 fn notice_no_upgrade(cluster: &mut Cluster) -> Result<()> {
-    let builds = [daemon_program(), debug_daemon_program()];
     // So the old daemon starts the pods with new programs.
-    install(&builds[1])?;
+    cluster.runtime.install(1)?;
     go_on(cluster, 10, |cluster, turn| {
-        install(&builds[turn % 2])?;
-        cluster.runtime.stop()?;
-        cluster.runtime.start_again()
+        cluster.runtime.install(turn % 2)?;
+        cluster.runtime.restart()
     })
 }
 

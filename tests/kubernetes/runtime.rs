@@ -7,12 +7,13 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use podvisor_critest::node::{Daemon, Node, Options, daemon_program, guests_dir};
+use podvisor_critest::node::{Daemon, Node, Options, daemon_program, debug_daemon_program, guests_dir};
 use podvisor_critest::peer::{Kind as PeerKind, Peer};
 use podvisor_critest::registry::Registry;
 use rustix::process::{Signal, kill_process};
 
 use crate::images::{DEFAULT_REPOSITORY, OTHER_REPOSITORY, UNREACHABLE};
+use crate::unit::Unit;
 
 /// Which of the two files that know mirrors the node has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,8 +47,17 @@ pub(crate) struct Runtime(Kind);
 
 #[derive(Debug)]
 enum Kind {
-    Podvisor { node: Node, daemon: Option<Daemon> },
+    Podvisor { node: Node, daemon: Process },
     Containerd(Peer),
+}
+
+/// What runs podvisor.
+#[derive(Debug)]
+enum Process {
+    /// The tests themselves: as a child, when it runs.
+    Child(Option<Daemon>),
+    /// systemd.
+    Unit(Unit),
 }
 
 /// Whether the peer was asked for: `RUNTIME=containerd`.
@@ -68,7 +78,7 @@ impl Runtime {
             )?)));
         }
         let directory = Path::new("/var/lib/podvisor");
-        install(&daemon_program())?;
+        let daemon = if Unit::is_wanted() { Process::Unit(Unit::prepare()?) } else { Process::Child(None) };
         let options = Options {
             program: Path::new(PROGRAMS).join("podvisor"),
             network: "builtin".to_owned(),
@@ -85,9 +95,10 @@ impl Runtime {
             }
             Mirrors::HostsToml => hosts_toml(&node.path("certs.d"), registry.address())?,
         }
-        let mut runtime = Self(Kind::Podvisor { node, daemon: None });
+        let mut runtime = Self(Kind::Podvisor { node, daemon });
         runtime.set_trust(setup.untrusted)?;
         runtime.set_pause_image(setup.pause_image)?;
+        runtime.install(0)?;
         runtime.start_again()?;
         Ok(runtime)
     }
@@ -104,6 +115,7 @@ impl Runtime {
     /// Its log.
     pub(crate) fn log(&self) -> String {
         match &self.0 {
+            Kind::Podvisor { daemon: Process::Unit(_), .. } => Unit::log(),
             Kind::Podvisor { node, .. } => fs::read_to_string(node.log_file()).unwrap_or_default(),
             Kind::Containerd(peer) => peer.log(),
         }
@@ -112,29 +124,47 @@ impl Runtime {
     /// SIGKILL, as a crash.
     pub(crate) fn kill(&mut self) -> Result<()> {
         match &mut self.0 {
-            Kind::Podvisor { daemon, .. } => daemon.take().context("the daemon does not run")?.kill(),
+            Kind::Podvisor { daemon: Process::Child(daemon), .. } => {
+                daemon.take().context("the daemon does not run")?.kill()
+            }
+            Kind::Podvisor { daemon: Process::Unit(_), .. } => Unit::kill(),
             Kind::Containerd(_) => bail!("the peer is not killed"),
         }
     }
 
-    /// Starts it after [`Runtime::kill`] or [`Runtime::stop`].
+    /// Starts it after [`Runtime::kill`].
     pub(crate) fn start_again(&mut self) -> Result<()> {
         match &mut self.0 {
-            Kind::Podvisor { node, daemon } => {
+            Kind::Podvisor { node, daemon: Process::Child(daemon) } => {
                 ensure!(daemon.is_none(), "the daemon runs already");
                 *daemon = Some(node.start()?);
                 Ok(())
             }
+            Kind::Podvisor { daemon: Process::Unit(_), .. } => Unit::start(),
             Kind::Containerd(_) => bail!("the peer is not started again"),
         }
     }
 
-    /// Ends it as its unit does.
-    pub(crate) fn stop(&mut self) -> Result<()> {
-        let Kind::Podvisor { daemon, .. } = &mut self.0 else { bail!("the peer is not stopped") };
-        let status = daemon.take().context("the daemon does not run")?.stop()?;
-        ensure!(status.success(), "the daemon ended by {status}");
-        Ok(())
+    /// Replaces its programs by those of another build, 0 or 1. The daemon goes on; but a package restarts it.
+    pub(crate) fn install(&self, build: usize) -> Result<()> {
+        match &self.0 {
+            Kind::Podvisor { daemon: Process::Child(_), .. } => {
+                install(&[daemon_program(), debug_daemon_program()][build])
+            }
+            Kind::Podvisor { node, daemon: Process::Unit(_) } => {
+                Unit::install(build, &node.configuration_file())
+            }
+            Kind::Containerd(_) => bail!("the peer is not upgraded"),
+        }
+    }
+
+    /// Ends it as its unit does, and starts it again.
+    pub(crate) fn restart(&mut self) -> Result<()> {
+        if let Kind::Podvisor { daemon: Process::Child(daemon), .. } = &mut self.0 {
+            let status = daemon.take().context("the daemon does not run")?.stop()?;
+            ensure!(status.success(), "the daemon ended by {status}");
+        }
+        self.start_again()
     }
 
     /// What pods are that say nothing; counts from [`Runtime::reload`] on.
@@ -157,13 +187,15 @@ impl Runtime {
 
     /// SIGHUP: takes over what may change while it runs, and returns when the log says that it was taken over.
     pub(crate) fn reload(&self) -> Result<()> {
-        let Kind::Podvisor { node, daemon: Some(daemon) } = &self.0 else { bail!("podvisor does not run") };
-        let said = || {
-            let log = fs::read_to_string(node.log_file()).unwrap_or_default();
-            log.matches("took over the changed configuration").count()
-        };
+        let said = || self.log().matches("took over the changed configuration").count();
         let before = said();
-        kill_process(daemon.pid(), Signal::HUP).context("asking for a reload")?;
+        match &self.0 {
+            Kind::Podvisor { daemon: Process::Child(Some(daemon)), .. } => {
+                kill_process(daemon.pid(), Signal::HUP).context("asking for a reload")?;
+            }
+            Kind::Podvisor { daemon: Process::Unit(_), .. } => Unit::reload()?,
+            _ => bail!("podvisor does not run"),
+        }
         crate::until("the daemon reloads", || {
             ensure!(said() > before, "it has not yet");
             Ok(())
@@ -188,7 +220,7 @@ const PROGRAMS: &str = "/var/lib/podvisor/bin";
 
 /// Installs podvisor's programs, each by renaming, as dpkg does: who runs an older one goes on with it. `daemon` is one of them, and the
 /// others lie beside it.
-pub(crate) fn install(daemon: &Path) -> Result<()> {
+fn install(daemon: &Path) -> Result<()> {
     let source = daemon.parent().context("the daemon has no directory")?;
     fs::create_dir_all(PROGRAMS).with_context(|| format!("making {PROGRAMS}"))?;
     for name in ["podvisor", "podvisor-monitor", "podvisor-vmm", "podvisor-qemu", "podvisor-fs"] {
@@ -203,9 +235,17 @@ pub(crate) fn install(daemon: &Path) -> Result<()> {
 impl Drop for Runtime {
     fn drop(&mut self) {
         let Kind::Podvisor { daemon, .. } = &mut self.0 else { return };
-        if let Some(daemon) = daemon.take() {
-            // One that cannot end is killed, and what it holds is reported by the sandbox.
-            let _ = daemon.stop();
+        match daemon {
+            Process::Child(daemon) => {
+                if let Some(daemon) = daemon.take() {
+                    // One that cannot end is killed, and what it holds is reported by the sandbox.
+                    let _ = daemon.stop();
+                }
+            }
+            // Its package is purged at last.
+            Process::Unit(_) => {
+                let _ = Unit::stop();
+            }
         }
         for directory in ["/var/lib/podvisor", "/run/podvisor"] {
             for entry in fs::read_dir(directory).into_iter().flatten().flatten() {

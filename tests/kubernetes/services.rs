@@ -41,7 +41,7 @@ fn deployment(name: &str, replicas: usize, annotations: &Value) -> Value {
     })
 }
 
-fn service(name: &str, more: &Value) -> Value {
+pub(crate) fn service(name: &str, more: &Value) -> Value {
     let mut service = json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": name},
         "spec": {
@@ -60,9 +60,9 @@ fn service(name: &str, more: &Value) -> Value {
 
 /// A pod of the Deployments.
 #[derive(Debug)]
-struct Peer {
-    name: String,
-    address: String,
+pub(crate) struct Peer {
+    pub(crate) name: String,
+    pub(crate) address: String,
 }
 
 fn join(cluster: &mut Cluster, trusted: usize, machines: usize) -> Result<()> {
@@ -146,7 +146,7 @@ fn ready_peers(cluster: &Cluster, wanted: usize) -> Result<Vec<Peer>> {
 }
 
 /// Who answers when a pod asks a target so many times.
-fn dial(
+pub(crate) fn dial(
     cluster: &Cluster,
     from: &Peer,
     target: &str,
@@ -165,7 +165,7 @@ fn dial(
 }
 
 /// A page from a server, asked by the node itself.
-fn get(address: &str, port: u16, path: &str) -> Result<String> {
+pub(crate) fn get(address: &str, port: u16, path: &str) -> Result<String> {
     let mut stream = TcpStream::connect((address, port)).context("connecting")?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;

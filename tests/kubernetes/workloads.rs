@@ -55,7 +55,7 @@ impl Kind {
 }
 
 /// Runs a test with pods of both kinds, one after the other.
-pub(crate) fn each_kind(cluster: &mut Cluster, test: fn(&Cluster, Kind) -> Result<()>) -> Result<()> {
+pub(crate) fn each_kind(cluster: &mut Cluster, test: impl Fn(&Cluster, Kind) -> Result<()>) -> Result<()> {
     test(cluster, Kind::Trusted).context("trusted")?;
     // The peer has no machines.
     if is_peer() { Ok(()) } else { test(cluster, Kind::Machine).context("virtual machine") }
