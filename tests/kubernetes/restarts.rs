@@ -38,9 +38,11 @@ fn lives(cluster: &Cluster) -> Result<Vec<String>> {
             ));
         }
     }
-    let sandboxes: Value = serde_json::from_str(&cluster.crictl(&["pods", "--output", "json"])?)?;
+    // What pods before have left kubelet removes when it likes.
+    let ready = ["pods", "--state", "ready", "--output", "json"];
+    let sandboxes: Value = serde_json::from_str(&cluster.crictl(&ready)?)?;
     for sandbox in sandboxes["items"].as_array().context("no sandboxes")? {
-        lives.push(format!("{} {} {}", sandbox["metadata"]["name"], sandbox["id"], sandbox["state"]));
+        lives.push(format!("{} {}", sandbox["metadata"]["name"], sandbox["id"]));
     }
     lives.sort();
     Ok(lives)
