@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use oci_spec::runtime::LinuxSeccomp;
 use podvisor_cgroup::systemd::Systemd;
-use podvisor_cgroup::{Driver, Layout};
+use podvisor_cgroup::{Driver, Layout, Processes};
 use podvisor_config::{CgroupDriver, Config, Handler, HandlerKind, Vm};
 use podvisor_guest::{Guest, Guests};
 use podvisor_image_store::ImageStore;
@@ -45,6 +45,8 @@ pub(crate) struct Node {
     pub(crate) changes: tokio::sync::Notify,
     pub(crate) hooks: Hooks,
     pub(crate) cgroups: Layout,
+    /// Which cgroup a process is in.
+    pub(crate) processes: Processes,
     pub(crate) driver: Driver,
     /// Asked by the systemd driver only.
     pub(crate) systemd: Arc<Systemd>,
@@ -116,6 +118,7 @@ impl Node {
             telemetry: Telemetry::default(),
             changes: tokio::sync::Notify::new(),
             hooks: Hooks::new(&parts.config.nri, &host),
+            processes: parts.cgroups.processes().map_err(std::io::Error::other)?,
             cgroups: parts.cgroups,
             driver: parts.driver,
             systemd: parts.systemd,

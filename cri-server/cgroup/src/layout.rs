@@ -93,12 +93,9 @@ impl Layout {
         Cgroup::at(self, normal(path))
     }
 
-    /// The cgroup that a process is in. On version 1 the hierarchies can disagree; then each keeps its own path.
-    pub fn of_process(&self, pid: i32) -> Result<Cgroup> {
-        let file = PathBuf::from(format!("/proc/{pid}/cgroup"));
-        let text = read(&file)?;
-        let mounts = cgroup_mounts(&read(Path::new(MOUNTINFO))?);
-        self.resolve(pid, &text, &mounts)
+    /// For finding the cgroups of processes.
+    pub fn processes(&self) -> Result<Processes> {
+        Ok(Processes { layout: self.clone(), mounts: cgroup_mounts(&read(Path::new(MOUNTINFO))?) })
     }
 
     fn resolve(&self, pid: i32, text: &str, mounts: &[Mount]) -> Result<Cgroup> {
@@ -135,6 +132,21 @@ impl Layout {
                 Ok(Cgroup::at_each(self, &own))
             }
         }
+    }
+}
+
+/// Finds the cgroups of processes by the mounts that were there when it was made: the table has a line for every mount of every pod.
+#[derive(Debug)]
+pub struct Processes {
+    layout: Layout,
+    mounts: Vec<Mount>,
+}
+
+impl Processes {
+    /// The cgroup that a process is in. On version 1 the hierarchies can disagree; then each keeps its own path.
+    pub fn cgroup_of(&self, pid: i32) -> Result<Cgroup> {
+        let text = read(&PathBuf::from(format!("/proc/{pid}/cgroup")))?;
+        self.layout.resolve(pid, &text, &self.mounts)
     }
 }
 

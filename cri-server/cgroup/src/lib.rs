@@ -35,5 +35,5 @@ pub use cgroup::Cgroup;
 pub use details::{Details, HugePages, huge_page_sizes};
 pub use driver::Driver;
 pub use error::{CgroupError, Result};
-pub use layout::Layout;
+pub use layout::{Layout, Processes};
 pub use stats::{CpuStats, DeviceIo, IoStats, MemoryStats, Pressure, PressureLine, Stats, SwapStats};

@@ -26,7 +26,7 @@ fn scope_around_a_process() {
         systemd.ensure_slice(&slice).await.unwrap();
         systemd.start_scope(&scope).await.unwrap();
         let layout = Layout::detect().unwrap();
-        let cgroup = layout.of_process(i32::try_from(child.id()).unwrap()).unwrap();
+        let cgroup = layout.processes().unwrap().cgroup_of(i32::try_from(child.id()).unwrap()).unwrap();
         assert!(cgroup.path().ends_with(&format!("/{slice}/{}", scope.name)), "{}", cgroup.path());
         cgroup.child("delegated").create().unwrap();
 

@@ -379,8 +379,8 @@ async fn reconnect(task: &mut Task) -> Result<Vec<wire::Process>, MonitorError> 
 
 /// The cgroup of a process of the pod's own is given back with the pod, also where its record could not say so.
 fn hold_cgroup(task: &mut Task, pid: i32) {
-    let ours = task.node.cgroups.of_process(std::process::id().cast_signed()).map(|cgroup| cgroup.path());
-    let Ok(path) = task.node.cgroups.of_process(pid).map(|cgroup| cgroup.path()) else { return };
+    let ours = task.node.processes.cgroup_of(std::process::id().cast_signed()).map(|cgroup| cgroup.path());
+    let Ok(path) = task.node.processes.cgroup_of(pid).map(|cgroup| cgroup.path()) else { return };
     let held = Acquisition::Cgroup(path.clone());
     // Where leaves cannot be made a monitor stays in the daemon's.
     if path != "/" && ours.is_ok_and(|ours| ours != path) && !task.record.acquired.contains(&held) {

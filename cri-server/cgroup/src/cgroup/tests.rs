@@ -71,7 +71,7 @@ fn life_on(layout: &Layout) {
     assert_eq!(leaf.pids().unwrap(), [pid(&child)]);
     assert_eq!(own.0.pids().unwrap(), []);
     assert_eq!(own.0.all_pids().unwrap(), [pid(&child)]);
-    let found = layout.of_process(pid(&child)).unwrap();
+    let found = layout.processes().unwrap().cgroup_of(pid(&child)).unwrap();
     assert_eq!(found.path(), leaf.path());
     for directory in leaf.directories() {
         assert!(found.directories().contains(&directory), "{}", directory.display());

@@ -106,8 +106,8 @@ fn this_host() {
     let layout = Layout::detect().unwrap();
     assert!(layout.has("memory"));
     assert!(!layout.has("no-such-controller"));
-    let own = layout.of_process(i32::try_from(std::process::id()).unwrap()).unwrap();
+    let own = layout.processes().unwrap().cgroup_of(i32::try_from(std::process::id()).unwrap()).unwrap();
     assert!(own.exists());
-    let gone = layout.of_process(i32::MAX).unwrap_err();
+    let gone = layout.processes().unwrap().cgroup_of(i32::MAX).unwrap_err();
     assert!(gone.is_not_found());
 }
