@@ -122,11 +122,9 @@ impl Network {
                 given = true;
                 continue;
             }
-            let Some(queue) = queues.get(RECEIVE) else { break };
-            if !queue.enable_notification(memory)? {
-                more = false;
-                break;
-            }
+            // The guest's next buffers wake.
+            more = false;
+            break;
         }
         if given {
             queues.notify(RECEIVE)?;
@@ -143,7 +141,12 @@ impl Network {
         let mut room = 0;
         while room < self.waiting && (merge || chains.is_empty()) {
             let Some(chain) = queue.iter(memory)?.next() else {
-                // All or none: those that were looked at stay where they are.
+                // From here on the guest says when there are more: before those that were looked at are left where they are, or it would
+                // speak of those. There may be more by now.
+                if queue.enable_notification(memory)? {
+                    continue;
+                }
+                // All or none.
                 for _ in 0..chains.len() {
                     queue.go_to_previous_position();
                 }
