@@ -3,9 +3,11 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap, VolatileSlice};
 
+use crate::state::{DeviceState, RestoreError};
 use crate::vsock::QueueError;
 
 /// The guest's memory. A region that is mapped for reading alone is one that devices do not write to.
@@ -77,6 +79,11 @@ pub trait Device: Send {
     fn begin(&mut self, features: u64) -> Result<(), Misuse>;
     /// The guest's driver has gone: nothing is left of what it asked for.
     fn reset(&mut self);
+    /// All that has to survive its threads and descriptors.
+    fn state(&self) -> DeviceState;
+    /// Goes on from the state of a device that was made of the same parts. If its driver is ready this one has begun, with the same features.
+    /// All its queues are looked at afterwards.
+    fn restore(&mut self, state: DeviceState, memory: &Memory) -> Result<(), RestoreError>;
     /// What wakes it besides its queues; the same for as long as it lives.
     fn sources(&self) -> Vec<Source<'_>> {
         Vec::new()
@@ -152,15 +159,15 @@ pub(crate) fn is_writable(memory: &Memory, address: GuestAddress) -> bool {
 const MOST_BUFFERS: usize = 1024;
 
 /// A part of the guest's memory that a request names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Buffer {
-    address: GuestAddress,
+    address: u64,
     length: u32,
     writable: bool,
 }
 
 /// A request's buffers, in their order: those that the device reads, then those that it writes (virtio 1.3, 2.7.4.2).
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Buffers {
     buffers: Vec<Buffer>,
     /// Bytes that the device can read, and bytes that it can write.
@@ -181,7 +188,7 @@ impl Buffers {
             if *length > most || all.buffers.len() == MOST_BUFFERS {
                 return Err(Misuse::Request("it is larger than any"));
             }
-            all.buffers.push(Buffer { address: descriptor.addr(), length: descriptor.len(), writable });
+            all.buffers.push(Buffer { address: descriptor.addr().0, length: descriptor.len(), writable });
         }
         Ok(all)
     }
@@ -248,8 +255,8 @@ impl Buffers {
                 continue;
             }
             let count = (size - skip).min(length - done);
-            let begin =
-                buffer.address.checked_add(skip as u64).ok_or(Misuse::Request("a buffer has no end"))?;
+            let begin = buffer.address.checked_add(skip as u64).map(GuestAddress);
+            let begin = begin.ok_or(Misuse::Request("a buffer has no end"))?;
             let before = done;
             for part in memory.get_slices(begin, count) {
                 let part = part.map_err(io::Error::other).map_err(Misuse::Buffers)?;

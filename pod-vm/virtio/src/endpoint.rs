@@ -1,20 +1,22 @@
 //! A device with what every transport has to keep of it: what was negotiated, and the queues.
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{Queue, QueueState, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 
 use crate::device::{Device, Interrupt, Memory, Misuse, Queues, Wake, is_writable};
+use crate::state::{EndpointState, RestoreError, Ring};
 
 /// Features that every device has.
 const COMMON: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
 /// All that was negotiated with the guest's driver.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Negotiated {
     /// The device's status (virtio 1.3, 2.1).
     pub status: u8,
@@ -54,9 +56,26 @@ impl Endpoint {
         self.negotiated
     }
 
-    /// Where the queues are and how far they have been used.
-    pub fn queue_states(&self) -> Vec<QueueState> {
-        self.queues.iter().map(Queue::state).collect()
+    /// All that the driver has negotiated, and all that the device is.
+    pub fn state(&self) -> EndpointState {
+        let rings = self.queues.iter().map(Ring::from).collect();
+        EndpointState { negotiated: self.negotiated, rings, device: self.device.state() }
+    }
+
+    /// Goes on where a device of the same parts was when it had this state: the driver's queues lie in the memory that this one has. Whoever
+    /// serves it then looks at all its queues.
+    pub fn restore(&mut self, state: EndpointState) -> Result<(), RestoreError> {
+        let EndpointState { negotiated, rings, device } = state;
+        let queues = rings.into_iter().map(Queue::try_from).collect::<Result<Vec<_>, _>>();
+        let queues = queues.map_err(Misuse::from)?;
+        if !queues.iter().map(Queue::max_size).eq(self.device.queues().iter().copied()) {
+            return Err(RestoreError::Differs("it has other queues"));
+        }
+        (self.negotiated, self.queues) = (negotiated, queues);
+        if negotiated.status & status(VIRTIO_CONFIG_S_DRIVER_OK) != 0 {
+            self.begin()?;
+        }
+        self.device.restore(device, &self.memory)
     }
 
     /// The features that are offered.

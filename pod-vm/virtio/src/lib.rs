@@ -6,6 +6,7 @@
 //! |---|---|
 //! | `device.rs` | what a device is: queues, interrupts, buffers |
 //! | `endpoint.rs` | a device with what was negotiated with the guest's driver |
+//! | `state.rs` | what a device is apart from threads and descriptors |
 //! | `transport/` | how a guest finds devices and speaks with them |
 //! | `balloon/` | memory that the guest does not use |
 //! | `block/` | a disk: a file or a block device |
@@ -24,8 +25,8 @@
 //! - *What devices may not write they do not*: of the guest's memory some is mapped for reading alone, as images are. A driver that has a device
 //!   write there makes nonsense.
 //! - *Nothing is polled.*
-//! - State that has to survive a device's threads and descriptors is in plain structs ([`endpoint::Negotiated`], `virtio_queue::QueueState`, each
-//!   device's `State`).
+//! - *A device is its state and what it was made of*: what is not a thread or a descriptor is in one plain struct, which can be kept
+//!   ([`device::Device::state`]), and with which another device of the same parts goes on ([`device::Device::restore`]).
 
 pub mod balloon;
 pub mod block;
@@ -38,6 +39,7 @@ pub mod fs;
 pub mod mem;
 pub mod net;
 pub mod pmem;
+pub mod state;
 pub mod sys;
 pub mod transport;
 pub mod vsock;

@@ -1,6 +1,9 @@
 //! The device.
 
-use crate::device::{Buffers, Device, Misuse, Queues, Wake};
+use serde::{Deserialize, Serialize};
+
+use crate::device::{Buffers, Device, Memory, Misuse, Queues, Wake};
+use crate::state::{DeviceState, RestoreError};
 use crate::sys;
 
 const INFLATE: usize = 0;
@@ -20,7 +23,7 @@ const PAGE: u64 = 4096;
 const NUMBERS: usize = 256;
 
 /// What has become of it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// Bytes that the guest has told of, over and over again perhaps.
     pub reported: u64,
@@ -30,13 +33,6 @@ pub struct State {
 #[derive(Debug, Default)]
 pub struct Balloon {
     state: State,
-}
-
-impl Balloon {
-    /// What has become of it.
-    pub fn state(&self) -> State {
-        self.state
-    }
 }
 
 impl Device for Balloon {
@@ -61,6 +57,18 @@ impl Device for Balloon {
     }
 
     fn reset(&mut self) {}
+
+    fn state(&self) -> DeviceState {
+        DeviceState::Balloon(self.state)
+    }
+
+    fn restore(&mut self, state: DeviceState, _memory: &Memory) -> Result<(), RestoreError> {
+        let DeviceState::Balloon(state) = state else {
+            return Err(RestoreError::Differs("it is no balloon's"));
+        };
+        self.state = state;
+        Ok(())
+    }
 
     fn serve(&mut self, wake: Wake, queues: &mut Queues<'_>) -> Result<bool, Misuse> {
         let memory = queues.memory;

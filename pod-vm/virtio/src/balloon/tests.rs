@@ -3,6 +3,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::device::Wake;
 use crate::driver::{Driver, MEMORY, Part};
+use crate::state::DeviceState;
 
 const REPORT: usize = 2;
 const WRITE: u16 = 2;
@@ -64,4 +65,15 @@ fn nonsense_stops_the_device() {
         driver.serve(Wake::Queue(queue));
         assert!(driver.is_broken(), "{queue} {part:?}");
     }
+}
+
+#[test]
+fn a_driver_goes_on() {
+    let mut driver = lab();
+    driver.put(REPORT, &[Part::Raw(8 << 20, 8192, WRITE)]);
+    driver.serve(Wake::Queue(REPORT));
+    driver.put(REPORT, &[Part::Raw((8 << 20) + (64 << 10), 4096, WRITE)]);
+    let mut driver = driver.moved(Box::new(Balloon::default()));
+    assert_eq!((driver.used(REPORT).len(), is_filled(&driver, (8 << 20) + (64 << 10))), (2, false));
+    assert_eq!(driver.endpoint.state().device, DeviceState::Balloon(State { reported: 8192 + 4096 }));
 }

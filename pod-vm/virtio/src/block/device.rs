@@ -5,6 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{FallocateFlags, fallocate};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
@@ -12,6 +13,7 @@ use virtio_bindings::bindings::virtio_blk::{
 
 use super::request::{HEADER, Kind, Outcome, Request, SEGMENT, Segment};
 use crate::device::{Buffers, Device, Memory, Misuse, Queues, Wake};
+use crate::state::{DeviceState, RestoreError};
 
 /// What sectors are counted in, whatever the disk's own are.
 const SECTOR: u64 = 512;
@@ -28,7 +30,7 @@ const STEP: usize = 64 << 10;
 const CONFIGURATION: usize = 60;
 
 /// What a disk is, and what has become of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// Its name, at most 20 bytes.
     pub serial: String,
@@ -68,11 +70,6 @@ impl Disk {
         put(56, &[1]);
         let state = State { serial: serial.to_owned(), sectors, read_only, failed: 0 };
         Ok(Self { file, state, configuration, step: Vec::new() })
-    }
-
-    /// What it is.
-    pub fn state(&self) -> &State {
-        &self.state
     }
 
     /// Where a range begins, in bytes; `None`: it is not on the disk.
@@ -230,6 +227,20 @@ impl Device for Disk {
 
     fn reset(&mut self) {
         self.step = Vec::new();
+    }
+
+    /// Every request that was taken was answered before the next.
+    fn state(&self) -> DeviceState {
+        DeviceState::Block(self.state.clone())
+    }
+
+    fn restore(&mut self, state: DeviceState, _memory: &Memory) -> Result<(), RestoreError> {
+        let DeviceState::Block(state) = state else { return Err(RestoreError::Differs("it is no disk's")) };
+        if state != (State { failed: state.failed, ..self.state.clone() }) {
+            return Err(RestoreError::Differs("it is of another disk"));
+        }
+        self.state = state;
+        Ok(())
     }
 
     fn serve(&mut self, _wake: Wake, queues: &mut Queues<'_>) -> Result<bool, Misuse> {

@@ -2,10 +2,13 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 
 use proptest::prelude::*;
+use vm_memory::GuestAddress;
 
 use super::*;
-use crate::device::Wake;
+use crate::device::{Device, Memory, Wake};
 use crate::driver::{Driver, Part};
+use crate::endpoint::Endpoint;
+use crate::state::DeviceState;
 
 fn disk(sectors: usize, read_only: bool) -> (Driver, File) {
     let mut file = tempfile::tempfile().unwrap();
@@ -103,8 +106,8 @@ fn what_cannot_be_done_is_told() {
     // A file system without room, and a file that has become shorter.
     let full = File::options().read(true).write(true).open("/dev/full").unwrap();
     let mut device = Disk::new(full, "full", false).unwrap();
-    assert_eq!(device.state().sectors, 0);
-    crate::device::Device::reset(&mut device);
+    assert_eq!(device.configuration()[..8], [0; 8]);
+    device.reset();
     let (mut driver, file) = disk(16, false);
     file.set_len(512).unwrap();
     assert_eq!(ask(&mut driver, &[header(READ, 8), Part::In(512), Part::In(1)]).0, 1);
@@ -157,4 +160,34 @@ proptest! {
         }
         prop_assert_eq!(file.metadata().unwrap().len(), 16 * 512);
     }
+}
+
+#[test]
+fn a_driver_goes_on() {
+    let (mut driver, file) = disk(16, false);
+    assert_eq!(ask(&mut driver, &[header(READ, 16), Part::In(512), Part::In(1)]).0, 1);
+    let kept = driver.endpoint.state();
+    driver.put(0, &[header(READ, 3), Part::In(512), Part::In(1)]);
+    let mut driver = driver.moved(Box::new(Disk::new(file.try_clone().unwrap(), "serial", false).unwrap()));
+    assert_eq!(driver.used(0).pop().unwrap().2[510..], [3, 3, 0]);
+    let data = Part::Out(vec![9; 512]);
+    assert_eq!(ask(&mut driver, &[header(WRITE, 5), data, Part::In(1)]).0, 0);
+    assert_eq!(ask(&mut driver, &[header(READ, 5), Part::In(512), Part::In(1)]).1, [9; 512]);
+    let DeviceState::Block(state) = driver.endpoint.state().device else { panic!("it is a disk's") };
+    assert_eq!((state.failed, state.sectors), (1, 16));
+    // Another disk, a shorter one, one of another kind.
+    let others: [Box<dyn Device>; 4] = [
+        Box::new(Disk::new(file.try_clone().unwrap(), "other", false).unwrap()),
+        Box::new(Disk::new(file.try_clone().unwrap(), "serial", true).unwrap()),
+        Box::new(Disk::new(tempfile::tempfile().unwrap(), "serial", false).unwrap()),
+        Box::new(crate::entropy::Entropy),
+    ];
+    for other in others {
+        let mut endpoint = Endpoint::new(other, driver.memory.clone()).unwrap();
+        assert!(endpoint.restore(kept.clone()).is_err());
+    }
+    // Queues that are not in the guest's memory.
+    let device = Box::new(Disk::new(file, "serial", false).unwrap());
+    let small = Memory::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
+    assert!(Endpoint::new(device, small).unwrap().restore(kept).is_err());
 }

@@ -3,7 +3,8 @@
 use rustix::io::Errno;
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use crate::device::{Buffers, Device, Misuse, Queues, Wake};
+use crate::device::{Buffers, Device, Memory, Misuse, Queues, Wake};
+use crate::state::{DeviceState, RestoreError};
 
 /// Random bytes for a request: what Linux asks for is less. The rest is left.
 const MOST: usize = 4096;
@@ -34,6 +35,17 @@ impl Device for Entropy {
     }
 
     fn reset(&mut self) {}
+
+    fn state(&self) -> DeviceState {
+        DeviceState::Entropy
+    }
+
+    fn restore(&mut self, state: DeviceState, _memory: &Memory) -> Result<(), RestoreError> {
+        match state {
+            DeviceState::Entropy => Ok(()),
+            _ => Err(RestoreError::Differs("it has none")),
+        }
+    }
 
     fn serve(&mut self, _wake: Wake, queues: &mut Queues<'_>) -> Result<bool, Misuse> {
         let memory = queues.memory;

@@ -27,3 +27,15 @@ fn nonsense_stops_the_device() {
         assert_eq!(driver.endpoint.negotiated().status, 0);
     }
 }
+
+#[test]
+fn a_driver_goes_on() {
+    let mut driver = Driver::new(Box::new(Entropy));
+    driver.put(0, &[Part::In(8)]);
+    driver.serve(Wake::Queue(0));
+    driver.put(0, &[Part::In(9)]);
+    let mut driver = driver.moved(Box::new(Entropy));
+    driver.put(0, &[Part::In(10)]);
+    driver.serve(Wake::Queue(0));
+    assert_eq!(driver.used(0).iter().map(|(_, length, _)| *length).collect::<Vec<_>>(), [8, 9, 10]);
+}

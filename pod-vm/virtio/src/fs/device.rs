@@ -2,13 +2,15 @@
 
 use std::os::unix::net::UnixStream;
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::GuestAddress;
 
 use super::bounce::Bounce;
-use super::request::{Passed, Shadow};
+use super::request::{Passed, Shadow, Waiting};
 use super::server::{Server, ServerError};
-use crate::device::{Buffers, Device, Misuse, Queues, Source, Wake};
+use crate::device::{Buffers, Device, Memory, Misuse, Queues, Source, Wake};
+use crate::state::{DeviceState, RestoreError};
 use crate::sys;
 
 /// One for what the guest forgets, one for everything else.
@@ -27,12 +29,25 @@ const DESTROY: [u8; 40] = {
 /// `struct fuse_out_header`
 const ANSWER: usize = 16;
 
+/// What a share is, and what the guest waits for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// Its tag.
+    pub tag: String,
+    /// A driver has asked for something, perhaps.
+    pub begun: bool,
+    /// Requests of each queue that the file server has not answered. They are put to it again, as after a server that has gone: what the guest
+    /// has opened is the server's to know.
+    pub waiting: Vec<Vec<Waiting>>,
+}
+
 /// The device.
 pub struct Share {
     server: Server,
     bounce: Bounce,
     shadows: Vec<Shadow>,
     configuration: Vec<u8>,
+    tag: String,
     begun: bool,
 }
 
@@ -45,7 +60,7 @@ impl Share {
         let mut configuration: Vec<u8> = tag.bytes().take(TAG).collect();
         configuration.resize(TAG, 0);
         configuration.extend(1u32.to_le_bytes());
-        Ok(Self { server, bounce, shadows, configuration, begun: false })
+        Ok(Self { server, bounce, shadows, configuration, tag: tag.to_owned(), begun: false })
     }
 
     /// Hands on what the guest asks, as long as there is room. True: there is more.
@@ -73,19 +88,10 @@ impl Share {
             if buffers.lengths[0] == 0 {
                 return Err(Misuse::Request("a file server is asked nothing"));
             }
-            // The answer begins on a page of its own.
-            let answer = buffers.lengths[0].next_multiple_of(4096);
-            let Some(area) = self.bounce.take(answer + buffers.lengths[1]) else {
+            if !put(&mut self.bounce, &mut self.shadows[index], memory, Waiting { head, buffers })? {
                 queue.go_to_previous_position();
                 break false;
-            };
-            let request = Passed { head: Some(head), buffers, area, answer };
-            let to = GuestAddress(request.area.start as u64);
-            if let Err(misuse) = request.buffers.copy_out(memory, &self.bounce.memory, to) {
-                self.bounce.give_back(&request.area);
-                return Err(misuse);
             }
-            self.shadows[index].put(&self.bounce, request)?;
             passed += 1;
         };
         if passed > 0 {
@@ -119,6 +125,20 @@ impl Share {
         }
         Ok(())
     }
+}
+
+/// Hands a request on; false: there is no room for it in the memory. There is in the queue.
+fn put(bounce: &mut Bounce, shadow: &mut Shadow, memory: &Memory, request: Waiting) -> Result<bool, Misuse> {
+    let Waiting { head, buffers } = request;
+    // The answer begins on a page of its own.
+    let answer = buffers.lengths[0].next_multiple_of(4096);
+    let Some(area) = bounce.take(answer + buffers.lengths[1]) else { return Ok(false) };
+    if let Err(misuse) = buffers.copy_out(memory, &bounce.memory, GuestAddress(area.start as u64)) {
+        bounce.give_back(&area);
+        return Err(misuse);
+    }
+    shadow.put(bounce, Passed { head: Some(head), buffers, area, answer })?;
+    Ok(true)
 }
 
 impl Device for Share {
@@ -161,6 +181,29 @@ impl Device for Share {
         if written.is_ok() && shadow.put(&self.bounce, passed).is_ok() {
             self.server.kick(1);
         }
+    }
+
+    fn state(&self) -> DeviceState {
+        let waiting = self.shadows.iter().map(Shadow::waiting).collect();
+        DeviceState::Fs(State { tag: self.tag.clone(), begun: self.begun, waiting })
+    }
+
+    fn restore(&mut self, state: DeviceState, memory: &Memory) -> Result<(), RestoreError> {
+        let DeviceState::Fs(state) = state else { return Err(RestoreError::Differs("it is no share's")) };
+        if state.tag != self.tag || state.waiting.len() != self.shadows.len() {
+            return Err(RestoreError::Differs("it is of another share"));
+        }
+        self.begun = state.begun;
+        for (index, waiting) in state.waiting.into_iter().enumerate() {
+            for request in waiting {
+                let shadow = &mut self.shadows[index];
+                if !shadow.has_room() || !put(&mut self.bounce, shadow, memory, request)? {
+                    return Err(RestoreError::Differs("more is asked than there is room for"));
+                }
+            }
+            self.server.kick(index);
+        }
+        Ok(())
     }
 
     fn sources(&self) -> Vec<Source<'_>> {

@@ -23,5 +23,6 @@ mod server;
 mod tests;
 
 pub use bounce::MEMORY;
-pub use device::Share;
+pub use device::{Share, State};
+pub use request::Waiting;
 pub use server::ServerError;

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::bounce::{Bounce, Places};
@@ -15,6 +16,15 @@ const REQUESTS: u16 = PLACES / 2;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
+
+/// A request that the guest waits for the answer to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// Of its buffers.
+    pub head: u16,
+    /// What it asks, and where the answer goes.
+    pub buffers: Buffers,
+}
 
 /// A request that was put there.
 #[derive(Debug)]
@@ -48,6 +58,14 @@ impl Shadow {
 
     pub(super) fn has_room(&self) -> bool {
         self.passed.iter().any(Option::is_none)
+    }
+
+    /// What the guest waits for.
+    pub(super) fn waiting(&self) -> Vec<Waiting> {
+        let passed = self.passed.iter().flatten();
+        passed
+            .filter_map(|passed| Some(Waiting { head: passed.head?, buffers: passed.buffers.clone() }))
+            .collect()
     }
 
     /// Nobody waits for the answers any more.

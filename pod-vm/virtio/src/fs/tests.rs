@@ -153,11 +153,15 @@ impl Server {
     }
 }
 
-fn lab() -> (Driver, Server) {
+fn parts() -> (Share, Server) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let server = std::thread::spawn(move || set_up(theirs, FEATURES));
     let share = Share::new(ours, "pod").unwrap();
-    let server = server.join().unwrap().unwrap();
+    (share, server.join().unwrap().unwrap())
+}
+
+fn lab() -> (Driver, Server) {
+    let (share, server) = parts();
     let driver = Driver::new(Box::new(share));
     assert_eq!(driver.endpoint.device().configuration()[..4], *b"pod\0");
     (driver, server)
@@ -277,6 +281,38 @@ fn a_driver_that_goes_is_forgotten() {
     // Nothing had been begun since, so there is nothing to end.
     driver.endpoint.set_status(0, &driver.interrupt);
     assert!(server.asked(1).is_empty());
+}
+
+/// What the server has not answered is put to the next one.
+#[test]
+fn a_driver_goes_on() {
+    let (mut driver, mut server) = lab();
+    let heads = [1, 2, 3].map(|number| driver.put(1, &[Part::Out(vec![number; 40]), Part::In(116)]));
+    driver.serve(Wake::Queue(1));
+    let asked = server.asked(1);
+    server.answer(1, &asked[1], &[7; 20]);
+    driver.serve(Wake::Source(1));
+    assert_eq!(driver.used(1)[0].0, heads[1]);
+    driver.put(0, &[Part::Out(vec![4; 48])]);
+
+    let (share, mut next) = parts();
+    drop(server);
+    let mut driver = driver.moved(Box::new(share));
+    assert!(next.is_kicked(1) && next.is_kicked(0));
+    assert_eq!(next.asked(0).remove(0).bytes, [4; 48]);
+    let asked = next.asked(1);
+    assert_eq!(asked.iter().map(|asked| asked.bytes[0]).collect::<Vec<_>>(), [1, 3]);
+    for asked in asked.iter().rev() {
+        next.answer(1, asked, &[asked.bytes[0]; 20]);
+    }
+    driver.serve(Wake::Source(1));
+    let used = driver.used(1);
+    assert_eq!(used.iter().map(|(head, ..)| *head).collect::<Vec<_>>(), [heads[2], heads[0]]);
+    assert_eq!((used[0].2[0], used[1].2[0]), (3, 1));
+    // The driver that goes still closes what it had opened.
+    driver.endpoint.set_status(0, &driver.interrupt);
+    assert_eq!(next.asked(1).remove(0).bytes[4], 38);
+    assert_eq!(driver.endpoint.negotiated().misuses, 0);
 }
 
 #[test]

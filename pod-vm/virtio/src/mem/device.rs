@@ -4,10 +4,12 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::request::{ANSWER, Answer, REQUEST, Request};
 use crate::device::{Buffers, Device, Memory, Misuse, Queues, Source, Wake};
+use crate::state::{DeviceState, RestoreError};
 use crate::sys;
 
 /// Bytes of a block.
@@ -54,7 +56,7 @@ impl Size {
 }
 
 /// What the region is and has become.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// Where it begins.
     pub begin: u64,
@@ -87,11 +89,6 @@ impl Reserve {
         let mut device = Self { state, size, configuration: [0; CONFIGURATION] };
         device.describe();
         device
-    }
-
-    /// What it is.
-    pub fn state(&self) -> &State {
-        &self.state
     }
 
     fn plugged(&self) -> u64 {
@@ -193,6 +190,22 @@ impl Device for Reserve {
 
     /// What the guest has stays: its kernel goes on using it without the driver.
     fn reset(&mut self) {}
+
+    fn state(&self) -> DeviceState {
+        DeviceState::Mem(self.state.clone())
+    }
+
+    fn restore(&mut self, state: DeviceState, _memory: &Memory) -> Result<(), RestoreError> {
+        let DeviceState::Mem(state) = state else { return Err(RestoreError::Differs("it is no memory's")) };
+        let of = |state: &State| (state.begin, state.length, state.blocks.len());
+        if of(&state) != of(&self.state) {
+            return Err(RestoreError::Differs("it is of memory in another place"));
+        }
+        self.size.wanted.store(state.wanted, Ordering::SeqCst);
+        self.state = state;
+        self.note();
+        Ok(())
+    }
 
     fn sources(&self) -> Vec<Source<'_>> {
         vec![Source { descriptor: sys::descriptor(&self.size.changed), edge: false }]

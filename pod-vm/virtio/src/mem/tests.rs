@@ -11,10 +11,14 @@ use crate::driver::{Driver, Part};
 /// The region is the second half of the tests' driver's memory, as far as there is one: a block of it can be reached.
 const BEGIN: u64 = 8 << 20;
 
-fn lab() -> (Driver, Arc<Size>, EventFd) {
+fn parts() -> (Reserve, Arc<Size>, EventFd) {
     let told = EventFd::new(crate::transport::flags()).unwrap();
     let size = Arc::new(Size::new(told.try_clone().unwrap()).unwrap());
-    let device = Reserve::new(BEGIN, LARGE_BLOCK * 2, Arc::clone(&size));
+    (Reserve::new(BEGIN, LARGE_BLOCK * 2, Arc::clone(&size)), size, told)
+}
+
+fn lab() -> (Driver, Arc<Size>, EventFd) {
+    let (device, size, told) = parts();
     (Driver::new(Box::new(device)), size, told)
 }
 
@@ -122,4 +126,24 @@ fn nonsense_stops_the_device() {
         driver.serve(Wake::Queue(0));
         assert!(driver.is_broken(), "{parts:?}");
     }
+}
+
+#[test]
+fn a_driver_goes_on() {
+    let (mut driver, size, _) = lab();
+    want(&mut driver, &size, 4 * BLOCK);
+    assert_eq!(ask(&mut driver, PLUG, 1, 2), DONE);
+    let before = driver.endpoint.device().configuration().to_vec();
+    let (other, size, told) = parts();
+    let mut driver = driver.moved(Box::new(other));
+    assert_eq!((size.has(), told.read().unwrap()), (2 * BLOCK, 1));
+    assert_eq!(driver.endpoint.device().configuration(), before);
+    assert_eq!(ask(&mut driver, UNPLUG, 0, 1), WRONG);
+    assert_eq!(ask(&mut driver, UNPLUG, 1, 1), DONE);
+    assert_eq!(ask(&mut driver, PLUG, 3, 3), DONE);
+    assert_eq!(ask(&mut driver, PLUG, 6, 1), REFUSED);
+    // What is wanted can be asked for anew, and is the same.
+    want(&mut driver, &size, 5 * BLOCK);
+    assert_eq!(ask(&mut driver, PLUG, 6, 1), DONE);
+    assert_eq!(size.has(), 5 * BLOCK);
 }

@@ -1,9 +1,12 @@
 //! The device.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 
+use rustix::buffer::spare_capacity;
+use rustix::io::{Errno, read};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
@@ -12,7 +15,8 @@ use virtio_bindings::bindings::virtio_net::{
 use virtio_queue::{QueueOwnedT, QueueT};
 
 use super::request::{BUFFERS, HEADER, Offloads, PACKET};
-use crate::device::{Buffers, Device, Misuse, Queues, Source, Wake};
+use crate::device::{Buffers, Device, Memory, Misuse, Queues, Source, Wake};
+use crate::state::{DeviceState, RestoreError};
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
@@ -22,7 +26,7 @@ const AT_ONCE: usize = 64;
 const CONFIGURATION: usize = 12;
 
 /// What an interface is, and what has become of its packets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// The hardware address.
     pub address: [u8; 6],
@@ -32,6 +36,8 @@ pub struct State {
     pub features: u64,
     /// Packets of the guest's that the tap did not take.
     pub lost: u64,
+    /// A packet from the tap that the guest has no buffers for yet. Empty: there is none.
+    pub waiting: Vec<u8>,
 }
 
 /// Tells the tap what the guest takes over from the host.
@@ -43,10 +49,6 @@ pub struct Network {
     offload: Offload,
     state: State,
     configuration: [u8; CONFIGURATION],
-    /// A packet from the tap.
-    packet: Vec<u8>,
-    /// Bytes of a packet that was read, and that the guest has no buffers for yet.
-    waiting: usize,
     /// A packet from the guest.
     outgoing: Vec<u8>,
 }
@@ -65,17 +67,10 @@ impl Network {
         Self {
             tap,
             offload: Box::new(offload),
-            state: State { address, mtu, features: 0, lost: 0 },
+            state: State { address, mtu, features: 0, lost: 0, waiting: Vec::new() },
             configuration,
-            packet: Vec::new(),
-            waiting: 0,
             outgoing: Vec::new(),
         }
-    }
-
-    /// What it is.
-    pub fn state(&self) -> State {
-        self.state
     }
 
     fn transmit(&mut self, queues: &mut Queues<'_>) -> Result<bool, Misuse> {
@@ -104,12 +99,12 @@ impl Network {
         let mut given = false;
         let mut more = true;
         for _ in 0..AT_ONCE {
-            if self.waiting == 0 {
-                match self.tap.read(&mut self.packet) {
-                    Ok(length) => self.waiting = length,
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            if self.state.waiting.is_empty() {
+                match read(&self.tap, spare_capacity(&mut self.state.waiting)) {
+                    Ok(1..) => {}
+                    Err(Errno::INTR) => continue,
                     // The next packet wakes; a tap that has gone gives none.
-                    Err(_) => {
+                    Ok(0) | Err(_) => {
                         more = false;
                         break;
                     }
@@ -118,7 +113,7 @@ impl Network {
             let Some(queue) = queues.get(RECEIVE) else { break };
             queue.disable_notification(memory)?;
             if self.deliver(queues)? {
-                self.waiting = 0;
+                self.state.waiting.clear();
                 given = true;
                 continue;
             }
@@ -135,11 +130,15 @@ impl Network {
     /// Puts the packet that waits into the guest's buffers; false: they are not enough.
     fn deliver(&mut self, queues: &mut Queues<'_>) -> Result<bool, Misuse> {
         let memory = queues.memory;
-        let merge = self.state.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
+        let State { features, waiting, .. } = &mut self.state;
+        let merge = *features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let Some(queue) = queues.get(RECEIVE) else { return Ok(false) };
+        let length = waiting.len();
+        // What has no header is no packet.
+        let Some(number) = waiting.get_mut(BUFFERS..HEADER) else { return Ok(true) };
         let mut chains = Vec::new();
         let mut room = 0;
-        while room < self.waiting && (merge || chains.is_empty()) {
+        while room < length && (merge || chains.is_empty()) {
             let Some(chain) = queue.iter(memory)?.next() else {
                 // From here on the guest says when there are more: before those that were looked at are left where they are, or it would
                 // speak of those. There may be more by now.
@@ -161,10 +160,10 @@ impl Network {
             chains.push((head, buffers));
         }
         let count = u16::try_from(chains.len()).unwrap_or(u16::MAX);
-        self.packet[BUFFERS..HEADER].copy_from_slice(&count.to_le_bytes());
+        number.copy_from_slice(&count.to_le_bytes());
         let mut done = 0;
         for (head, buffers) in chains {
-            let written = buffers.write(memory, 0, &self.packet[done..self.waiting])?;
+            let written = buffers.write(memory, 0, &waiting[done..])?;
             done += written;
             // A packet that does not fit the only buffer it may have is cut off, and then dropped by whoever checks it.
             queue.add_used(memory, head, u32::try_from(written).unwrap_or(0))?;
@@ -206,14 +205,31 @@ impl Device for Network {
     fn begin(&mut self, features: u64) -> Result<(), Misuse> {
         (self.offload)(self.tap.as_fd(), Offloads::from_features(features)).map_err(Misuse::Gone)?;
         self.state.features = features;
-        self.packet.resize(PACKET, 0);
+        self.state.waiting.reserve_exact(PACKET);
         self.outgoing.resize(PACKET, 0);
         Ok(())
     }
 
     fn reset(&mut self) {
-        (self.packet, self.outgoing, self.waiting) = (Vec::new(), Vec::new(), 0);
+        (self.state.waiting, self.outgoing) = (Vec::new(), Vec::new());
         self.state.features = 0;
+    }
+
+    fn state(&self) -> DeviceState {
+        DeviceState::Net(self.state.clone())
+    }
+
+    fn restore(&mut self, state: DeviceState, _memory: &Memory) -> Result<(), RestoreError> {
+        let DeviceState::Net(mut state) = state else {
+            return Err(RestoreError::Differs("it is no network's"));
+        };
+        let of = |state: &State| (state.address, state.mtu, state.features);
+        if of(&state) != of(&self.state) || state.waiting.len() > PACKET {
+            return Err(RestoreError::Differs("it is of another network"));
+        }
+        state.waiting.reserve_exact(PACKET - state.waiting.len());
+        self.state = state;
+        Ok(())
     }
 
     fn sources(&self) -> Vec<Source<'_>> {

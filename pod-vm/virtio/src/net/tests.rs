@@ -10,6 +10,11 @@ use crate::driver::{Driver, Part};
 
 /// A device at one end of a socket that keeps packets apart, as a tap does; the other end, and the offloads that were set.
 fn network(mask: u64) -> (Driver, OwnedFd, Arc<Mutex<Vec<Offloads>>>) {
+    let (device, ours, set) = parts();
+    (Driver::with(Box::new(device), mask), ours, set)
+}
+
+fn parts() -> (Network, OwnedFd, Arc<Mutex<Vec<Offloads>>>) {
     let flags = SocketFlags::NONBLOCK;
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
     let set = Arc::new(Mutex::new(Vec::new()));
@@ -18,7 +23,7 @@ fn network(mask: u64) -> (Driver, OwnedFd, Arc<Mutex<Vec<Offloads>>>) {
         seen.lock().unwrap().push(offloads);
         Ok(())
     });
-    (Driver::with(Box::new(device), mask), ours, set)
+    (device, ours, set)
 }
 
 fn packet(length: usize, content: u8) -> Vec<u8> {
@@ -104,4 +109,41 @@ fn nonsense_stops_the_device() {
         driver.serve(RECEIVE);
         assert!(driver.is_broken(), "{part:?}");
     }
+}
+
+#[test]
+fn a_driver_goes_on() {
+    let (mut driver, wire, _) = network(u64::MAX);
+    rustix::io::write(&wire, &packet(250, 3)).unwrap();
+    driver.put(0, &[Part::In(100)]);
+    driver.serve(Wake::Source(0));
+    assert_eq!(driver.used(0), []);
+    drop(wire);
+    // The packet that waits for buffers is not lost, and the tap learns again what the guest takes over.
+    let (device, wire, set) = parts();
+    let mut driver = driver.moved(Box::new(device));
+    assert_eq!(*set.lock().unwrap(), [Offloads(15)]);
+    driver.put(0, &[Part::In(200)]);
+    driver.serve(RECEIVE);
+    let used = driver.used(0);
+    assert_eq!([used[0].1, used[1].1], [100, 150]);
+    assert!(used[1].2[..150].iter().all(|byte| *byte == 3));
+    rustix::io::write(&wire, &packet(60, 4)).unwrap();
+    driver.put(0, &[Part::In(100)]);
+    driver.serve(Wake::Source(0));
+    assert_eq!(driver.used(0)[0].1, 60);
+    driver.put(1, &[Part::Out(packet(100, 1))]);
+    driver.serve(Wake::Queue(1));
+    assert_eq!(rustix::io::read(&wire, &mut [0; 1000]).unwrap(), 100);
+}
+
+/// What is shorter than a header is no packet, whoever has put it into the tap.
+#[test]
+fn what_has_no_header_is_dropped() {
+    let (mut driver, wire, _) = network(u64::MAX);
+    rustix::io::write(&wire, &[1; 11]).unwrap();
+    rustix::io::write(&wire, &packet(60, 4)).unwrap();
+    driver.put(0, &[Part::In(100)]);
+    driver.serve(Wake::Source(0));
+    assert_eq!(driver.used(0)[0].1, 60);
 }

@@ -1,6 +1,9 @@
 //! The device.
 
-use crate::device::{Buffers, Device, Misuse, Queues, Wake};
+use serde::{Deserialize, Serialize};
+
+use crate::device::{Buffers, Device, Memory, Misuse, Queues, Wake};
+use crate::state::{DeviceState, RestoreError};
 
 /// Bytes of a request (`struct virtio_pmem_req`) and of its answer.
 const WORD: usize = 4;
@@ -10,7 +13,7 @@ const FLUSH: u32 = 0;
 const FAILED: u32 = 1;
 
 /// Where the range is, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// Where it begins.
     pub begin: u64,
@@ -32,11 +35,6 @@ impl Image {
         configuration[..8].copy_from_slice(&state.begin.to_le_bytes());
         configuration[8..].copy_from_slice(&state.length.to_le_bytes());
         Self { state, configuration }
-    }
-
-    /// Where it is.
-    pub fn state(&self) -> State {
-        self.state
     }
 }
 
@@ -62,6 +60,17 @@ impl Device for Image {
     }
 
     fn reset(&mut self) {}
+
+    fn state(&self) -> DeviceState {
+        DeviceState::Pmem(self.state)
+    }
+
+    fn restore(&mut self, state: DeviceState, _memory: &Memory) -> Result<(), RestoreError> {
+        if state != DeviceState::Pmem(self.state) {
+            return Err(RestoreError::Differs("it is of an image in another place"));
+        }
+        Ok(())
+    }
 
     fn serve(&mut self, _wake: Wake, queues: &mut Queues<'_>) -> Result<bool, Misuse> {
         let memory = queues.memory;

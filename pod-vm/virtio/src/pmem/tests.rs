@@ -1,6 +1,7 @@
 use super::*;
 use crate::device::{Device, Wake};
 use crate::driver::{Driver, Part};
+use crate::endpoint::Endpoint;
 
 fn driver() -> Driver {
     Driver::new(Box::new(Image::new(State { begin: 5 << 30, length: 4 << 20 })))
@@ -37,4 +38,16 @@ fn nonsense_stops_the_device() {
         driver.serve(Wake::Queue(0));
         assert!(driver.is_broken(), "{parts:?}");
     }
+}
+
+#[test]
+fn a_driver_goes_on() {
+    let mut driver = driver();
+    assert_eq!(ask(&mut driver, 0), [0; 4]);
+    let kept = driver.endpoint.state();
+    let mut driver = driver.moved(Box::new(Image::new(State { begin: 5 << 30, length: 4 << 20 })));
+    assert_eq!(ask(&mut driver, 7), [1, 0, 0, 0]);
+    // The guest has it where it was, or not at all.
+    let elsewhere = Box::new(Image::new(State { begin: 6 << 30, length: 4 << 20 }));
+    assert!(Endpoint::new(elsewhere, driver.memory.clone()).unwrap().restore(kept).is_err());
 }

@@ -8,12 +8,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK};
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Attached;
 use crate::device::Interrupt;
+use crate::state::{EndpointState, RestoreError};
 
 /// Bytes that the registers and the device's configuration take.
 pub const LENGTH: u64 = 0x1000;
@@ -70,11 +72,23 @@ impl Interrupt for Line {
 }
 
 /// What the driver has selected.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Selected {
     device_features: u32,
     driver_features: u32,
     queue: u32,
+}
+
+/// All that a guest's driver knows of a device, and the device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// The device and its queues.
+    pub endpoint: EndpointState,
+    /// What the driver has not acknowledged.
+    pub interrupt: u32,
+    /// The device is to go.
+    pub leaving: bool,
+    selected: Selected,
 }
 
 /// The registers of one device.
@@ -89,6 +103,30 @@ impl Registers {
     /// The registers of a device whose interrupt is `line`.
     pub fn new(attached: Attached, line: Arc<Line>) -> Self {
         Self { attached, line, selected: Selected::default(), leaving: false }
+    }
+
+    /// What the driver knows of the device, and the device's state.
+    pub fn state(&self) -> State {
+        State {
+            endpoint: self.attached.with(|endpoint, _| endpoint.state()),
+            interrupt: self.line.status.load(Ordering::SeqCst),
+            leaving: self.leaving,
+            selected: self.selected,
+        }
+    }
+
+    /// Goes on where registers of a device of the same parts were when they had this state. Whoever serves it looks at all queues.
+    pub fn restore(&mut self, state: State) -> Result<(), RestoreError> {
+        let State { endpoint, interrupt, leaving, selected } = state;
+        self.attached.with(|device, _| device.restore(endpoint))?;
+        (self.leaving, self.selected) = (leaving, selected);
+        self.line.status.store(0, Ordering::SeqCst);
+        if interrupt != 0 {
+            // Once too often is harmless: the driver looks at the status.
+            self.line.raise(interrupt);
+        }
+        self.attached.kick_all();
+        Ok(())
     }
 
     /// The device is to go: who has not found it yet finds none.

@@ -86,6 +86,35 @@ fn what_is_not_offered_is_not_accepted() {
     }
 }
 
+/// A driver in the middle of setting up goes on with other registers, and an interrupt that it has not heard comes again.
+#[test]
+fn a_driver_goes_on() {
+    let (mut it, _) = registers();
+    for status in [1, 3] {
+        write(&mut it, 0x70, status);
+    }
+    write(&mut it, 0x24, 1);
+    write(&mut it, 0x20, 1);
+    write(&mut it, 0x70, 11);
+    write(&mut it, 0x38, 8);
+    it.attached().with(|_, interrupt| interrupt.configuration());
+    let kept = serde_json::to_string(&it.state()).unwrap();
+
+    let (mut it, trigger) = registers();
+    it.restore(serde_json::from_str(&kept).unwrap()).unwrap();
+    assert_eq!(serde_json::to_string(&it.state()).unwrap(), kept);
+    assert_eq!((trigger.read().unwrap(), read(&mut it, 0x60), read(&mut it, 0x70)), (1, 2, 11));
+    for (offset, address) in [(0x80, 0x1000), (0x90, 0x2000), (0xa0, 0x3000)] {
+        write(&mut it, offset, address);
+    }
+    write(&mut it, 0x44, 1);
+    write(&mut it, 0x70, 15);
+    let attached = it.attached().clone();
+    // Once by restoring, once by the driver.
+    assert_eq!((read(&mut it, 0x70), attached.kicks()[0].read().unwrap()), (15, 2));
+    attached.with(|endpoint, _| assert_eq!(endpoint.queue_limit(0), 64));
+}
+
 proptest! {
     /// Whatever is written to the registers, nothing panics.
     #[test]

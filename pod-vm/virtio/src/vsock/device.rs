@@ -2,13 +2,18 @@
 
 use std::os::fd::AsFd;
 
-use virtio_queue::QueueT;
+use virtio_queue::{QueueOwnedT, QueueT};
 
+use super::muxer::State;
 use super::{GUEST_CID, Muxer, Scratch, drain, fill};
-use crate::device::{Device, Misuse, Queues, Source, Wake};
+use crate::device::{Buffers, Device, Memory, Misuse, Queues, Source, Wake};
+use crate::state::{DeviceState, RestoreError};
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
+const EVENTS: usize = 2;
+/// The only event: all connections are gone (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, virtio 1.3, 5.10.6.7).
+const TRANSPORT_RESET: [u8; 4] = [0; 4];
 /// Rounds of moving before others have their turn.
 const ROUNDS: usize = 16;
 
@@ -49,6 +54,24 @@ impl Vsock {
         }
         Ok((filled.buffers > 0, filled.starved))
     }
+
+    /// Tells the guest that its connections are gone, if they are. True: there may be a buffer to tell it in by now.
+    fn tell(&mut self, queues: &mut Queues<'_>) -> Result<bool, Misuse> {
+        let memory = queues.memory;
+        if !self.muxer.state.lost {
+            return Ok(false);
+        }
+        let Some(queue) = queues.get(EVENTS) else { return Ok(false) };
+        let Some(chain) = queue.iter(memory)?.next() else {
+            return Ok(queue.enable_notification(memory)?);
+        };
+        let head = chain.head_index();
+        let written = Buffers::new(chain, usize::MAX)?.write(memory, 0, &TRANSPORT_RESET)?;
+        queue.add_used(memory, head, u32::try_from(written).unwrap_or(0))?;
+        self.muxer.state.lost = false;
+        queues.notify(EVENTS)?;
+        Ok(false)
+    }
 }
 
 impl Device for Vsock {
@@ -56,7 +79,7 @@ impl Device for Vsock {
         virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK
     }
 
-    /// The third is for events, of which there are none.
+    /// For what the guest receives, what it sends, and events.
     fn queues(&self) -> &'static [u16] {
         &[256, 256, 64]
     }
@@ -79,6 +102,16 @@ impl Device for Vsock {
         self.muxer.reset();
     }
 
+    fn state(&self) -> DeviceState {
+        DeviceState::Vsock(self.muxer.state)
+    }
+
+    fn restore(&mut self, state: DeviceState, _memory: &Memory) -> Result<(), RestoreError> {
+        let DeviceState::Vsock(state) = state else { return Err(RestoreError::Differs("it is no vsock's")) };
+        self.muxer.state = State { lost: true, ..state };
+        Ok(())
+    }
+
     fn sources(&self) -> Vec<Source<'_>> {
         vec![Source { descriptor: self.muxer.as_fd(), edge: false }]
     }
@@ -86,6 +119,8 @@ impl Device for Vsock {
     fn serve(&mut self, _wake: Wake, queues: &mut Queues<'_>) -> Result<bool, Misuse> {
         let memory = queues.memory;
         for _ in 0..ROUNDS {
+            // Before anything of a connection that the guest does not know.
+            let untold = self.tell(queues)?;
             // A broken epoll cannot be mended from here, and does not happen.
             let _ = self.muxer.advance();
             let sent = self.transmit(queues)?;
@@ -94,7 +129,7 @@ impl Device for Vsock {
                 continue;
             }
             // Nothing moves: from now on the guest has to say when it has put something there. It may have just done so.
-            let mut more = false;
+            let mut more = untold;
             if self.muxer.accepts()
                 && let Some(queue) = queues.get(TRANSMIT)
             {

@@ -29,6 +29,8 @@
 //! - *A connection that both sides have ended is forgotten at once*, where Linux' vhost waits for the guest's reset: a guest that
 //!   never answers could otherwise use up the connections. Packets that still come for it get a reset, which is what ends it for Linux.
 //! - *Edge-triggered epoll*: a client that has hung up while the guest gives no credit would wake a level-triggered one for ever.
+//! - *Connections do not outlive the device*: their clients are processes of the host's. A device that goes on from another's state tells the guest
+//!   that all of them are gone, by the event that is there for it.
 //! - *A client that comes before the guest has a driver waits* for the driver, so that nobody has to poll for the longest part of a boot.
 //!
 //! Sources: virtio 1.3, section 5.10 (socket device); for what Linux does `net/vmw_vsock/virtio_transport_common.c`.
@@ -45,7 +47,7 @@ mod tests;
 
 pub use connection::BUFFER;
 pub use device::Vsock;
-pub use muxer::{CONNECTIONS, Muxer, MuxerError};
+pub use muxer::{CONNECTIONS, Muxer, MuxerError, State};
 pub use packet::{HEADER_LENGTH, Header, Operation};
 pub use queues::{Filled, QueueError, Scratch, drain, fill};
 

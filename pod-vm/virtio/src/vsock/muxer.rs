@@ -9,6 +9,7 @@ use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
+use serde::{Deserialize, Serialize};
 
 use super::connection::Connection;
 use super::packet::{Header, Operation, TYPE_STREAM};
@@ -31,6 +32,17 @@ pub enum MuxerError {
     Watch(#[source] io::Error),
 }
 
+/// What is left of the muxer without its clients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// The last of the host's ports that a connection got.
+    pub last_port: u32,
+    /// Packets that were dropped because they made no sense.
+    pub dropped: u64,
+    /// The guest is to be told that the connections it knows are gone.
+    pub lost: bool,
+}
+
 /// The device, without its queues.
 #[derive(Debug)]
 pub struct Muxer {
@@ -40,12 +52,11 @@ pub struct Muxer {
     listening: bool,
     /// By the host's port.
     connections: BTreeMap<u32, Connection>,
-    last_port: u32,
+    pub(super) state: State,
     /// Those that have something for the guest, each once.
     queue: VecDeque<u32>,
     /// Resets for packets that belong to no connection.
     resets: VecDeque<Header>,
-    dropped: u64,
 }
 
 impl Muxer {
@@ -59,10 +70,9 @@ impl Muxer {
             listener,
             listening: false,
             connections: BTreeMap::new(),
-            last_port: FIRST_PORT,
+            state: State { last_port: FIRST_PORT, dropped: 0, lost: false },
             queue: VecDeque::new(),
             resets: VecDeque::new(),
-            dropped: 0,
         };
         muxer.listen().map_err(|error| MuxerError::Watch(error.into()))?;
         Ok(muxer)
@@ -75,7 +85,7 @@ impl Muxer {
 
     /// Packets that were dropped because they made no sense.
     pub fn dropped(&self) -> u64 {
-        self.dropped
+        self.state.dropped
     }
 
     /// Bytes that clients have not taken yet.
@@ -84,7 +94,7 @@ impl Muxer {
     }
 
     pub(super) fn drop_packet(&mut self) {
-        self.dropped += 1;
+        self.state.dropped += 1;
     }
 
     fn listen(&mut self) -> rustix::io::Result<()> {
@@ -140,14 +150,14 @@ impl Muxer {
     }
 
     fn add(&mut self, socket: UnixStream) {
-        let mut port = self.last_port;
+        let mut port = self.state.last_port;
         loop {
             port = port.checked_add(1).unwrap_or(FIRST_PORT + 1);
             if !self.connections.contains_key(&port) {
                 break;
             }
         }
-        self.last_port = port;
+        self.state.last_port = port;
         let flags =
             epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
         // Without being watched it would never move: the client sees it closed.
@@ -249,6 +259,7 @@ impl Muxer {
     /// The guest's driver has begun anew and knows of no connection.
     pub fn reset(&mut self) {
         self.resets.clear();
+        self.state.lost = false;
         let known: Vec<u32> = self
             .connections
             .iter()

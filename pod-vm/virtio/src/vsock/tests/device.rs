@@ -10,11 +10,17 @@ use crate::driver::{Driver, Part};
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
+const EVENTS: usize = 2;
 
-fn lab() -> (Driver, tempfile::TempDir) {
+fn parts() -> (Vsock, tempfile::TempDir) {
     let directory = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(directory.path().join("vsock")).unwrap();
-    let driver = Driver::new(Box::new(Vsock::new(Muxer::new(listener).unwrap())));
+    (Vsock::new(Muxer::new(listener).unwrap()), directory)
+}
+
+fn lab() -> (Driver, tempfile::TempDir) {
+    let (device, directory) = parts();
+    let driver = Driver::new(Box::new(device));
     assert_eq!(driver.endpoint.device().configuration(), GUEST_CID.to_le_bytes());
     (driver, directory)
 }
@@ -102,4 +108,50 @@ fn nonsense() {
     driver.announce(TRANSMIT, 1000);
     driver.serve(Wake::Queue(TRANSMIT));
     assert!(driver.is_broken());
+}
+
+/// Clients are not kept with the state: the guest is told, once, that its connections are gone, and has others.
+#[test]
+fn a_driver_goes_on() {
+    let (mut driver, directory) = lab();
+    driver.put(EVENTS, &[Part::In(4)]);
+    let mut old = client(&directory);
+    driver.serve(Wake::Source(0));
+    driver.put(RECEIVE, &[Part::In(4096)]);
+    driver.serve(Wake::Source(0));
+    let (request, _) = received(&mut driver);
+    let ports = (1024, request.source_port);
+    driver.put(TRANSMIT, &[Part::Out(packet(Operation::Response, ports, 0).encode().to_vec())]);
+    driver.serve(Wake::Queue(TRANSMIT));
+    assert_eq!((driver.used(TRANSMIT).len(), driver.used(EVENTS)), (1, vec![]));
+
+    let (device, directory) = parts();
+    let mut driver = driver.moved(Box::new(device));
+    assert!(old.read_to_end(&mut Vec::new()).is_ok());
+    let used = driver.used(EVENTS);
+    assert_eq!((used.len(), used[0].1, &used[0].2[..]), (1, 4, &[0; 4][..]));
+    driver.put(EVENTS, &[Part::In(4)]);
+    driver.put(TRANSMIT, &[Part::Out(packet(Operation::Data, ports, 0).encode().to_vec())]);
+    driver.put(RECEIVE, &[Part::In(4096)]);
+    driver.serve(Wake::Queue(TRANSMIT));
+    assert_eq!(received(&mut driver).0.operation, Operation::Reset as u16);
+    let _new = client(&directory);
+    driver.serve(Wake::Source(0));
+    driver.put(RECEIVE, &[Part::In(4096)]);
+    driver.serve(Wake::Source(0));
+    let (request, _) = received(&mut driver);
+    assert_eq!((request.operation, request.source_port), (Operation::Request as u16, ports.1 + 1));
+    assert_eq!(driver.used(EVENTS), []);
+}
+
+/// A guest without a buffer for the event is told when it has one.
+#[test]
+fn a_guest_is_told_when_it_has_room() {
+    let (driver, _directory) = lab();
+    let (device, _directory) = parts();
+    let mut driver = driver.moved(Box::new(device));
+    assert_eq!(driver.used(EVENTS), []);
+    driver.put(EVENTS, &[Part::In(4)]);
+    driver.serve(Wake::Queue(EVENTS));
+    assert_eq!(driver.used(EVENTS).len(), 1);
 }
