@@ -222,6 +222,8 @@ pub enum Rootfs {
     Auto,
     /// As persistent memory: it reads the host's page cache.
     Pmem,
+    /// As a disk that cannot be written.
+    Block,
     /// Through the file server.
     Fs,
 }

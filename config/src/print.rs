@@ -218,6 +218,7 @@ impl Display for Rootfs {
         f.write_str(match self {
             Self::Auto => "auto",
             Self::Pmem => "pmem",
+            Self::Block => "block",
             Self::Fs => "fs",
         })
     }

@@ -163,7 +163,8 @@ fn vm(document: &mut Document<'_>, section: &mut Section<'_>, vm: &mut Vm) {
     document.set(section, "max_memory", &mut vm.max_memory, number(0..=1 << 24, "MiB"));
     document.set(section, "default_cpus", &mut vm.default_cpus, number(1..=32, "CPUs"));
     document.set(section, "max_cpus", &mut vm.max_cpus, number(1..=32, "CPUs"));
-    let forms = [("auto", Rootfs::Auto), ("pmem", Rootfs::Pmem), ("fs", Rootfs::Fs)];
+    let forms =
+        [("auto", Rootfs::Auto), ("pmem", Rootfs::Pmem), ("block", Rootfs::Block), ("fs", Rootfs::Fs)];
     document.set(section, "rootfs", &mut vm.rootfs, choice(&forms));
     let shared =
         [("node", ShareImages::Node), ("namespace", ShareImages::Namespace), ("pod", ShareImages::Pod)];

@@ -351,6 +351,7 @@ fn pinned_vm(vm: &Vm, choice: &Choice, guest: &Guest) -> PinnedVm {
         rootfs: match vm.rootfs {
             podvisor_config::Rootfs::Auto => RootfsForm::Auto,
             podvisor_config::Rootfs::Pmem => RootfsForm::Pmem,
+            podvisor_config::Rootfs::Block => RootfsForm::Block,
             podvisor_config::Rootfs::Fs => RootfsForm::Fs,
         },
         share_images: match vm.share_images {

@@ -1,5 +1,5 @@
 //! A container's image as persistent memory of the pod's machine (virtio-pmem): the guest reads the host's page cache, and what the container
-//! writes goes through the file server, into the same directory that it is in otherwise.
+//! writes goes through the file server, into the same directory that it is in otherwise. Or the same image as a disk.
 //!
 //! ```text
 //! host                                        guest
@@ -45,10 +45,21 @@ pub(super) async fn find(
     fits: bool,
 ) -> Result<Option<GuestImage>, PodError> {
     let Some(vm) = pod.runtime.vm() else { return Ok(None) };
-    let can = pod.machine.as_ref().is_some_and(|machine| machine.maps_images);
-    if vm.rootfs == RootfsForm::Pmem && !can {
-        let why = "the handler has rootfs = \"pmem\", but the pod's machine cannot have images in its memory: \
-                   that takes hypervisor = \"kvm\"; use rootfs = \"auto\" or \"fs\"";
+    let disk = vm.rootfs == RootfsForm::Block;
+    let machine = pod.machine.as_ref();
+    let can = machine.is_some_and(|machine| if disk { machine.plugs_images } else { machine.maps_images });
+    let why = match vm.rootfs {
+        RootfsForm::Pmem => {
+            "the handler has rootfs = \"pmem\", but the pod's machine cannot have images in its memory: \
+             that takes hypervisor = \"kvm\"; use rootfs = \"auto\", \"block\" or \"fs\""
+        }
+        RootfsForm::Block => {
+            "the handler has rootfs = \"block\", but nothing can be plugged into the pod's machine: \
+             with machine = \"microvm\" use rootfs = \"fs\""
+        }
+        RootfsForm::Auto | RootfsForm::Fs => "",
+    };
+    if !can && !why.is_empty() {
         return Err(PodError::invalid("runtime_handler", why));
     }
     let Some(changes) = snapshot.changes().map(PathBuf::from) else { return Ok(None) };
@@ -70,16 +81,21 @@ pub(super) async fn find(
     };
     let files = std::iter::once(&made.metadata).chain(&made.blobs);
     let image = Image {
-        serial: serial(&record.image_id),
+        serial: serial(&record.image_id, if disk { DISK_DIGITS } else { DIGITS }),
+        disk,
         paths: files.map(|path| path.display().to_string()).collect(),
     };
     Ok(Some(GuestImage { image, changes }))
 }
 
+/// Digits of a digest that tell images of a pod from each other: a disk's serial has 20 bytes.
+const DIGITS: usize = 40;
+const DISK_DIGITS: usize = 14;
+
 /// What the machine knows it by: all containers of the pod with the image have the same.
-fn serial(image: &str) -> String {
+fn serial(image: &str, digits: usize) -> String {
     let digest = image.rsplit(':').next().unwrap_or_default();
-    format!("image-{}", digest.chars().filter(char::is_ascii_alphanumeric).take(40).collect::<String>())
+    format!("image-{}", digest.chars().filter(char::is_ascii_alphanumeric).take(digits).collect::<String>())
 }
 
 /// Who shares its pages; `None`: all of the node.
@@ -104,7 +120,11 @@ impl GuestImage {
     pub(super) fn root(&self, record: &ContainerRecord) -> AddRoot {
         AddRoot {
             container_id: record.id.to_string(),
-            lower: Some(add_root::Lower::PmemSerial(self.image.serial.clone())),
+            lower: Some(if self.image.disk {
+                add_root::Lower::BlockSerial(self.image.serial.clone())
+            } else {
+                add_root::Lower::PmemSerial(self.image.serial.clone())
+            }),
             upper: Some(add_root::Upper::SharedLayers(format!("{}/{}/changes", share::TAG, record.id))),
             format: false,
         }
@@ -127,6 +147,7 @@ mod tests {
     #[test]
     fn serials_are_short_and_harmless() {
         let digest = "0123456789abcdef".repeat(4);
-        assert_eq!(serial(&format!("sha256:{digest}")), format!("image-{}", &digest[..40]));
+        assert_eq!(serial(&format!("sha256:{digest}"), DIGITS), format!("image-{}", &digest[..40]));
+        assert_eq!(serial(&format!("sha256:{digest}"), DISK_DIGITS).len(), 20);
     }
 }

@@ -119,6 +119,8 @@ pub(crate) enum RootfsForm {
     /// As persistent memory where that works, else through the file server.
     Auto,
     Pmem,
+    /// As a disk.
+    Block,
     #[default]
     Fs,
 }
@@ -192,6 +194,9 @@ pub(crate) struct Machine {
     /// Images can be put into its memory.
     #[serde(default)]
     pub(crate) maps_images: bool,
+    /// They can be plugged into it as disks.
+    #[serde(default)]
+    pub(crate) plugs_images: bool,
     pub(crate) hypervisor_pid: i32,
     pub(crate) file_server: ProcessIdentity,
 }

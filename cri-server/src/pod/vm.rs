@@ -439,6 +439,7 @@ pub(super) async fn start(
         huge_pages: HugePages::default(),
         adds_disks: machine.adds_disks && agent.block_devices,
         maps_images: machine.adds_images && agent.images,
+        plugs_images: machine.adds_image_disks && agent.images && agent.block_devices,
         hypervisor_pid: started.hypervisor_pid,
         // Its parent, the monitor, has not reaped it.
         file_server: identify(started.file_server_pid).ok_or(MonitorError::Gone)?,

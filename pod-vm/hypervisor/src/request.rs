@@ -78,7 +78,7 @@ pub fn check_disk(disk: &Disk) -> Result<(), Failure> {
 
 /// Refuses an image that cannot be one.
 pub fn check_image(image: &Image) -> Result<(), Failure> {
-    check_name("serial", &image.serial, 64)?;
+    check_name("serial", &image.serial, if image.disk { 20 } else { 64 })?;
     if !(1..=200).contains(&image.paths.len()) {
         return Err(Failure::invalid("an image must have 1 to 200 files"));
     }

@@ -135,6 +135,8 @@ pub(crate) struct Added {
     pub(crate) number: usize,
     /// Which slot it is in, where there are slots.
     pub(crate) slot: usize,
+    /// How many files it is joined of, if it is.
+    pub(crate) joined: Option<usize>,
 }
 
 impl Added {

@@ -1,14 +1,15 @@
 //! What a machine has, and what a request to change it comes to.
 
 use podvisor_hypervisor::failure::Failure;
-use podvisor_hypervisor::request::{MEMORY_STEP, check_disk, check_network, check_share};
+use podvisor_hypervisor::request::{MEMORY_STEP, check_disk, check_image, check_network, check_share};
 use podvisor_hypervisor::{files, tap};
-use podvisor_proto::hypervisor::{Disk, Network, Share, request::Verb};
+use podvisor_proto::hypervisor::{Disk, Image, Network, Share, request::Verb};
 use serde_json::{Value, json};
 
 use crate::changes::{Change, Outcome, Step};
 use crate::command_line::slots;
 use crate::device::{self, Added, Kind, descriptor_set};
+use crate::joined;
 use crate::plan::{self, Plan};
 
 /// Devices, memory and processors of a machine.
@@ -32,7 +33,7 @@ impl Inventory {
         // In the order of the command line, which gives each the next slot.
         for (slot, (kind, name)) in shares.chain(disks).chain(networks).enumerate() {
             let number = inventory.number(kind);
-            inventory.devices.push(Added { kind, name: name.clone(), number, slot });
+            inventory.devices.push(Added { kind, name: name.clone(), number, slot, joined: None });
         }
         inventory
     }
@@ -48,9 +49,8 @@ impl Inventory {
             Verb::RemoveNetwork(remove) => self.remove(Kind::Network, &remove.hardware_address),
             Verb::SetMemory(set) => self.set_memory(set.bytes),
             Verb::SetCpus(set) => self.set_processors(set.count),
-            Verb::AddImage(_) | Verb::RemoveImage(_) => {
-                Err(Failure::unsupported("QEMU maps no images into a guest's memory: use shares or disks"))
-            }
+            Verb::AddImage(add) => self.add_image(&add.image.unwrap_or_default()),
+            Verb::RemoveImage(remove) => self.remove(Kind::Disk, &remove.serial),
             Verb::Start(_) | Verb::Stop(_) | Verb::Check(_) => {
                 Err(Failure::invalid("that is no change of a machine"))
             }
@@ -87,7 +87,7 @@ impl Inventory {
         let slot = slot.ok_or_else(|| {
             Failure::unsupported(format!("all {slots} slots of this machine have a device in them"))
         })?;
-        Ok(Added { kind, name: name.to_owned(), number: self.number(kind), slot })
+        Ok(Added { kind, name: name.to_owned(), number: self.number(kind), slot, joined: None })
     }
 
     fn add_share(&mut self, share: &Share) -> Result<Change, Failure> {
@@ -120,6 +120,42 @@ impl Inventory {
             Step::new("device_add", device::disk(added.number, disk, described.block_device, added.place())),
         ];
         Ok(Self::adding("plug disk", added, steps))
+    }
+
+    fn add_image(&mut self, image: &Image) -> Result<Change, Failure> {
+        check_image(image)?;
+        if !image.disk {
+            return Err(Failure::unsupported(
+                "QEMU maps no images into a guest's memory: use shares or disks",
+            ));
+        }
+        let added = self.place(Kind::Disk, &image.serial)?;
+        let added = Added { joined: Some(image.paths.len()), ..added };
+        let failed = |error| Failure::failed(format!("use image {}", image.serial), error);
+        let mut opened = Vec::new();
+        let mut lengths = Vec::new();
+        for path in &image.paths {
+            let file = files::open_for_reading("image", path, 0)?;
+            lengths.push(file.metadata().map_err(failed)?.len());
+            opened.push(file);
+        }
+        let description = joined::description(added.number, &lengths).map_err(failed)?;
+        let sets = joined::sets(added.number, opened.len());
+        let mut steps: Vec<Step> = std::iter::once(description)
+            .chain(opened)
+            .zip(sets)
+            .map(|(file, set)| {
+                let set = json!({ "fdset-id": set });
+                Step::new("add-fd", set.clone()).with_descriptor(file).with_undo("remove-fd", set)
+            })
+            .collect();
+        steps.push(
+            Step::new("blockdev-add", joined::block_node(added.number))
+                .with_undo("blockdev-del", json!({ "node-name": added.backend() })),
+        );
+        let disk = Disk { serial: image.serial.clone(), path: String::new(), read_only: true };
+        steps.push(Step::new("device_add", device::disk(added.number, &disk, false, added.place())));
+        Ok(Self::adding("plug image", added, steps))
     }
 
     fn add_network(&mut self, network: &Network) -> Result<Change, Failure> {
@@ -156,8 +192,12 @@ impl Inventory {
             Kind::Share => steps.push(Step::new("chardev-remove", json!({ "id": backend }))),
             Kind::Disk => {
                 steps.push(Step::new("blockdev-del", json!({ "node-name": backend })));
-                let set = json!({ "fdset-id": descriptor_set(device.number) });
-                steps.push(Step::new("remove-fd", set));
+                let sets = match device.joined {
+                    Some(files) => joined::sets(device.number, files).collect(),
+                    None => vec![descriptor_set(device.number)],
+                };
+                let remove = |set| Step::new("remove-fd", json!({ "fdset-id": set }));
+                steps.extend(sets.into_iter().map(remove));
             }
             Kind::Network => steps.push(Step::new("netdev_del", json!({ "id": backend }))),
         }

@@ -8,6 +8,7 @@ mod command_line;
 mod confine;
 mod device;
 mod inventory;
+mod joined;
 mod kvm;
 mod landlock;
 mod launch;

@@ -96,6 +96,7 @@ impl Up {
             adds_disks: plugs,
             adds_networks: plugs,
             adds_images: false,
+            adds_image_disks: plugs,
             memory_limit: start.memory_limit,
             cpus_limit: start.cpus_limit,
         }

@@ -11,8 +11,8 @@ use std::fs;
 
 use lab::{Hypervisor, Namespace, Suite, eventually};
 use podvisor_proto::hypervisor::{
-    AddDisk, AddNetwork, AddShare, Disk, ErrorCode, Network, RemoveDisk, RemoveNetwork, SetCpus, SetMemory,
-    Share, Start, Stop, reply, request::Verb,
+    AddDisk, AddImage, AddNetwork, AddShare, Disk, ErrorCode, Image, Network, RemoveDisk, RemoveImage,
+    RemoveNetwork, SetCpus, SetMemory, Share, Start, Stop, reply, request::Verb,
 };
 
 const MIB: u64 = 1 << 20;
@@ -157,4 +157,33 @@ fn nobody_waits_for_a_machine_that_is_gone() {
         assert_eq!(hypervisor.answer(request).unwrap_err().code(), ErrorCode::WrongState);
     }
     hypervisor.finish(machine);
+}
+
+/// Files one after the other, which the guest reads as one disk; what they hold is nobody's description.
+#[test]
+fn images_are_joined() {
+    let (mut hypervisor, _machine) = growing(Suite::Bookworm);
+    let text =
+        "# Disk DescriptorFile\nversion=1\ncreateType=\"monolithicFlat\"\nRW 8 FLAT \"/etc/passwd\" 0\n";
+    let file = |name: &str, content: &str, length: usize| {
+        let path = hypervisor.path(name);
+        let mut bytes = content.as_bytes().to_vec();
+        bytes.resize(length, 0);
+        fs::write(&path, bytes).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let paths = vec![file("metadata", "QFI\u{fb}", 8192), file("nothing", "", 0), file("blob", text, 4096)];
+    let image = |disk| Image { serial: "image-1".into(), paths: paths.clone(), disk };
+    let add = |disk| Verb::AddImage(AddImage { image: Some(image(disk)) });
+    assert_eq!(hypervisor.refused(add(false)).0, ErrorCode::Unsupported);
+    for _ in 0..2 {
+        hypervisor.done(add(true));
+        let device = appears(&hypervisor, "disk image-1");
+        assert_eq!(hypervisor.tell(&format!("read /sys/block/{device}/size")), "24");
+        assert_eq!(hypervisor.tell(&format!("read /sys/block/{device}/ro")), "1");
+        assert!(hypervisor.tell(&format!("read /dev/{device}")).starts_with("QFI"));
+        hypervisor.done(Verb::RemoveImage(RemoveImage { serial: "image-1".into() }));
+        assert_eq!(hypervisor.tell("disk image-1"), "none");
+    }
+    hypervisor.done(Verb::Stop(Stop {}));
 }

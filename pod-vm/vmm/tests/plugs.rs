@@ -57,7 +57,7 @@ fn image(hypervisor: &Hypervisor, serial: &str, content: &[u8]) -> Image {
     assert!(made.status.success(), "{made:?}");
     fs::write(&paths[1], format!("more of {serial}")).unwrap();
     let paths = paths.map(|path| path.to_str().unwrap().to_owned());
-    Image { serial: serial.into(), paths: paths.into() }
+    Image { serial: serial.into(), paths: paths.into(), disk: false }
 }
 
 fn add_image(image: &Image) -> Verb {
@@ -76,7 +76,7 @@ fn machine() -> (Hypervisor, i32) {
     let start = Start { emulate: false, plugs: true, disks: vec![first], ..start };
     let started = hypervisor.begin(start);
     assert!(started.adds_disks && started.adds_networks && started.adds_shares, "{started:?}");
-    assert!(started.adds_images, "{started:?}");
+    assert!(started.adds_images && started.adds_image_disks, "{started:?}");
     (hypervisor, started.pid)
 }
 
@@ -235,16 +235,32 @@ fn kvm_images_are_read_where_they_are() {
     let mapped: Vec<&str> = maps.lines().filter(|line| line.contains(".erofs")).collect();
     assert!(mapped.len() == 2 && mapped.iter().all(|line| line.contains("r--s")), "{maps}");
 
+    // Files as one disk.
+    let paths = ["head", "tail"].map(|name| {
+        fs::write(hypervisor.path(name), name.repeat(1024)).unwrap();
+        hypervisor.path(name).to_str().unwrap().to_owned()
+    });
+    let joined = Image { serial: "joined".into(), paths: paths.into(), disk: true };
+    hypervisor.done(add_image(&joined));
+    let disk = appears(&hypervisor, "disk joined");
+    assert_eq!(hypervisor.tell(&format!("read /sys/block/{disk}/size")), "16");
+    let bytes: u64 = "headtail".bytes().map(|byte| u64::from(byte) * 1024).sum();
+    assert_eq!(hypervisor.tell(&format!("sum /dev/{disk}")), format!("8192 {bytes}"));
+    leaves(&mut hypervisor, remove_image("joined"), &format!("/sys/block/{disk}/device"), false);
+    let odd = Image { paths: vec![hypervisor.path("odd").to_str().unwrap().into()], ..joined };
+    fs::write(&odd.paths[0], "odd").unwrap();
+    assert_eq!(hypervisor.refused(add_image(&odd)).0, ErrorCode::Failed);
+
     assert_eq!(hypervisor.refused(add_image(&one)).0, ErrorCode::Invalid);
     assert_eq!(hypervisor.refused(remove_image("third")).0, ErrorCode::NotFound);
-    let none = Image { serial: "none".into(), paths: Vec::new() };
+    let none = Image { serial: "none".into(), paths: Vec::new(), disk: false };
     assert_eq!(hypervisor.refused(add_image(&none)).0, ErrorCode::Invalid);
-    let nowhere = Image { serial: "nowhere".into(), paths: vec!["/nowhere/at/all".into()] };
+    let nowhere = Image { serial: "nowhere".into(), paths: vec!["/nowhere/at/all".into()], disk: false };
     assert_eq!(hypervisor.refused(add_image(&nowhere)).0, ErrorCode::Failed);
     // One that no address is left for.
     let path = hypervisor.path("endless");
     fs::File::create(&path).unwrap().set_len(1 << 42).unwrap();
-    let endless = Image { serial: "endless".into(), paths: vec![path.to_str().unwrap().into()] };
+    let endless = Image { serial: "endless".into(), paths: vec![path.to_str().unwrap().into()], disk: false };
     let (code, detail) = hypervisor.refused(add_image(&endless));
     assert!(code != ErrorCode::Unspecified, "{detail}");
     let said = hypervisor.console();

@@ -1,23 +1,36 @@
 //! Root file systems of containers in machines: the image in the guest's memory where the machine can have it, through the file server where not;
 //! nothing in the container tells which.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, PermissionsExt, chown};
+use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use podvisor_critest::contents;
+use podvisor_critest::image::Image;
+use podvisor_critest::layer::{Compression, Layer, digest_of};
 use podvisor_critest::node::{Options, VM};
+use podvisor_proto::cri::ContainerConfig;
+use podvisor_tests::cri::spec;
+use podvisor_tests::images::HOST;
 use podvisor_tests::{Fixture, Pod, ask};
+use rustix::fs::{CWD, FileType, Mode, XattrFlags, makedev, mknodat, setxattr};
+use serde_json::json;
 
 use super::Tests;
 use super::vm::machine;
+use super::vm_volumes::tools;
 
 /// The same handler but for the form of its images, and for who shares them.
 const OTHERS: &str = "[runtime.handlers.served]\ntype = \"vm\"\nallow_emulation = true\nrootfs = \"fs\"\n\
+    [runtime.handlers.plugged]\ntype = \"vm\"\nallow_emulation = true\nrootfs = \"block\"\n\
     [runtime.handlers.alone]\ntype = \"vm\"\nallow_emulation = true\nshare_images = \"pod\"\n";
 
 /// Everything about every file but what differs from one container to the next: kind and mode, owner, links, device, time, content.
 const TREE: &str = "cd /; find . -xdev -type d | sort | xargs stat -c '%n %f %u %g'; \
     find . -xdev ! -type d ! -path './etc/host*' ! -path ./etc/resolv.conf | sort | xargs stat -c '%N %f %u %g %h %t %T %Y %s'; \
-    find . -xdev -type f ! -path './etc/host*' ! -path ./etc/resolv.conf | sort | xargs md5sum";
+    find . -xdev -type f ! -path './etc/host*' ! -path ./etc/resolv.conf | sort | xargs md5sum; \
+    for f in special/*; do /special/attributes attributes $f | sort; done";
 
 /// How long it may take, where the processor of a machine in a machine is translated.
 const SECONDS: i64 = 300;
@@ -39,19 +52,69 @@ async fn maps(f: &Fixture, pod: &Pod) -> Result<bool> {
     Ok(machine(f, &pod.id).await?["hypervisor"].as_str().is_some_and(|name| name.starts_with("podvisor-vmm")))
 }
 
+/// busybox, and a layer with something of everything that a file can be. Gives its reference.
+fn image(f: &Fixture) -> Result<String> {
+    let root = f.node.path("layer");
+    let at = |name: &str| root.join("special").join(name);
+    fs::create_dir_all(at(""))?;
+    fs::copy(tools(f)?.join("v"), at("attributes"))?;
+    for (name, mode) in [("owned", 0o640), ("set-user-id", 0o6755), ("attributed", 0o600), ("capable", 0o755)]
+    {
+        fs::write(at(name), name.repeat(3000))?;
+        fs::set_permissions(at(name), fs::Permissions::from_mode(mode))?;
+    }
+    chown(at("owned"), Some(100_000), Some(3))?;
+    fs::hard_link(at("owned"), root.join("linked"))?;
+    let holes = File::create(at("holes"))?;
+    holes.set_len((3 << 20) + 5)?;
+    holes.write_all_at(b"middle", 2_000_000)?;
+    std::os::unix::fs::symlink("x/".repeat(1000), at("long"))?;
+    for (name, kind, device) in [
+        ("fifo", FileType::Fifo, 0),
+        ("null", FileType::CharacterDevice, makedev(1, 3)),
+        ("disk", FileType::BlockDevice, makedev(7, 300)),
+    ] {
+        mknodat(CWD, at(name), kind, Mode::from(0o640), device)?;
+    }
+    setxattr(at("attributed"), c"user.one", b"1", XattrFlags::empty())?;
+    setxattr(at("attributed"), c"user.two", &[2; 300], XattrFlags::empty())?;
+    // CAP_NET_RAW, effective (linux/capability.h, VFS_CAP_REVISION_2).
+    let capability: Vec<u8> =
+        [0x0200_0001_u32, 1 << 13, 0, 0, 0].into_iter().flat_map(u32::to_le_bytes).collect();
+    setxattr(at("capable"), c"security.capability", &capability, XattrFlags::empty())?;
+    let mut tar = Command::new("tar");
+    tar.args(["--create", "--format=pax", "--sparse", "--xattrs", "--xattrs-include=*", "--numeric-owner"]);
+    let tar =
+        tar.arg("--directory").arg(&root).args(["special", "linked"]).output().context("running tar")?;
+    ensure!(tar.status.success(), "{}", String::from_utf8_lossy(&tar.stderr));
+    let diff_id = digest_of(&tar.stdout);
+    let layer = Layer { blob: tar.stdout, compression: Compression::Plain, diff_id };
+    let base = contents::busybox()?.pack(Compression::Gzip)?;
+    let path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    let image = Image::new(vec![base, layer], json!({"Cmd": ["sh"], "Env": [path]}));
+    f.images.registry().push("test/everything", &["1"], &image.bundle()?)?;
+    Ok(format!("{HOST}/test/everything:1"))
+}
+
 async fn is_the_same_in_every_form(f: &mut Fixture) -> Result<()> {
-    f.cri.pull(podvisor_tests::images::BUSYBOX).await?;
+    let image = image(f)?;
+    f.cri.pull(&image).await?;
     let mut trees = Vec::new();
-    for (handler, mapped) in [(VM, true), ("alone", true), ("served", false)] {
+    for (handler, form) in [(VM, "pmem"), ("alone", "pmem"), ("plugged", "vd"), ("served", "")] {
         let pod = pod_of(f, handler, handler).await?;
-        let container = pod.start(&ask::waiting("c")).await?;
+        let container =
+            pod.start(&ContainerConfig { image: Some(spec(&image)), ..ask::waiting("c") }).await?;
         let said = f.cri.exec(&container, &["sh", "-c", TREE], SECONDS).await?;
         let tree = String::from_utf8(said.stdout)?;
         ensure!(said.exit_code == 0 && tree.lines().count() > 50, "{} {tree}", said.exit_code);
         let mounts = f.cri.output(&container, &["cat", "/proc/mounts"]).await?;
         let root = mounts.lines().find(|line| line.split(' ').nth(1) == Some("/")).unwrap_or_default();
         let is_overlay = root.split(' ').nth(2) == Some("overlay");
-        ensure!(is_overlay == (mapped && maps(f, &pod).await?), "{handler}: {root}");
+        let wanted = form == "vd" || form == "pmem" && maps(f, &pod).await?;
+        ensure!(is_overlay == wanted, "{handler}: {root}");
+        // The disks of this machine that have an image.
+        let disks = f.cri.output(&container, &["sh", "-c", "cd /sys/block; echo [pv][md]*"]).await?;
+        ensure!(!wanted || disks.split_whitespace().any(|disk| disk.starts_with(form)), "{handler}: {disks}");
         trees.push(tree);
         f.cri.stop_pod(&pod.id).await?;
     }

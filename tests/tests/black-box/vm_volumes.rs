@@ -40,7 +40,7 @@ fn container(name: &str, mounts: Vec<Mount>) -> ContainerConfig {
 }
 
 /// A directory with the program that `volumes.c` is.
-fn tools(f: &Fixture) -> Result<PathBuf> {
+pub(super) fn tools(f: &Fixture) -> Result<PathBuf> {
     let directory = f.node.path("tools");
     fs::create_dir_all(&directory)?;
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/black-box/volumes.c");

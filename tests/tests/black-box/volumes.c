@@ -7,6 +7,7 @@
 //                ..data has been exchanged and both others have gone; fails after LIMIT seconds
 //   huge FILE MIB   fills so many MiB of huge pages, a file's or, for -, its own; says the sum of what the pages begin with, 1 in each
 //   compare DIR UNTIL   reads the files `one` and `two` of versions of DIR until they hold UNTIL, and tells of a version in which they differ
+//   attributes FILE   says each extended attribute's name and, in hexadecimal digits, value
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -17,6 +18,7 @@
 #include <sys/inotify.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/xattr.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -131,11 +133,26 @@ static int huge(const char *path, size_t mib) {
     return 0;
 }
 
+static int attributes(const char *path) {
+    char names[4096], value[4096];
+    ssize_t length = llistxattr(path, names, sizeof names);
+    if (length < 0) return failed(path);
+    for (char *name = names; name < names + length; name += strlen(name) + 1) {
+        ssize_t bytes = lgetxattr(path, name, value, sizeof value);
+        if (bytes < 0) return failed(name);
+        printf("%s %s ", path, name);
+        for (ssize_t at = 0; at < bytes; at++) printf("%02hhx", (unsigned char)value[at]);
+        putchar('\n');
+    }
+    return 0;
+}
+
 int main(int count, char **words) {
     if (count >= 3 && !strcmp(words[1], "hold")) return hold(words[2]);
     if (count >= 3 && !strcmp(words[1], "try")) return try(words[2], count > 3);
     if (count >= 4 && !strcmp(words[1], "watch")) return watch(words[2], atoi(words[3]));
     if (count >= 4 && !strcmp(words[1], "huge")) return huge(words[2], strtoul(words[3], NULL, 10));
     if (count >= 4 && !strcmp(words[1], "compare")) return compare(words[2], words[3]);
+    if (count >= 3 && !strcmp(words[1], "attributes")) return attributes(words[2]);
     return 2;
 }

@@ -63,6 +63,7 @@ impl Device {
     fn release(&self) -> AgentVerb {
         match self.clone() {
             Self::Disk(Disk { serial, .. }) => AgentVerb::ReleaseDisk(ReleaseDisk { serial }),
+            Self::Image(Image { serial, disk: true, .. }) => AgentVerb::ReleaseDisk(ReleaseDisk { serial }),
             Self::Image(Image { serial, .. }) => AgentVerb::ReleaseImage(ReleaseImage { serial }),
         }
     }

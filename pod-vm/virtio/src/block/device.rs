@@ -1,16 +1,15 @@
 //! The device.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::io;
 
-use rustix::fs::{FallocateFlags, fallocate};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
 
+use super::medium::Medium;
 use super::request::{HEADER, Kind, Outcome, Request, SEGMENT, Segment};
 use crate::device::{Buffers, Device, Memory, Misuse, Queues, Wake};
 use crate::state::{DeviceState, RestoreError};
@@ -45,7 +44,7 @@ pub struct State {
 /// The device.
 #[derive(Debug)]
 pub struct Disk {
-    file: File,
+    medium: Medium,
     state: State,
     configuration: [u8; CONFIGURATION],
     step: Vec<u8>,
@@ -53,8 +52,17 @@ pub struct Disk {
 
 impl Disk {
     /// A disk in `file`, of the size that it has now.
-    pub fn new(mut file: File, serial: &str, read_only: bool) -> io::Result<Self> {
-        let sectors = file.seek(SeekFrom::End(0))? / SECTOR;
+    pub fn new(file: File, serial: &str, read_only: bool) -> io::Result<Self> {
+        Ok(Self::with(Medium::one(file)?, serial, read_only))
+    }
+
+    /// A disk that cannot be written, of files one after the other, each whole sectors long.
+    pub fn joined(files: Vec<File>, serial: &str) -> io::Result<Self> {
+        Ok(Self::with(Medium::joined(files, SECTOR)?, serial, true))
+    }
+
+    fn with(medium: Medium, serial: &str, read_only: bool) -> Self {
+        let sectors = medium.length() / SECTOR;
         let mut configuration = [0; CONFIGURATION];
         let mut put = |at: usize, bytes: &[u8]| configuration[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &sectors.to_le_bytes());
@@ -69,7 +77,7 @@ impl Disk {
         put(52, &RANGES.to_le_bytes());
         put(56, &[1]);
         let state = State { serial: serial.to_owned(), sectors, read_only, failed: 0 };
-        Ok(Self { file, state, configuration, step: Vec::new() })
+        Self { medium, state, configuration, step: Vec::new() }
     }
 
     /// Where a range begins, in bytes; `None`: it is not on the disk.
@@ -87,7 +95,7 @@ impl Disk {
         match request.kind {
             Kind::Read => self.read(request.sector, buffers, memory),
             Kind::Write => self.write(request.sector, buffers, memory),
-            Kind::Flush => Ok(outcome(self.file.sync_data())),
+            Kind::Flush => Ok(outcome(self.medium.sync())),
             Kind::Name => {
                 let mut name = [0; VIRTIO_BLK_ID_BYTES as usize];
                 for (to, byte) in name.iter_mut().zip(self.state.serial.bytes()) {
@@ -108,7 +116,7 @@ impl Disk {
         let mut done = 0;
         while done < length {
             let part = &mut self.step[..(length - done).min(STEP)];
-            if self.file.read_exact_at(part, begin + done as u64).is_err() {
+            if self.medium.read(part, begin + done as u64).is_err() {
                 return Ok(Outcome::Failed);
             }
             done += buffers.write(memory, done, part)?;
@@ -123,7 +131,7 @@ impl Disk {
         while done < length {
             let part = &mut self.step[..(length - done).min(STEP)];
             let count = buffers.read(memory, HEADER + done, part)?;
-            if self.file.write_all_at(&part[..count], begin + done as u64).is_err() {
+            if self.medium.write(&part[..count], begin + done as u64).is_err() {
                 return Ok(Outcome::Failed);
             }
             done += count;
@@ -154,7 +162,7 @@ impl Disk {
             }
             let done = match kind {
                 // Discarding is a hint: a file system that cannot make holes keeps the bytes.
-                Kind::Discard => match self.punch(begin, bytes) {
+                Kind::Discard => match self.medium.punch(begin, bytes) {
                     Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
                     result => result,
                 },
@@ -167,18 +175,8 @@ impl Disk {
         Ok(Outcome::Done(0))
     }
 
-    fn punch(&self, begin: u64, bytes: u64) -> io::Result<()> {
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(fallocate(&self.file, flags, begin, bytes)?)
-    }
-
     fn zero(&mut self, begin: u64, bytes: u64, unmap: bool) -> io::Result<()> {
-        let quick = if unmap {
-            self.punch(begin, bytes)
-        } else {
-            let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-            fallocate(&self.file, flags, begin, bytes).map_err(Into::into)
-        };
+        let quick = if unmap { self.medium.punch(begin, bytes) } else { self.medium.zero(begin, bytes) };
         match quick {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
             result => return result,
@@ -187,7 +185,7 @@ impl Disk {
         let mut done = 0;
         while done < bytes {
             let part = (bytes - done).min(STEP as u64);
-            self.file.write_all_at(&self.step[..usize::try_from(part).unwrap_or(STEP)], begin + done)?;
+            self.medium.write(&self.step[..usize::try_from(part).unwrap_or(STEP)], begin + done)?;
             done += part;
         }
         Ok(())

@@ -4,6 +4,7 @@
 //! file system among them, is the request's result, which the guest hands on to who wrote.
 
 mod device;
+mod medium;
 mod request;
 #[cfg(test)]
 mod tests;

@@ -191,3 +191,25 @@ fn a_driver_goes_on() {
     let small = Memory::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
     assert!(Endpoint::new(device, small).unwrap().restore(kept).is_err());
 }
+
+/// Requests go over the ends of files; what is not whole sectors long is none of a disk's.
+#[test]
+fn files_are_joined() {
+    let file = |length: usize, content: u8| {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![content; length]).unwrap();
+        file
+    };
+    let files = || vec![file(1024, 1), file(0, 2), file(512, 3), file(1536, 4)];
+    let mut driver = Driver::new(Box::new(Disk::joined(files(), "joined").unwrap()));
+    let (status, bytes, _) = ask(&mut driver, &[header(READ, 0), Part::In(6 * 512), Part::In(1)]);
+    assert_eq!((status, bytes), (0, [vec![1; 1024], vec![3; 512], vec![4; 1536]].concat()));
+    for (sector, first, last) in [(1, 1, 3), (2, 3, 4), (4, 4, 4)] {
+        let (status, bytes, _) = ask(&mut driver, &[header(READ, sector), Part::In(1024), Part::In(1)]);
+        assert_eq!((status, bytes[0], bytes[1023]), (0, first, last));
+    }
+    assert_eq!(ask(&mut driver, &[header(READ, 5), Part::In(1024), Part::In(1)]).0, 1);
+    assert_eq!(ask(&mut driver, &[header(WRITE, 0), Part::Out(vec![9; 512]), Part::In(1)]).0, 1);
+    assert_eq!(ask(&mut driver, &[header(FLUSH, 0), Part::In(1)]).0, 0);
+    assert!(Disk::joined(vec![file(1000, 1), file(512, 1)], "odd").is_err());
+}

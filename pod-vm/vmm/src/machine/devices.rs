@@ -153,8 +153,12 @@ impl Devices {
     pub(crate) fn add_disk(&mut self, disk: &Disk, file: File) -> Result<(), MachineError> {
         let device = block::Disk::new(file, &disk.serial, disk.read_only)
             .map_err(|error| MachineError::Device(disk.serial.clone(), error))?;
+        self.add_to_disks(Kind::Disk, &disk.serial, device)
+    }
+
+    fn add_to_disks(&mut self, kind: Kind, name: &str, device: block::Disk) -> Result<(), MachineError> {
         let worker = self.disks.iter().min_by_key(|worker| worker.load()).cloned();
-        self.add(Kind::Disk, &disk.serial, worker.ok_or(MachineError::Full)?, device)
+        self.add(kind, name, worker.ok_or(MachineError::Full)?, device)
     }
 
     pub(crate) fn add_network(&mut self, network: &Network, tap: File) -> Result<(), MachineError> {
@@ -166,6 +170,10 @@ impl Devices {
 
     pub(crate) fn add_image(&mut self, image: &Image, files: Vec<File>) -> Result<(), MachineError> {
         let failed = |error| MachineError::Device(image.serial.clone(), error);
+        if image.disk {
+            let device = block::Disk::joined(files, &image.serial).map_err(failed)?;
+            return self.add_to_disks(Kind::Image, &image.serial, device);
+        }
         let files = files.into_iter().map(|file| file.metadata().map(|found| (file, found.len())));
         let files = files.collect::<Result<Vec<_>, _>>().map_err(failed)?;
         let lengths: Vec<u64> = files.iter().map(|(_, length)| *length).collect();

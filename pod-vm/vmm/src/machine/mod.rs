@@ -174,6 +174,7 @@ fn begin(machine: build::Machine, request: u64) -> Result<Running, MachineError>
             adds_disks: plugs,
             adds_networks: plugs,
             adds_images: plugs,
+            adds_image_disks: plugs,
             cpus_limit: cpus,
             memory_limit,
             ..Started::default()
