@@ -9,8 +9,10 @@ use anyhow::{Context, Result, ensure};
 use podvisor_critest::node::{Options, VM, daemon_program};
 use podvisor_critest::target_dir;
 use podvisor_proto::cri::{Device, Mount, MountPropagation, NamespaceMode, PodSandboxState};
+use podvisor_tests::images::BUSYBOX;
 use podvisor_tests::{BlockVolume, Fixture, Pod, ask, eventually};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
 
 use super::Tests;
 
@@ -19,6 +21,7 @@ const UNTRUSTED: &str = "io.kubernetes.cri.untrusted-workload";
 pub(crate) fn add(tests: &mut Tests) {
     let options = || Options { handler: VM.to_owned(), ..Options::default() };
     tests.add_with("vm::has_a_kernel_of_its_own", options(), has_a_kernel_of_its_own);
+    tests.add_with("vm::does_what_crictl_asks", options(), does_what_crictl_asks);
     tests.add_with("vm::has_volumes_of_every_kind", options(), has_volumes_of_every_kind);
     tests.add_with(
         "vm::is_chosen_by_annotation_and_alias",
@@ -58,6 +61,60 @@ pub(crate) async fn process(f: &Fixture, pod: &str, which: &str) -> Result<Pid> 
     let found = info[which].as_i64().or_else(|| info["virtualMachine"][which].as_i64());
     let pid = found.and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
     pid.with_context(|| format!("no {which} in {info}"))
+}
+
+/// What an administrator types.
+async fn does_what_crictl_asks(f: &mut Fixture) -> Result<()> {
+    let program = target_dir().join("tools/crictl");
+    let endpoint = format!("unix://{}", f.node.socket().display());
+    let crictl = |words: &[&str]| -> Result<String> {
+        let mut command = Command::new(&program);
+        command.args(["--timeout", "5m", "--runtime-endpoint", &endpoint, "--image-endpoint", &endpoint]);
+        let output = command.args(words).output().context("running crictl, which `make deps` builds")?;
+        ensure!(output.status.success(), "crictl {words:?}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+    };
+    let logs = f.node.path("crictl-logs");
+    fs::create_dir(&logs)?;
+    let pod = json!({
+        "metadata": {"name": "typed", "namespace": "default", "uid": "typed", "attempt": 0},
+        "hostname": "typed",
+        "log_directory": logs,
+        "linux": {"cgroup_parent": format!("{}/podtyped", ask::CGROUPS)},
+    });
+    let container = json!({
+        "metadata": {"name": "first"},
+        "image": {"image": BUSYBOX},
+        "log_path": "first.log",
+        "command": ["sh", "-c", "echo Hello from $(hostname); trap 'exit 3' TERM; while :; do sleep 0.1; done"],
+    });
+    let [pod_file, container_file] = [("pod", &pod), ("container", &container)].map(|(name, value)| {
+        let path = f.node.path(&format!("{name}.json"));
+        fs::write(&path, value.to_string()).map(|()| path.display().to_string())
+    });
+    let (pod_file, container_file) = (pod_file?, container_file?);
+    crictl(&["pull", BUSYBOX])?;
+    let pod = crictl(&["runp", "--runtime", VM, &pod_file])?;
+    let container = crictl(&["create", &pod, &container_file, &pod_file])?;
+    crictl(&["start", &container])?;
+    let host = rustix::system::uname().release().to_string_lossy().into_owned();
+    let kernel = crictl(&["exec", &container, "uname", "-r"])?;
+    let shown: serde_json::Value = serde_json::from_str(&crictl(&["inspectp", &pod])?)?;
+    ensure!(kernel != host && shown["info"]["virtualMachine"]["kernelRelease"] == kernel, "{kernel} {shown}");
+    eventually("the log is not there", || async {
+        let said = crictl(&["logs", &container])?;
+        ensure!(said == "Hello from typed", "{said}");
+        Ok(())
+    })
+    .await?;
+    crictl(&["stop", "--timeout", "60", &container])?;
+    let shown: serde_json::Value = serde_json::from_str(&crictl(&["inspect", &container])?)?;
+    ensure!(shown["status"]["exitCode"] == 3, "{shown}");
+    crictl(&["rm", &container])?;
+    crictl(&["stopp", &pod])?;
+    crictl(&["rmp", &pod])?;
+    ensure!(crictl(&["pods", "--quiet"])?.is_empty());
+    Ok(())
 }
 
 async fn has_a_kernel_of_its_own(f: &mut Fixture) -> Result<()> {
