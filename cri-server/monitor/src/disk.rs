@@ -22,8 +22,8 @@ pub(crate) const BACKLOG: usize = 512 * 1024;
 
 /// So much is written at once, where there is more.
 pub(crate) const BATCH: usize = 128 * 1024;
-/// Batches whose memory is kept: one is filled while another is written.
-const SPARE: usize = 2;
+/// Batches whose memory is kept: as many as a flood has under way, since memory that is new each time costs as much as what it is for.
+const SPARE: usize = BACKLOG / BATCH;
 
 /// What the disk thread is asked. The number is the container's.
 #[derive(Debug)]
@@ -122,7 +122,16 @@ impl Disk {
 
 fn work(queue: &Receiver<Job>, answers: &Sender<Done>, waker: &OwnedFd) {
     let mut logs = BTreeMap::new();
-    while let Ok(job) = queue.recv() {
+    let mut untold = false;
+    loop {
+        let next = queue.try_recv().or_else(|_| {
+            // Once for all batches in a row: waking the loop up costs nearly as much as a batch.
+            if std::mem::take(&mut untold) {
+                wake(waker);
+            }
+            queue.recv()
+        });
+        let Ok(job) = next else { return };
         let done = match job {
             Job::Open { key, path } => {
                 let opened = LogFile::open(&path);
@@ -151,10 +160,17 @@ fn work(queue: &Receiver<Job>, answers: &Sender<Done>, waker: &OwnedFd) {
             }
         };
         if let Some(done) = done {
+            untold = matches!(done, Done::Written { .. });
             let _ = answers.send(done);
-            let _ = rustix::io::write(waker, &1u64.to_ne_bytes());
+            if !untold {
+                wake(waker);
+            }
         }
     }
+}
+
+fn wake(waker: &OwnedFd) {
+    let _ = rustix::io::write(waker, &1u64.to_ne_bytes());
 }
 
 /// An error with its causes on one line, for the wire.

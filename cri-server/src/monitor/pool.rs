@@ -3,10 +3,11 @@
 //!
 //! With the systemd driver the leaf is a scope: systemd lets nobody else make cgroups in a slice, and takes away what it does not know.
 
+use std::collections::HashSet;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use podvisor_cgroup::systemd::{Scope, Systemd};
@@ -35,6 +36,8 @@ pub(crate) struct Idle {
 pub(crate) struct Pool {
     ready: tokio::sync::Mutex<mpsc::Receiver<Result<Idle, MonitorError>>>,
     place: Place,
+    /// The leaves that were there at the start.
+    found: Mutex<Vec<PathBuf>>,
 }
 
 /// How monitors are started.
@@ -58,9 +61,10 @@ pub(crate) enum Place {
 impl Pool {
     /// Keeps `size` (at least one) monitors ready from now on.
     pub(crate) fn start(template: Template, size: u32) -> Self {
-        if let Place::Below(parent) = &template.place {
-            tokio::spawn(sweep_again(sweep(leaves(parent))));
-        }
+        let found = match &template.place {
+            Place::Below(parent) => leaves(parent),
+            Place::Slice { .. } => Vec::new(),
+        };
         // The channel holds all but the one that its feeder holds in its hands.
         let (sender, ready) = mpsc::channel(size.max(1) as usize);
         let place = template.place.clone();
@@ -78,7 +82,15 @@ impl Pool {
                 place.send(started);
             }
         });
-        Self { ready: tokio::sync::Mutex::new(ready), place }
+        Self { ready: tokio::sync::Mutex::new(ready), place, found: Mutex::new(found) }
+    }
+
+    /// Takes away the leaves of an earlier daemon but those that pods hold, which are `held` by path below the mount point.
+    pub(crate) fn sweep_found(&self, held: &HashSet<&str>) {
+        let held: HashSet<_> = held.iter().filter_map(|path| Path::new(path).file_name()).collect();
+        let mut found = std::mem::take(&mut *self.found.lock().expect("no panic under this lock"));
+        found.retain(|leaf| leaf.file_name().is_none_or(|name| !held.contains(name)));
+        tokio::spawn(sweep_again(sweep(found)));
     }
 
     /// The next monitor; starts none itself, at worst waits for one that is being started.

@@ -81,12 +81,14 @@ impl Found {
 pub(crate) async fn recover(node: &Arc<Node>, index: &Index) -> std::io::Result<()> {
     let ids = node.records.pods()?;
     let mut sandboxes = Vec::new();
-    let (mut containers, mut snapshots) = (Vec::new(), Vec::new());
+    let (mut containers, mut snapshots, mut cgroups) = (Vec::new(), Vec::new(), Vec::new());
     for id in &ids {
         let found = read(node, id);
         for acquisition in &found.record.acquired {
-            if let Acquisition::Network { sandbox, .. } = acquisition {
-                sandboxes.push((**sandbox).clone());
+            match acquisition {
+                Acquisition::Network { sandbox, .. } => sandboxes.push((**sandbox).clone()),
+                Acquisition::Cgroup(path) => cgroups.push(path.clone()),
+                _ => {}
             }
         }
         for (record, _) in &found.containers {
@@ -113,6 +115,7 @@ pub(crate) async fn recover(node: &Arc<Node>, index: &Index) -> std::io::Result<
             );
         }
     }
+    node.monitors.sweep_found(&cgroups.iter().map(String::as_str).collect());
     retain_networks(node, sandboxes).await;
     let pods: Vec<_> = ids.iter().map(ToString::to_string).collect();
     sweep(&node.run.join("pods"), &pods);
