@@ -149,6 +149,7 @@ fn colour(subject: Name) -> RGBColor {
     match subject {
         Name::Podvisor => RGBColor(24, 95, 165),
         Name::PodvisorCrun => RGBColor(92, 153, 214),
+        Name::PodvisorBuiltin => RGBColor(29, 158, 117),
         Name::PodvisorVm => RGBColor(86, 70, 160),
         Name::Containerd => RGBColor(186, 117, 23),
         Name::Crio => RGBColor(153, 60, 29),

@@ -23,6 +23,8 @@ pub(crate) enum Name {
     Podvisor,
     /// podvisor with the distribution's crun.
     PodvisorCrun,
+    /// The same with podvisor's own network in place of the CNI plugins.
+    PodvisorBuiltin,
     /// podvisor with a virtual machine per pod, by QEMU's translator where there is no KVM.
     PodvisorVm,
     /// containerd with the same runc.
@@ -38,9 +40,10 @@ pub(crate) enum Name {
 }
 
 impl Name {
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Podvisor,
         Self::PodvisorCrun,
+        Self::PodvisorBuiltin,
         Self::Containerd,
         Self::Crio,
         Self::Runc,
@@ -53,6 +56,7 @@ impl Name {
         match self {
             Self::Podvisor => "podvisor",
             Self::PodvisorCrun => "podvisor-crun",
+            Self::PodvisorBuiltin => "podvisor-builtin",
             Self::PodvisorVm => "podvisor-vm",
             Self::Containerd => "containerd",
             Self::Crio => "crio",
@@ -69,7 +73,7 @@ impl Name {
 
     /// This project in one of its forms.
     pub(crate) fn is_ours(self) -> bool {
-        matches!(self, Self::Podvisor | Self::PodvisorCrun | Self::PodvisorVm)
+        matches!(self, Self::Podvisor | Self::PodvisorCrun | Self::PodvisorBuiltin | Self::PodvisorVm)
     }
 }
 
@@ -93,9 +97,10 @@ impl Subject {
         let logs =
             tempfile::Builder::new().prefix("logs.").tempdir().context("making a directory for logs")?;
         let (own, socket) = match name {
-            Name::Podvisor => podvisor("runc", mirror)?,
-            Name::PodvisorCrun => podvisor("crun", mirror)?,
-            Name::PodvisorVm => podvisor(VM, mirror)?,
+            Name::Podvisor => podvisor("runc", Network::Cni, mirror)?,
+            Name::PodvisorCrun => podvisor("crun", Network::Cni, mirror)?,
+            Name::PodvisorBuiltin => podvisor("crun", Network::Builtin, mirror)?,
+            Name::PodvisorVm => podvisor(VM, Network::Cni, mirror)?,
             Name::Containerd => of_peer(Kind::Containerd, mirror)?,
             Name::Crio => of_peer(Kind::Crio, mirror)?,
             Name::Runc | Name::Crun | Name::Qemu => anyhow::bail!("{name:?} is no daemon"),
@@ -177,19 +182,29 @@ impl Subject {
     }
 }
 
-fn podvisor(handler: &str, mirror: SocketAddr) -> Result<(Own, PathBuf)> {
+/// Who gives pods their network.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Network {
+    /// The plugins that the peers call.
+    Cni,
+    Builtin,
+}
+
+fn podvisor(handler: &str, network: Network, mirror: SocketAddr) -> Result<(Own, PathBuf)> {
+    let mode = if network == Network::Cni { "cni" } else { "builtin" };
     let node = Node::new(&Options {
         mirrored: vec![HOST.to_owned()],
         mirror: Some(mirror),
         handler: handler.to_owned(),
         log: "info".to_owned(),
-        // The same plugins as the peers call.
-        network: "cni".to_owned(),
+        network: mode.to_owned(),
         ..Options::default()
     })?;
-    let networks = node.path("cni/net.d");
-    fs::create_dir_all(&networks)?;
-    fs::write(networks.join("10-peer.conflist"), peer::network())?;
+    if network == Network::Cni {
+        let networks = node.path("cni/net.d");
+        fs::create_dir_all(&networks)?;
+        fs::write(networks.join("10-peer.conflist"), peer::network())?;
+    }
     let daemon = Some(node.start()?);
     let socket = node.socket();
     Ok((Own::Podvisor { daemon, node }, socket))
