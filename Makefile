@@ -146,7 +146,7 @@ demo: build kernels
 # podvisor beside containerd, CRI-O, the OCI runtimes and QEMU alone: tests/bench/README.md. The last table is the goals. SHORT=1 leaves out the
 # peers and what takes long; PUBLISH=1 writes README.md's section and tests/bench/results. ARGUMENTS="--workloads pod,log" runs a part.
 BENCH_SHORT := --subjects podvisor,podvisor-crun,podvisor-builtin,runc,crun,podvisor-vm,qemu --rounds 4 \
-	--workloads pod,at-once,grow,log,streams,pull,machine
+	--workloads pod,at-once,grow,log,streams,pull,machine,timeline
 bench: deps build guest
 	critest/tools/contents busybox programs
 	$(if $(SHORT),,critest/tools/build containerd crio)

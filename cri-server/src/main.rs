@@ -33,6 +33,7 @@ mod service;
 mod sessions;
 mod shell;
 mod telemetry;
+mod timeline;
 mod trace;
 
 use std::process::ExitCode;

@@ -1,6 +1,7 @@
 //! What a pod or container holds on the host, as data: recorded before it is acquired, so that it can be given back
 //! after a crash too. Giving back is idempotent, in reverse order, every step tried; what fails stays recorded.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use super::record::{PinnedRuntime, ProcessIdentity};
 use super::{runtime_state, share, shared_volumes};
 use crate::id::PodId;
 use crate::node::Node;
+use crate::timeline::timed;
 
 /// One thing held.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -137,13 +139,19 @@ impl Acquisition {
     }
 }
 
-/// Gives everything back in reverse order. What could not be given back stays in `acquired`; the first failure is returned.
-pub(crate) async fn release_all(node: &Node, acquired: &mut Vec<Acquisition>) -> Result<(), ReleaseError> {
+/// Gives everything of a pod or container back in reverse order. What could not be given back stays in `acquired`; the first failure is
+/// returned.
+pub(crate) async fn release_all(
+    node: &Node,
+    of: &impl Display,
+    acquired: &mut Vec<Acquisition>,
+) -> Result<(), ReleaseError> {
     const LIMIT: Duration = Duration::from_secs(60);
     let mut failures = Vec::new();
     let mut kept = Vec::new();
     while let Some(acquisition) = acquired.pop() {
-        let released = tokio::time::timeout(LIMIT, acquisition.release(node)).await;
+        let release = tokio::time::timeout(LIMIT, acquisition.release(node));
+        let released = timed(acquisition.fault().unwrap_or("release"), of, release).await;
         if let Err(error) = released.unwrap_or(Err(ReleaseError::TimedOut(LIMIT))) {
             failures.push(error);
             kept.push(acquisition);

@@ -33,6 +33,7 @@ use crate::hooks::Subject;
 use crate::id::ContainerId;
 use crate::monitor::{Connection, MonitorError};
 use crate::node::{Node, now};
+use crate::timeline::{timed, timed_here};
 
 /// A container to be: its record and what was looked up for it.
 #[derive(Debug)]
@@ -209,8 +210,8 @@ pub(crate) async fn build(
     let bundle = node.bundle(&record.id);
     let rootfs = bundle.join("rootfs");
 
-    let snapshot =
-        node.images.prepare(record.id.as_str(), &image.id, false).await.map_err(PodError::Image)?;
+    let snapshot = node.images.prepare(record.id.as_str(), &image.id, false);
+    let snapshot = timed("snapshot", &record.id, snapshot).await.map_err(PodError::Image)?;
     let in_memory = guest_image::find(node, pod, &record, &snapshot, fits).await?;
     let prepared = image_volumes::prepare(node, &record.id, &record.image_volumes).await?;
     podvisor_fault::point("create.snapshot");
@@ -223,7 +224,8 @@ pub(crate) async fn build(
             let label = selinux.files.as_ref().map(ToString::to_string);
             // What the guest joins itself, the host only looks at.
             let shown = if changes.is_some() { snapshot.without_changes() } else { snapshot };
-            mount(&node, &pod, &shown, &rootfs, label.as_deref()).map_err(PodError::Image)?;
+            timed_here("mount", &record.id, || mount(&node, &pod, &shown, &rootfs, label.as_deref()))
+                .map_err(PodError::Image)?;
             image_volumes::mount(&node, &pod, &record, &prepared, label.as_deref())?;
             if pod.runtime.vm().is_some() {
                 let (name, source) = match &changes {
@@ -233,9 +235,11 @@ pub(crate) async fn build(
                 share::add_container(&pod, &record.id, name, source)?;
             }
             podvisor_fault::point("create.mounted");
-            let specified = specify(&node, &pod, &record, &image, rootfs, target, selinux)?;
-            write_spec(&bundle, &specified.spec)?;
-            Ok::<_, PodError>(specified)
+            timed_here("specification", &record.id, || {
+                let specified = specify(&node, &pod, &record, &image, rootfs, target, selinux)?;
+                write_spec(&bundle, &specified.spec)?;
+                Ok::<_, PodError>(specified)
+            })
         })
         .await
         .map_err(|_| PodError::TaskGone)??
@@ -270,7 +274,7 @@ pub(crate) async fn build(
         place: if pod.runtime.has_sandbox_container() { Place::Inside } else { Place::Own }.into(),
         guest,
     });
-    let answer = monitor.call(verb).await?;
+    let answer = timed("create", &record.id, monitor.call(verb)).await?;
     podvisor_fault::point("create.called");
     let Answer::Started(started) = answer else {
         return Err(MonitorError::Confused { verb: "create container" }.into());

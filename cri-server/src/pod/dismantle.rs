@@ -12,6 +12,7 @@ use crate::error::PodError;
 use crate::id::ContainerId;
 use crate::monitor::{Connection, MonitorError};
 use crate::node::Node;
+use crate::timeline::timed;
 
 /// What it takes to unmake a container.
 #[derive(Debug)]
@@ -41,7 +42,7 @@ impl Dismantling {
         let asked = match &monitor {
             Some(monitor) => {
                 let verb = Verb::DeleteContainer(DeleteContainer { container_id: self.id.to_string() });
-                monitor.command(verb).await
+                timed("delete", &self.id, monitor.command(verb)).await
             }
             None => Err(MonitorError::Gone),
         };
@@ -52,12 +53,11 @@ impl Dismantling {
             Err(error) => return Err(error.into()),
         }
         podvisor_fault::point("remove.deleted");
-        release_all(node, &mut self.acquired).await?;
+        release_all(node, &self.id, &mut self.acquired).await?;
         podvisor_fault::point("remove.released");
-        let records = node.records.clone();
-        tokio::task::spawn_blocking(move || records.remove_container(&self.pod, &self.id))
-            .await
-            .map_err(|_| PodError::TaskGone)??;
+        let (records, id) = (node.records.clone(), self.id.clone());
+        let forgotten = tokio::task::spawn_blocking(move || records.remove_container(&self.pod, &self.id));
+        timed("forget", &id, forgotten).await.map_err(|_| PodError::TaskGone)??;
         Ok(())
     }
 

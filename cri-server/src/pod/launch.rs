@@ -26,6 +26,7 @@ use crate::id::PodId;
 use crate::monitor::pool::Idle;
 use crate::monitor::{Connection, MonitorError};
 use crate::node::{Node, now};
+use crate::timeline::timed;
 
 /// What a successful launch adds to the record.
 #[derive(Debug)]
@@ -192,7 +193,7 @@ pub(crate) async fn launch(
     }
     // All to their end, also when one fails: what is half-way cannot be given back.
     let (made, adopted, attachment) = tokio::join!(
-        async {
+        timed("files", &record.id, async {
             let made = match record.runtime.vm() {
                 Some(_) => share::make(node, &record.id)
                     .and_then(|()| files(record, &share::files(node, &record.id), user)),
@@ -200,11 +201,11 @@ pub(crate) async fn launch(
             };
             podvisor_fault::point("run.files");
             made
-        },
+        }),
         adopt(node, record, &directory, notices),
         async {
-            namespaces(request).await?;
-            connect(node, record).await
+            timed("namespaces", &record.id, namespaces(request)).await?;
+            timed("network", &record.id, connect(node, record)).await
         },
     );
     let (monitor, mut init) = match (made, adopted) {
@@ -311,7 +312,7 @@ async fn adopt(
     directory: &Path,
     notices: impl Fn(crate::monitor::Notice) + Send + Sync + 'static,
 ) -> Result<(Idle, Option<ProcessIdentity>), PodError> {
-    let mut monitor = living(node, record, directory).await?;
+    let mut monitor = timed("monitor", &record.id, living(node, record, directory)).await?;
     // What it has told meanwhile waits here. Of one that has died before, the pod's task hears nothing: it never was the pod's.
     let (_closed, unused) = tokio::sync::mpsc::unbounded_channel();
     let mut news = std::mem::replace(&mut monitor.notices, unused);
@@ -320,7 +321,7 @@ async fn adopt(
             notices(notice);
         }
     });
-    match init(node, record, &monitor.connection).await {
+    match timed("init", &record.id, init(node, record, &monitor.connection)).await {
         Ok(init) => Ok((monitor, init)),
         Err(error) => {
             dismiss(node, &monitor).await;

@@ -507,7 +507,7 @@ async fn after_reboot(task: &mut Task) {
     abandon(task, REBOOTED).await;
     task.persist_containers().await;
     let mut acquired = std::mem::take(&mut task.record.acquired);
-    match release_all(&task.node, &mut acquired).await {
+    match release_all(&task.node, &task.record.id, &mut acquired).await {
         Ok(()) => {
             task.record.addresses.clear();
             task.record.phase = Phase::Stopped;

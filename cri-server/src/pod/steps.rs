@@ -23,6 +23,7 @@ use crate::error::{Failure, PodError};
 use crate::id::ContainerId;
 use crate::monitor::{Connection, process};
 use crate::node::now;
+use crate::timeline::timed;
 
 /// After SIGKILL a process is gone at once, unless it hangs in the kernel.
 const UNKILLABLE: Duration = Duration::from_secs(15);
@@ -340,7 +341,8 @@ impl Task {
                         (Err(refused), _) => Err(refused),
                         (Ok(()), Some(monitor)) => {
                             let verb = Verb::StartContainer(wire::StartContainer { container_id: id });
-                            let started = monitor.command(verb).await.map_err(PodError::from);
+                            let started = timed("start", &container, monitor.command(verb)).await;
+                            let started = started.map_err(PodError::from);
                             podvisor_fault::point("start.called");
                             started
                         }

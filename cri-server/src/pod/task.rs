@@ -24,6 +24,7 @@ use crate::hooks::told::Told;
 use crate::id::{ContainerId, PodId};
 use crate::monitor::{Connection, Notice};
 use crate::node::{Node, now};
+use crate::timeline::timed;
 
 /// How an answer gets back.
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, Failure>>;
@@ -289,7 +290,8 @@ impl Task {
 
     pub(super) async fn persist(&self) -> Result<(), Failure> {
         let (records, record) = (self.node.records.clone(), self.record.clone());
-        tokio::task::spawn_blocking(move || records.write_pod(&record))
+        let written = tokio::task::spawn_blocking(move || records.write_pod(&record));
+        timed("record", &self.record.id, written)
             .await
             .map_err(|_| Arc::new(PodError::TaskGone))?
             .map_err(|error| Arc::new(error.into()))
@@ -321,8 +323,9 @@ impl Task {
     }
 
     pub(super) async fn write(&self, record: ContainerRecord) -> Result<(), Failure> {
-        let (records, pod) = (self.node.records.clone(), self.record.id.clone());
-        tokio::task::spawn_blocking(move || records.write_container(&pod, &record))
+        let (records, pod, id) = (self.node.records.clone(), self.record.id.clone(), record.id.clone());
+        let written = tokio::task::spawn_blocking(move || records.write_container(&pod, &record));
+        timed("record", &id, written)
             .await
             .map_err(|_| Arc::new(PodError::TaskGone))?
             .map_err(|error| Arc::new(error.into()))
@@ -340,7 +343,7 @@ impl Task {
             (self.node.clone(), self.record.clone(), self.mailbox.clone(), self.notices());
         let told = self.told.clone();
         tokio::spawn(async move {
-            let launched = launch::launch(&node, &record, notices, &told).await.map(Box::new);
+            let launched = Box::pin(launch::launch(&node, &record, notices, &told)).await.map(Box::new);
             let _ = mailbox.send(Command::Launched(launched));
         });
     }
@@ -383,7 +386,7 @@ impl Task {
         self.node.hooks.undo_pod(&self.record, &self.told).await;
         recovery::end_monitor(self).await;
         let mut acquired = std::mem::take(&mut self.record.acquired);
-        let released = release_all(&self.node, &mut acquired).await;
+        let released = release_all(&self.node, &self.record.id, &mut acquired).await;
         self.record.acquired = acquired;
         podvisor_fault::point("run.released");
         let (records, id) = (self.node.records.clone(), self.record.id.clone());
@@ -479,9 +482,10 @@ impl Task {
             }
             // While the pod's network is still there.
             node.hooks.stop_pod(&record, &told).await;
-            ending.end().await;
+            timed("end of the monitor", &record.id, ending.end()).await;
             podvisor_fault::point("stop-pod.monitor-ended");
-            let outcome = release_all(&node, &mut acquired).await.map_err(|e| Arc::new(PodError::from(e)));
+            let outcome =
+                release_all(&node, &record.id, &mut acquired).await.map_err(|e| Arc::new(PodError::from(e)));
             podvisor_fault::point("stop-pod.released");
             let _ = mailbox.send(Command::Released { acquired, outcome });
         });

@@ -33,6 +33,7 @@ use crate::monitor::{Connection, MonitorError};
 use crate::mount_attr::Attributes;
 use crate::mount_table;
 use crate::node::Node;
+use crate::timeline::timed;
 
 const FIELD: &str = "config.linux.security_context.namespace_options";
 const MIB: u64 = 1 << 20;
@@ -413,11 +414,12 @@ pub(super) async fn start(
 ) -> Result<(ProcessIdentity, Machine), PodError> {
     let config = &record.config.0;
     let user = user(record);
-    let interfaces = interfaces(record, user).await?;
+    let interfaces = timed("taps", &record.id, interfaces(record, user)).await?;
     let resources = config.linux.as_ref().and_then(|linux| linux.resources.as_ref());
     let Size { memory, cpus } = size(vm, resources);
     let verb = request(node, record, vm, Size { memory, cpus }, user, &interfaces)?;
-    let Answer::VmStarted(started) = monitor.call(Verb::StartVm(verb)).await? else {
+    let Answer::VmStarted(started) = timed("machine", &record.id, monitor.call(Verb::StartVm(verb))).await?
+    else {
         return Err(MonitorError::Confused { verb: "start the virtual machine" }.into());
     };
     if node.driver == Driver::Systemd {

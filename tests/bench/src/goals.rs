@@ -168,7 +168,7 @@ fn limit(samples: &Samples, series: &Series, subject: Name, bound: Bound) -> (Op
 /// Whether any figure of podvisor's grows faster than what there is more of, between the last two numbers that it was measured at.
 fn growth(samples: &Samples) -> String {
     let mut worst: Option<(f64, String)> = None;
-    for series in &samples.series {
+    for series in samples.figures() {
         let Some((count, what)) = &series.among else { continue };
         let less = samples.series.iter().filter(|other| {
             other.name == series.name
@@ -200,7 +200,7 @@ fn growth(samples: &Samples) -> String {
 /// Where a peer's median is better than podvisor's, as a list.
 pub(crate) fn ahead(samples: &Samples) -> String {
     let mut text = String::new();
-    for series in &samples.series {
+    for series in samples.figures() {
         let (Some(ours), Some((peer, theirs))) =
             (samples.median(series, Name::Podvisor), samples.better_peer(series))
         else {

@@ -18,6 +18,7 @@ mod samples;
 mod statistics;
 mod subject;
 mod table;
+mod timeline;
 mod unpack;
 mod wire;
 mod workload;
@@ -82,7 +83,12 @@ fn main() -> Result<()> {
             if publish {
                 publish::publish(&outcome)?;
             }
-            println!("{}\n{}", table::markdown(&outcome), goals::markdown(&outcome.samples));
+            println!(
+                "{}\n{}\n{}",
+                table::markdown(&outcome),
+                timeline::markdown(&outcome.samples),
+                goals::markdown(&outcome.samples)
+            );
             for (subject, why) in &outcome.failures {
                 println!("{} has failed: {why}", subject.as_str());
             }

@@ -24,7 +24,7 @@ type Drawn = Result<(), Box<dyn std::error::Error>>;
 pub(crate) fn draw(directory: &Path, Outcome { samples, .. }: &Outcome) -> Result<Vec<String>> {
     let mut names = Vec::new();
     let mut units: Vec<&str> =
-        samples.series.iter().filter(|one| one.among.is_none()).map(|one| one.unit.as_str()).collect();
+        samples.figures().filter(|one| one.among.is_none()).map(|one| one.unit.as_str()).collect();
     units.sort_unstable();
     units.dedup();
     for unit in units {

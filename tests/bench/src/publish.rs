@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use podvisor_critest::project_dir;
 
 use crate::front::Outcome;
-use crate::{goals, plot, table};
+use crate::{goals, plot, table, timeline};
 
 const BEGIN: &str = "<!-- What follows is written by `make bench PUBLISH=1`. -->\n";
 const END: &str = "<!-- What it has written ends here. -->\n";
@@ -24,7 +24,11 @@ pub(crate) fn publish(outcome: &Outcome) -> Result<()> {
     }
     let plots = plot::draw(&folder, outcome)?;
     let machine = machine()?;
-    let all = format!("# Everything that `make bench` measured\n\n{machine}\n\n{}", table::markdown(outcome));
+    let all = format!(
+        "# Everything that `make bench` measured\n\n{machine}\n\n{}\n\n## The life of a pod, step by step\n\n{}",
+        table::markdown(outcome),
+        timeline::markdown(&outcome.samples)
+    );
     fs::write(folder.join("README.md"), all)?;
     let mut section = format!("{machine} Everything is in `{FOLDER}/`.\n\n");
     section += &goals::markdown(&outcome.samples);

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::statistics::{Summary, summary};
 use crate::subject::Name;
+use crate::timeline;
 use crate::wire::{Sample, Series};
 
 /// Values of every series, by subject; series in the order of their first sample.
@@ -40,9 +41,14 @@ impl Samples {
         peers.reduce(|best, other| if series.is_better(other.1, best.1) { other } else { best })
     }
 
+    /// What is told in tables and plots: everything but the steps of timelines.
+    pub(crate) fn figures(&self) -> impl Iterator<Item = &Series> {
+        self.series.iter().filter(|series| !timeline::is_step(series))
+    }
+
     /// The series of that name, on a node with so many pods where that is part of it.
     pub(crate) fn find(&self, name: &str, pods: Option<u32>) -> Option<&Series> {
         let count = |series: &Series| series.among.as_ref().map(|(count, _)| *count);
-        self.series.iter().find(|series| series.name == name && count(series) == pods)
+        self.figures().find(|series| series.name == name && count(series) == pods)
     }
 }

@@ -85,6 +85,18 @@ pub(crate) struct Subject {
     logs: TempDir,
 }
 
+/// A configuration that is to come back.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Configuration(String);
+
+impl Configuration {
+    /// Starts the daemon again as it was before.
+    pub(crate) fn restore(self, subject: &mut Subject) -> Result<()> {
+        subject.configure(&self.0)
+    }
+}
+
 #[derive(Debug)]
 enum Own {
     Podvisor { daemon: Option<Daemon>, node: Node },
@@ -141,6 +153,34 @@ impl Subject {
     /// Where pods have their logs.
     pub(crate) fn logs(&self) -> &Path {
         self.logs.path()
+    }
+
+    /// Starts podvisor's daemon again with another log filter and format.
+    pub(crate) fn log_from_now_on(&mut self, filter: &str, format: &str) -> Result<Configuration> {
+        let Own::Podvisor { node, .. } = &self.own else { anyhow::bail!("a peer's log is not ours") };
+        let file = node.configuration_file();
+        let before = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+        let (head, rest) =
+            before.split_once("\n[log]\n").context("the configuration has no table for the log")?;
+        let (_, tail) = rest.split_once('\n').context("the table for the log is not one line")?;
+        let other = format!("{head}\n[log]\nlevel = {filter:?}\nformat = {format:?}\n{tail}");
+        self.configure(&other)?;
+        Ok(Configuration(before))
+    }
+
+    fn configure(&mut self, text: &str) -> Result<()> {
+        if let Own::Podvisor { node, .. } = &self.own {
+            fs::write(node.configuration_file(), text).context("writing the configuration")?;
+        }
+        self.stop()?;
+        self.resume()
+    }
+
+    /// Everything that podvisor's daemons have logged.
+    pub(crate) fn log(&self) -> Result<String> {
+        let Own::Podvisor { node, .. } = &self.own else { anyhow::bail!("a peer's log is not ours") };
+        let file = node.log_file();
+        fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))
     }
 
     /// Its daemon.

@@ -20,7 +20,7 @@ pub(crate) fn markdown(Outcome { versions, samples, .. }: &Outcome) -> String {
     lines.push(String::new());
     lines.push(format!("| {} |", head.join(" | ")));
     lines.push(format!("|{}", "---|".repeat(head.len())));
-    for series in &samples.series {
+    for series in samples.figures() {
         let mut cells = vec![format!("{series}, {}", series.unit)];
         for subject in &subjects {
             cells.push(

@@ -7,6 +7,7 @@ mod log;
 mod pod;
 mod pull;
 mod streams;
+mod timeline;
 
 use anyhow::Result;
 use podvisor_proto::cri::ContainerConfig;
@@ -48,10 +49,12 @@ pub(crate) enum Workload {
     Machine,
     /// Ten of them at once.
     MachinesAtOnce,
+    /// The steps of a pod's life.
+    Timeline,
 }
 
 impl Workload {
-    pub(crate) const ALL: [Self; 14] = [
+    pub(crate) const ALL: [Self; 15] = [
         Self::Pod,
         Self::AtOnce,
         Self::FiftyAtOnce,
@@ -66,6 +69,7 @@ impl Workload {
         Self::Images,
         Self::Machine,
         Self::MachinesAtOnce,
+        Self::Timeline,
     ];
 
     pub(crate) fn as_str(self) -> &'static str {
@@ -84,6 +88,7 @@ impl Workload {
             Self::Images => "images",
             Self::Machine => "machine",
             Self::MachinesAtOnce => "machines-at-once",
+            Self::Timeline => "timeline",
         }
     }
 
@@ -95,7 +100,7 @@ impl Workload {
             Self::AtOnce | Self::Streams | Self::Pull | Self::PullZstd | Self::Machine => rounds.div_ceil(4),
             Self::PullRandom | Self::PullHalf | Self::PullTen => rounds.div_ceil(7),
             Self::FiftyAtOnce | Self::Log => rounds.div_ceil(20),
-            Self::Grow | Self::Images | Self::MachinesAtOnce => 1,
+            Self::Grow | Self::Images | Self::MachinesAtOnce | Self::Timeline => 1,
         }
     }
 
@@ -109,6 +114,7 @@ impl Workload {
             Self::Pull | Self::PullZstd | Self::PullRandom => daemons || name == Name::Runc,
             Self::Machine => machines || name == Name::Qemu,
             Self::MachinesAtOnce => machines,
+            Self::Timeline => name.is_ours(),
             _ => daemons,
         }
     }
@@ -137,6 +143,7 @@ impl Workload {
             Self::PullHalf => pull::half(subject).await,
             Self::PullTen => pull::ten(subject).await,
             Self::Images => images::run(subject).await,
+            Self::Timeline => timeline::run(subject).await,
         }
     }
 }
