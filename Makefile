@@ -166,7 +166,7 @@ bench-fs: deps build kernels
 # podvisor-vmm's boot, exits and memory beside QEMU's on KVM, in the lab.
 bench-vmm: deps build guest lab
 	bench=$$(cargo bench -p podvisor-vmm --bench boot --no-run 2>&1 | sed -n 's/.*Executable .*(\(.*\))$$/\1/p') && \
-	"$$bench" && tests/lab/run --cpus 1 --modules "kvm_amd" --lsm landlock --time-limit 3600 -- "$$bench" 10
+	"$$bench" && tests/lab/run --cpus 1 --modules "kvm_amd tun loop" --lsm landlock --time-limit 3600 -- "$$bench" 10
 
 # Lists, memory and leftovers of a node with 200 pods.
 bench-load: deps build

@@ -9,27 +9,35 @@
  *   sum PATH        how many bytes a file has, and their sum
  *   keep PATH       the same, read past the page cache into memory of its own, which it keeps until the connection's end
  *   write PATH TEXT writes into a file, answers "ok" or the error
+ *   files PATH COUNT   makes so many files of 4 KiB beside each other, then removes them, answers like write
+ *   pieces PATH COUNT  writes so many times 100 bytes to a file's end, answers like write
  *   list PATH       a directory's entries, one a line
  *   load MODULE     loads one and what it needs, answers like write
- *   mount TYPE SOURCE PATH  mounts, makes the directory before, answers like write
+ *   mount TYPE SOURCE PATH  mounts, to be read alone where no more can be, makes the directory before, answers like write
  *   unmount PATH    answers like write
  *   sync -          writes everything to the disks
  *   dial PORT       connects to a port of the host, answers like write
  *   disk SERIAL     the name of the disk's device
  *   address MAC     the name of the network interface
+ *   up INTERFACE ADDRESS  gives it an IPv4 address in a network of 24 bits and switches it on, answers like write
+ *   return PORT     answers "ok", sends back every datagram (UDP) that comes, for ever
+ *   pour ADDRESS PORT COUNT  sends so many datagrams of 1400 bytes, answers "ok"
  *   bind -          has virtio-mmio's driver look at all places that it has found nothing in
  *   unbind PATH     takes the driver from the place of a device of sysfs, answers like write
  *   panic | poweroff | reboot
  */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <net/if.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
@@ -228,6 +236,68 @@ static void find_image(int peer, const char *wanted) {
     dprintf(peer, "none\n");
 }
 
+static int make_files(const char *path, int count) {
+    char name[PATH_MAX], bytes[4096] = "";
+    for (int number = 0; number < count; number++) {
+        snprintf(name, sizeof name, "%s%d", path, number);
+        int file = open(name, O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+        if (file < 0 || write(file, bytes, sizeof bytes) < 0 || close(file)) return errno;
+    }
+    for (int number = 0; number < count; number++) {
+        snprintf(name, sizeof name, "%s%d", path, number);
+        if (unlink(name)) return errno;
+    }
+    return 0;
+}
+
+static int write_pieces(const char *path, int count) {
+    char bytes[100] = "";
+    int file = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+    if (file < 0) return errno;
+    for (; count > 0; count--)
+        if (write(file, bytes, sizeof bytes) < 0) return errno;
+    return close(file) ? errno : 0;
+}
+
+static struct sockaddr_in place(const char *address, unsigned port) {
+    struct sockaddr_in made = { .sin_family = AF_INET, .sin_port = htons(port) };
+    inet_pton(AF_INET, address, &made.sin_addr);
+    return made;
+}
+
+static int bring_up(const char *interface, const char *address) {
+    struct ifreq request = { .ifr_flags = 0 };
+    int made = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    strncpy(request.ifr_name, interface, sizeof request.ifr_name - 1);
+    *(struct sockaddr_in *)&request.ifr_addr = place(address, 0);
+    if (ioctl(made, SIOCSIFADDR, &request)) return errno;
+    *(struct sockaddr_in *)&request.ifr_netmask = place("255.255.255.0", 0);
+    if (ioctl(made, SIOCSIFNETMASK, &request)) return errno;
+    request.ifr_flags = IFF_UP | IFF_RUNNING;
+    return ioctl(made, SIOCSIFFLAGS, &request) ? errno : 0;
+}
+
+static void send_back(int peer, unsigned port) {
+    char bytes[2048];
+    struct sockaddr_in own = place("0.0.0.0", port), from;
+    int made = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    answer(peer, bind(made, (struct sockaddr *)&own, sizeof own) ? errno : 0);
+    for (;;) {
+        socklen_t length = sizeof from;
+        ssize_t count = recvfrom(made, bytes, sizeof bytes, 0, (struct sockaddr *)&from, &length);
+        if (count >= 0) sendto(made, bytes, count, 0, (struct sockaddr *)&from, length);
+    }
+}
+
+static int pour(const char *address, unsigned port, long count) {
+    char bytes[1400] = "";
+    struct sockaddr_in to = place(address, port);
+    int made = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    for (; count > 0; count--)
+        if (sendto(made, bytes, sizeof bytes, 0, (struct sockaddr *)&to, sizeof to) < 0) return errno;
+    return 0;
+}
+
 static void serve(int peer) {
     char line[512];
     size_t length = 0;
@@ -253,6 +323,11 @@ static void serve(int peer) {
     else if (!strcmp(verb, "sync")) { sync(); answer(peer, 0); }
     else if (!strcmp(verb, "disk")) find(peer, "/sys/block", "serial", first);
     else if (!strcmp(verb, "address")) find(peer, "/sys/class/net", "address", first);
+    else if (!strcmp(verb, "files") && second) answer(peer, make_files(first, atoi(second)));
+    else if (!strcmp(verb, "pieces") && second) answer(peer, write_pieces(first, atoi(second)));
+    else if (!strcmp(verb, "up") && second) answer(peer, bring_up(first, second));
+    else if (!strcmp(verb, "return")) send_back(peer, atoi(first));
+    else if (!strcmp(verb, "pour") && third) answer(peer, pour(first, atoi(second), atol(third)));
     else if (!strcmp(verb, "image")) find_image(peer, first);
     else if (!strcmp(verb, "dax") && second) {
         mkdir(second, 0755);
@@ -264,7 +339,9 @@ static void serve(int peer) {
     else if (!strcmp(verb, "write") && second) answer(peer, put(first, second));
     else if (!strcmp(verb, "mount") && third) {
         mkdir(third, 0755);
-        answer(peer, mount(second, third, first, 0, NULL) ? errno : 0);
+        int failed = mount(second, third, first, 0, NULL) ? errno : 0;
+        if (failed == EACCES) failed = mount(second, third, first, MS_RDONLY, NULL) ? errno : 0;
+        answer(peer, failed);
     } else dprintf(peer, "what?\n");
 }
 
