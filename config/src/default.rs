@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     CgroupDriver, Config, Handler, HandlerKind, Hypervisor, Image, Limits, Log, LogFormat, Machine, Metrics,
-    Network, NetworkMode, Nri, Rootfs, Runtime, ShareImages, Streaming, Trust, Vm,
+    Network, NetworkMode, Nri, Rootfs, Runtime, ShareImages, Streaming, Trust, Vm, Writable,
 };
 
 /// Names of the handlers that exist when no file says anything.
@@ -82,6 +82,8 @@ impl Default for Vm {
             max_cpus: 32,
             rootfs: Rootfs::Auto,
             share_images: ShareImages::Node,
+            writable: Writable::Fs,
+            writable_size: 10240,
         }
     }
 }

@@ -213,6 +213,19 @@ pub struct Vm {
     pub rootfs: Rootfs,
     /// Which pods' guests read the same pages of the host's memory.
     pub share_images: ShareImages,
+    /// Where containers write.
+    pub writable: Writable,
+    /// What each may write to a disk, MiB.
+    pub writable_size: u32,
+}
+
+/// Where a container in a guest writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Writable {
+    /// Through the file server.
+    Fs,
+    /// To a disk of its own.
+    Disk,
 }
 
 /// How a guest gets a container's image.

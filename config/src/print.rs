@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     CgroupDriver, Config, Handler, HandlerKind, Hypervisor, Image, Limits, Log, LogFormat, Machine, Metrics,
-    Network, NetworkMode, Nri, Rootfs, Runtime, ShareImages, Streaming, Trust, Vm, default,
+    Network, NetworkMode, Nri, Rootfs, Runtime, ShareImages, Streaming, Trust, Vm, Writable, default,
 };
 
 impl Config {
@@ -177,6 +177,8 @@ fn write_vm(f: &mut String, vm: &Vm) -> fmt::Result {
         max_cpus,
         rootfs,
         share_images,
+        writable,
+        writable_size,
     } = vm;
     writeln!(f, "type = \"vm\"")?;
     writeln!(f, "hypervisor = {}", quoted(hypervisor))?;
@@ -190,7 +192,9 @@ fn write_vm(f: &mut String, vm: &Vm) -> fmt::Result {
     writeln!(f, "default_cpus = {default_cpus}")?;
     writeln!(f, "max_cpus = {max_cpus}")?;
     writeln!(f, "rootfs = {}", quoted(rootfs))?;
-    writeln!(f, "share_images = {}", quoted(share_images))
+    writeln!(f, "share_images = {}", quoted(share_images))?;
+    writeln!(f, "writable = {}", quoted(writable))?;
+    writeln!(f, "writable_size = {writable_size}")
 }
 
 impl Display for Hypervisor {
@@ -220,6 +224,15 @@ impl Display for Rootfs {
             Self::Pmem => "pmem",
             Self::Block => "block",
             Self::Fs => "fs",
+        })
+    }
+}
+
+impl Display for Writable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fs => "fs",
+            Self::Disk => "disk",
         })
     }
 }

@@ -14,7 +14,7 @@ use crate::value::{
 };
 use crate::{
     CgroupDriver, Config, Handler, HandlerKind, Hypervisor, LogFormat, Machine, NetworkMode, Rootfs,
-    ShareImages, Trust, Vm, default,
+    ShareImages, Trust, Vm, Writable, default,
 };
 
 /// Most of what a pull or a call may take: a day, in seconds.
@@ -169,6 +169,9 @@ fn vm(document: &mut Document<'_>, section: &mut Section<'_>, vm: &mut Vm) {
     let shared =
         [("node", ShareImages::Node), ("namespace", ShareImages::Namespace), ("pod", ShareImages::Pod)];
     document.set(section, "share_images", &mut vm.share_images, choice(&shared));
+    let writable = [("fs", Writable::Fs), ("disk", Writable::Disk)];
+    document.set(section, "writable", &mut vm.writable, choice(&writable));
+    document.set(section, "writable_size", &mut vm.writable_size, number(16..=1 << 24, "MiB"));
 }
 
 fn image(document: &mut Document<'_>, root: &mut Section<'_>, config: &mut Config) {

@@ -95,6 +95,8 @@ default_cpus = 2
 max_cpus = 4
 rootfs = "fs"
 share_images = "pod"
+writable = "disk"
+writable_size = 100
 aliases = ["kata"]
 
 [image]

@@ -359,6 +359,10 @@ fn pinned_vm(vm: &Vm, choice: &Choice, guest: &Guest) -> PinnedVm {
             podvisor_config::ShareImages::Namespace => SharedPages::Namespace,
             podvisor_config::ShareImages::Pod => SharedPages::Pod,
         },
+        writable_disk: match vm.writable {
+            podvisor_config::Writable::Disk => u64::from(vm.writable_size) * MIB,
+            podvisor_config::Writable::Fs => 0,
+        },
     }
 }
 

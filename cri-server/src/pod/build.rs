@@ -17,6 +17,7 @@ use podvisor_spec::selinux::Confinement;
 use tokio::sync::{mpsc, oneshot};
 
 use super::acquired::Acquisition;
+use super::guest_image::{self, GuestImage};
 use super::record::{
     ContainerPhase, ContainerRecord, PinnedRuntime, PodRecord, ProcessIdentity, VERSION, Wire,
 };
@@ -27,7 +28,7 @@ use super::specify::{Specified, specify};
 use super::state::State;
 use super::task::Command;
 use super::volumes::volumes;
-use super::{guest_image, image_volumes, share};
+use super::{image_volumes, share};
 use crate::error::PodError;
 use crate::hooks::Subject;
 use crate::id::ContainerId;
@@ -44,8 +45,8 @@ pub(crate) struct Plan {
     pub(crate) target: Result<Option<PathBuf>, String>,
     /// Nothing in a guest, where there is no policy.
     selinux: Confinement,
-    /// The pod's machine has room for its image.
-    pub(crate) fits: bool,
+    /// What the pod's machine has room for.
+    pub(crate) room: guest_image::Room,
 }
 
 /// What the making of a container found out.
@@ -139,7 +140,7 @@ pub(crate) fn plan(node: &Node, pod: &PodRecord, config: cri::ContainerConfig) -
         resources: serde_json::Value::Null,
         acquired,
     };
-    Ok(Plan { record, image, target: Ok(None), selinux, fits: false })
+    Ok(Plan { record, image, target: Ok(None), selinux, room: guest_image::Room::default() })
 }
 
 fn log_path(directory: &str, path: &str) -> Result<String, PodError> {
@@ -202,7 +203,7 @@ pub(crate) async fn build(
     subject: Option<Subject>,
     mailbox: &mpsc::UnboundedSender<Command>,
 ) -> Result<Built, PodError> {
-    let Plan { record, image, target, selinux, fits } = plan;
+    let Plan { record, image, target, selinux, room } = plan;
     let config = &record.config.0;
     let target = target
         .map_err(|why| PodError::invalid("config.linux.security_context.namespace_options.target_id", why))?;
@@ -212,27 +213,29 @@ pub(crate) async fn build(
 
     let snapshot = node.images.prepare(record.id.as_str(), &image.id, false);
     let snapshot = timed("snapshot", &record.id, snapshot).await.map_err(PodError::Image)?;
-    let in_memory = guest_image::find(node, pod, &record, &snapshot, fits).await?;
+    let in_memory = guest_image::find(node, pod, &record, &snapshot, room).await?;
     let prepared = image_volumes::prepare(node, &record.id, &record.image_volumes).await?;
     podvisor_fault::point("create.snapshot");
-    let changes = in_memory.as_ref().map(|image| image.changes.clone());
+    // What the guest joins itself, the host only looks at.
+    let (joins, changes) = (in_memory.is_some(), in_memory.as_ref().and_then(GuestImage::shared));
     let Specified { spec, user, volumes } = {
         let (node, pod, record, image, bundle, rootfs) =
             (node.clone(), pod.clone(), record.clone(), image.clone(), bundle.clone(), rootfs.clone());
         tokio::task::spawn_blocking(move || {
             make_bundle(&bundle, &rootfs)?;
             let label = selinux.files.as_ref().map(ToString::to_string);
-            // What the guest joins itself, the host only looks at.
-            let shown = if changes.is_some() { snapshot.without_changes() } else { snapshot };
+            let shown = if joins { snapshot.without_changes() } else { snapshot };
             timed_here("mount", &record.id, || mount(&node, &pod, &shown, &rootfs, label.as_deref()))
                 .map_err(PodError::Image)?;
             image_volumes::mount(&node, &pod, &record, &prepared, label.as_deref())?;
             if pod.runtime.vm().is_some() {
-                let (name, source) = match &changes {
-                    Some(changes) => ("changes", changes),
-                    None => ("rootfs", &rootfs),
+                let shared = match &changes {
+                    Some(changes) => Some(("changes", changes)),
+                    None => (!joins).then_some(("rootfs", &rootfs)),
                 };
-                share::add_container(&pod, &record.id, name, source)?;
+                shared
+                    .map(|(name, source)| share::add_container(&pod, &record.id, name, source))
+                    .transpose()?;
             }
             podvisor_fault::point("create.mounted");
             timed_here("specification", &record.id, || {

@@ -5,6 +5,7 @@
 //! host                                        guest
 //!   image store: metadata, data of layers ──▶ /dev/pmem0: EROFS, lower layer ─┐
 //!   snapshot: upper, work ── file server ───▶ a share: upper layer ───────────┴─▶ overlayfs: the container's root
+//!             or a disk (writable.rs)
 //! ```
 
 use std::collections::BTreeSet;
@@ -12,10 +13,10 @@ use std::path::PathBuf;
 
 use podvisor_image_store::Rootfs;
 use podvisor_proto::agent::{AddRoot, add_root};
-use podvisor_proto::hypervisor::Image;
+use podvisor_proto::hypervisor::{Disk, Image};
 
 use super::record::{ContainerRecord, PinnedVm, PodRecord, RootfsForm, SharedPages};
-use super::share;
+use super::{share, writable};
 use crate::error::{PodError, chain};
 use crate::node::Node;
 
@@ -26,12 +27,32 @@ const MOST: usize = 8;
 #[derive(Debug)]
 pub(super) struct GuestImage {
     image: Image,
+    changes: Changes,
+}
+
+/// Where it writes.
+#[derive(Debug)]
+enum Changes {
     /// The snapshot's upper and work directory.
-    pub(super) changes: PathBuf,
+    Shared(PathBuf),
+    Disk(Disk),
+}
+
+/// What the pod's machine has room for.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Room {
+    pub(crate) image: bool,
+    pub(crate) disk: bool,
+}
+
+/// For one more container of this image, where `others` are the images of the pod's other containers.
+pub(super) fn room<'i>(image: &str, others: impl Iterator<Item = &'i str>) -> Room {
+    let others: Vec<&str> = others.collect();
+    Room { disk: writable::fits(others.len()), image: fits(image, others.into_iter()) }
 }
 
 /// Whether one more container of this image can have it so, where `others` are the images of the pod's other containers.
-pub(super) fn fits<'i>(image: &str, others: impl Iterator<Item = &'i str>) -> bool {
+fn fits<'i>(image: &str, others: impl Iterator<Item = &'i str>) -> bool {
     let others: BTreeSet<&str> = others.collect();
     others.contains(image) || others.len() < MOST
 }
@@ -42,7 +63,7 @@ pub(super) async fn find(
     pod: &PodRecord,
     record: &ContainerRecord,
     snapshot: &Rootfs,
-    fits: bool,
+    room: Room,
 ) -> Result<Option<GuestImage>, PodError> {
     let Some(vm) = pod.runtime.vm() else { return Ok(None) };
     let disk = vm.rootfs == RootfsForm::Block;
@@ -64,7 +85,7 @@ pub(super) async fn find(
     }
     let Some(changes) = snapshot.changes().map(PathBuf::from) else { return Ok(None) };
     // Ids that are mapped are the file server's to map.
-    if vm.rootfs == RootfsForm::Fs || !can || !fits || pod.namespaces().user.is_some() {
+    if vm.rootfs == RootfsForm::Fs || !can || !room.image || pod.namespaces().user.is_some() {
         return Ok(None);
     }
     let made = node.images.machine_image(record.id.as_str(), domain(pod, vm).as_deref()).await;
@@ -84,6 +105,11 @@ pub(super) async fn find(
         serial: serial(&record.image_id, if disk { DISK_DIGITS } else { DIGITS }),
         disk,
         paths: files.map(|path| path.display().to_string()).collect(),
+    };
+    let changes = if vm.writable_disk > 0 && room.disk && machine.is_some_and(|machine| machine.adds_disks) {
+        Changes::Disk(writable::make(&record.id, &changes.join("upper"), vm.writable_disk).await?)
+    } else {
+        Changes::Shared(changes)
     };
     Ok(Some(GuestImage { image, changes }))
 }
@@ -116,6 +142,22 @@ impl GuestImage {
         self.image.clone()
     }
 
+    /// The disk that it writes to.
+    pub(super) fn disk(&self) -> Option<Disk> {
+        match &self.changes {
+            Changes::Disk(disk) => Some(disk.clone()),
+            Changes::Shared(_) => None,
+        }
+    }
+
+    /// What the file server is to have of it.
+    pub(super) fn shared(&self) -> Option<PathBuf> {
+        match &self.changes {
+            Changes::Shared(changes) => Some(changes.clone()),
+            Changes::Disk(_) => None,
+        }
+    }
+
     /// What the agent makes of it.
     pub(super) fn root(&self, record: &ContainerRecord) -> AddRoot {
         AddRoot {
@@ -125,7 +167,12 @@ impl GuestImage {
             } else {
                 add_root::Lower::PmemSerial(self.image.serial.clone())
             }),
-            upper: Some(add_root::Upper::SharedLayers(format!("{}/{}/changes", share::TAG, record.id))),
+            upper: Some(match &self.changes {
+                Changes::Shared(_) => {
+                    add_root::Upper::SharedLayers(format!("{}/{}/changes", share::TAG, record.id))
+                }
+                Changes::Disk(disk) => add_root::Upper::DiskSerial(disk.serial.clone()),
+            }),
             format: false,
         }
     }

@@ -23,6 +23,7 @@
 //! | `vm.rs` | a pod that is a virtual machine |
 //! | `share.rs` | what its guest sees of the host |
 //! | `guest_image.rs` | a container's image in its memory |
+//! | `writable.rs` | what a container writes, as a disk |
 //! | `disks.rs` | block devices of the host as its disks |
 //! | `resize.rs` | what kubelet says that a pod may use |
 //! | `build.rs` | how a container is made |
@@ -67,6 +68,7 @@ mod update;
 pub(crate) mod view;
 pub(crate) mod vm;
 mod volumes;
+mod writable;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, RwLock};

@@ -110,6 +110,9 @@ pub(crate) struct PinnedVm {
     /// Whose machines share pages of them.
     #[serde(default)]
     pub(crate) share_images: SharedPages,
+    /// Bytes of the disk that a container writes to; 0: it writes through the file server.
+    #[serde(default)]
+    pub(crate) writable_disk: u64,
 }
 
 /// How a guest gets the images of containers.

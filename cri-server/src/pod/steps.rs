@@ -68,7 +68,7 @@ impl Task {
         };
         plan.target = build::target_process(&plan.record.config.0, &self.containers);
         let others = self.containers.values().map(|slot| slot.record.image_id.as_str());
-        plan.fits = guest_image::fits(&plan.record.image_id, others);
+        plan.room = guest_image::room(&plan.record.image_id, others);
         if let Err(failure) = self.have_huge_pages(&plan.record.config.0).await {
             let _ = reply.send(Err(failure));
             return;

@@ -274,7 +274,8 @@ pub(super) fn container(
     let compiled = compiled.map_err(|error| {
         PodError::invalid("config.linux.security_context.seccomp", crate::error::chain(&error))
     })?;
-    let (disks, block_devices) = disks::of(&record.config.0.devices, spec);
+    let (mut disks, block_devices) = disks::of(&record.config.0.devices, spec);
+    disks.extend(image.and_then(GuestImage::disk));
     Ok(GuestContainer {
         disks,
         block_devices,
@@ -627,6 +628,7 @@ mod tests {
             max_memory: 4096 * MIB,
             rootfs: RootfsForm::Auto,
             share_images: SharedPages::Node,
+            writable_disk: 0,
         }
     }
 

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::Mount;
@@ -190,7 +191,8 @@ impl Storage {
             }
             Upper::DiskSerial(serial) => {
                 let Some(disk) = disks::node(serial) else { return Ok(false) };
-                mounted("ext4", &disk, &layers, MountFlags::NODEV, "")?;
+                // What is removed is the host's again. No thread of the kernel fills tables with zeros that the host would keep.
+                mounted("ext4", &disk, &layers, MountFlags::NODEV, "discard,noinit_itable")?;
             }
             Upper::SharedLayers(path) => {
                 // The file server may set no attributes but users' (overlayfs.rst, "userxattr").
@@ -201,7 +203,12 @@ impl Storage {
             Upper::SharedUpper(_) => {}
         }
         let (upper, work) = (layers.join("upper"), layers.join("work"));
-        make(&upper)?;
+        if !upper.exists() {
+            make(&upper)?;
+            // The root directory is the upper layer's (overlayfs.rst).
+            copy_attributes(&lower, &upper)
+                .map_err(|error| Failure::system(&format!("make {}", upper.display()), error))?;
+        }
         make(&work)?;
         let [lower, upper, work] = [lower, upper, work].map(|path| path.display().to_string());
         if lower.contains([',', ':', '\\']) {
@@ -219,6 +226,13 @@ impl Storage {
         self.roots.remove(id);
         Ok(())
     }
+}
+
+/// Owner and permissions.
+fn copy_attributes(from: &Path, to: &Path) -> std::io::Result<()> {
+    let metadata = fs::metadata(from)?;
+    std::os::unix::fs::chown(to, Some(metadata.uid()), Some(metadata.gid()))?;
+    fs::set_permissions(to, metadata.permissions())
 }
 
 fn release_root(id: &str) -> Result<(), Failure> {

@@ -13,7 +13,7 @@ use podvisor_critest::node::{Options, VM};
 use podvisor_proto::cri::ContainerConfig;
 use podvisor_tests::cri::spec;
 use podvisor_tests::images::HOST;
-use podvisor_tests::{Fixture, Pod, ask};
+use podvisor_tests::{Fixture, Pod, ask, eventually};
 use rustix::fs::{CWD, FileType, Mode, XattrFlags, makedev, mknodat, setxattr};
 use serde_json::json;
 
@@ -24,6 +24,8 @@ use super::vm_volumes::tools;
 /// The same handler but for the form of its images, and for who shares them.
 const OTHERS: &str = "[runtime.handlers.served]\ntype = \"vm\"\nallow_emulation = true\nrootfs = \"fs\"\n\
     [runtime.handlers.plugged]\ntype = \"vm\"\nallow_emulation = true\nrootfs = \"block\"\n\
+    [runtime.handlers.disks]\ntype = \"vm\"\nallow_emulation = true\nrootfs = \"block\"\n\
+    writable = \"disk\"\nwritable_size = 64\n\
     [runtime.handlers.alone]\ntype = \"vm\"\nallow_emulation = true\nshare_images = \"pod\"\n";
 
 /// Everything about every file but what differs from one container to the next: kind and mode, owner, links, device, time, content.
@@ -39,6 +41,7 @@ pub(crate) fn add(tests: &mut Tests) {
     let options = || Options { handler: VM.to_owned(), more: OTHERS.to_owned(), ..Options::default() };
     tests.add_with("vm_rootfs::is_the_same_in_every_form", options(), is_the_same_in_every_form);
     tests.add_with("vm_rootfs::is_written_to_like_any", options(), is_written_to_like_any);
+    tests.add_with("vm_rootfs::is_written_to_on_a_disk", options(), is_written_to_on_a_disk);
 }
 
 async fn pod_of(f: &Fixture, name: &str, handler: &str) -> Result<Pod> {
@@ -100,7 +103,9 @@ async fn is_the_same_in_every_form(f: &mut Fixture) -> Result<()> {
     let image = image(f)?;
     f.cri.pull(&image).await?;
     let mut trees = Vec::new();
-    for (handler, form) in [(VM, "pmem"), ("alone", "pmem"), ("plugged", "vd"), ("served", "")] {
+    for (handler, form) in
+        [(VM, "pmem"), ("alone", "pmem"), ("plugged", "vd"), ("disks", "vd"), ("served", "")]
+    {
         let pod = pod_of(f, handler, handler).await?;
         let container =
             pod.start(&ContainerConfig { image: Some(spec(&image)), ..ask::waiting("c") }).await?;
@@ -158,4 +163,66 @@ async fn is_written_to_like_any(f: &mut Fixture) -> Result<()> {
     let third = pod.start(&ask::waiting("third")).await?;
     ensure!(run(&third, "ls -d /renamed 2>/dev/null; head -c 4 /etc/passwd").await? == "root");
     Ok(())
+}
+
+/// What a container writes to a disk of its own: as much as there is room for, counted as the container's, kept while the container is, and gone with it.
+async fn is_written_to_on_a_disk(f: &mut Fixture) -> Result<()> {
+    const SIZE: u64 = 64 << 20;
+    f.cri.pull(podvisor_tests::images::BUSYBOX).await?;
+    let pod = pod_of(f, "pod", "disks").await?;
+    let first = pod.start(&ask::waiting("first")).await?;
+    let run = async |container: &str, script: &str| f.cri.output(container, &["sh", "-c", script]).await;
+    let used = async |container: &str| -> Result<u64> {
+        let stats = f.cri.container_stats(container).await?;
+        let used = stats.writable_layer.and_then(|layer| layer.used_bytes).context("it is not known yet")?;
+        Ok(used.value)
+    };
+    let said =
+        run(&first, "echo kept >/kept; dd if=/dev/zero of=/big bs=1M count=100 2>&1; stat -c %s /big; sync")
+            .await?;
+    let written: u64 = said.lines().last().unwrap_or_default().parse().context(said.clone())?;
+    ensure!(said.contains("No space left on device") && (SIZE / 2..SIZE).contains(&written), "{said}");
+    eventually("what is written is not counted", || async {
+        let used = used(&first).await?;
+        ensure!((written..SIZE + (4 << 20)).contains(&used), "{used} {written}");
+        Ok(())
+    })
+    .await?;
+    let said = run(&first, "rm /big; sync; df -m / | tail -n 1; cat /kept").await?;
+    ensure!(said.ends_with("kept\n"), "{said}");
+    eventually("what is removed is still counted", || async {
+        let used = used(&first).await?;
+        ensure!(used < SIZE / 4, "{used}");
+        Ok(())
+    })
+    .await?;
+
+    // Nobody else has it, and a daemon that is killed does not matter.
+    let second = pod.start(&ask::waiting("second")).await?;
+    ensure!(run(&second, "ls /kept 2>/dev/null; echo other >/kept; cat /kept").await? == "other\n");
+    f.kill()?;
+    f.start()?;
+    let run = async |container: &str, script: &str| f.cri.output(container, &["sh", "-c", script]).await;
+    ensure!(run(&first, "cat /kept; echo more >>/kept; cat /kept").await? == "kept\nkept\nmore\n");
+    ensure!(disks(f)?.len() == 2, "{:?}", disks(f)?);
+    f.cri.stop(&first, 1).await?;
+    f.cri.remove(&first).await?;
+    eventually("the disk is still there", || async {
+        let disks = disks(f)?;
+        ensure!(disks.len() == 1, "{disks:?}");
+        Ok(())
+    })
+    .await?;
+    ensure!(run(&second, "cat /kept").await? == "other\n");
+    Ok(())
+}
+
+/// The files that containers' disks are.
+fn disks(f: &Fixture) -> Result<Vec<String>> {
+    let found = Command::new("find")
+        .arg(f.node.path(""))
+        .args(["-type", "f", "-path", "*/snapshots/*/upper/disk"])
+        .output()?;
+    // Directories go while they are looked at.
+    Ok(String::from_utf8(found.stdout)?.lines().map(str::to_owned).collect())
 }
