@@ -44,7 +44,7 @@ lint: packages
 	cargo clippy --workspace --all-targets -- -D warnings
 
 # Everything: lint, unit tests, black-box tests, conformance. The last line is the total.
-test: deps build images guest
+test: deps build images guest lab
 	tests/scripts/test
 
 # All failure tests: kills at every stage and at random, runtimes, plugins and disks that fail. `make test` has a short form of them.
