@@ -164,6 +164,9 @@ pub fn kube_proxy_tools() -> Result<Files> {
         files = files.symlink(&format!("usr/sbin/{name}"), "xtables-nft-multi");
         files = files.symlink(&format!("usr/sbin/{}", name.replace("ip", "ip6")), "xtables-nft-multi");
     }
+    // Without it nft says 6 for tcp, and kube-proxy takes elements of before for other ones: it deletes them.
+    let protocols = contents_dir().join("kube-proxy/files/etc/protocols");
+    files = files.file("etc/protocols", 0o644, read(&protocols)?);
     let extensions = contents_dir().join("kube-proxy/files/usr/lib/x86_64-linux-gnu/xtables");
     let listed = fs::read_dir(&extensions).with_context(|| format!("listing {}", extensions.display()))?;
     for extension in listed {

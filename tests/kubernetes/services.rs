@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::cluster::{Cluster, Settings, is_ready, name};
 use crate::images::AGNHOST;
 use crate::machine::ADDRESS;
-use crate::pods::{UNTRUSTED, host_kernel};
+use crate::pods::{UNTRUSTED, host_kernel, pod, serving};
 use crate::runtime::is_peer;
 use crate::{Tests, until};
 
@@ -19,6 +19,7 @@ pub(crate) fn add(tests: &mut Tests) {
     let usual = Settings::default();
     tests.add_for_all("services::join_three_pods_of_both_kinds", &usual, |cluster| join(cluster, 2, 1));
     tests.add_for_all("services::join_ten_pods_of_both_kinds", &usual, |cluster| join(cluster, 5, 5));
+    tests.add_for_all("services::outlive_kube_proxy", &usual, outlive_kube_proxy);
 }
 
 fn deployment(name: &str, replicas: usize, annotations: &Value) -> Value {
@@ -129,6 +130,71 @@ fn join(cluster: &mut Cluster, trusted: usize, machines: usize) -> Result<()> {
         ensure!(left["items"].as_array().is_some_and(Vec::is_empty), "they are not");
         Ok(())
     })
+}
+
+/// kube-proxy starts again, by itself or as another pod: Services of before go on, and those that come meanwhile follow.
+fn outlive_kube_proxy(cluster: &mut Cluster) -> Result<()> {
+    let mut behind = serving(pod("behind"));
+    behind["metadata"]["labels"]["app"] = "echo".into();
+    cluster.run(&[behind])?;
+    let mut services = vec!["before".to_owned()];
+    cluster.apply(&service("before", &json!({})))?;
+    until("the API server's Service answers", || api_answers(cluster))?;
+    for turn in 0..8 {
+        let (pod, container) = kube_proxy(cluster)?;
+        // kubelet lets one that ends again and again wait.
+        if turn == 0 {
+            cluster.crictl(&["stop", "--timeout", "0", &container])?;
+        } else {
+            cluster.kubectl(&["delete", "pod", "--namespace", "kube-system", &pod])?;
+        }
+        let meanwhile = format!("meanwhile-{turn}");
+        cluster.apply(&service(&meanwhile, &json!({})))?;
+        until("another kube-proxy runs", || {
+            let (_, now) = kube_proxy(cluster)?;
+            ensure!(now != container, "{now} is the one of before");
+            Ok(())
+        })?;
+        // It has made rules when this answers, and then there must be those of all others.
+        until("the new Service answers", || answers(cluster, &meanwhile))?;
+        services.push(meanwhile);
+        for service in &services {
+            answers(cluster, service).with_context(|| format!("turn {turn}"))?;
+        }
+        api_answers(cluster).with_context(|| format!("turn {turn}"))?;
+    }
+    for service in &services {
+        cluster.kubectl(&["delete", "service", service])?;
+    }
+    cluster.delete(&["behind"])
+}
+
+/// kube-proxy's pod, and the id of the container that runs in it.
+fn kube_proxy(cluster: &Cluster) -> Result<(String, String)> {
+    let pods = cluster.get(&["pods", "--namespace", "kube-system", "--selector", "k8s-app=kube-proxy"])?;
+    let pods = pods["items"].as_array().context("no pods")?;
+    ensure!(
+        pods.len() == 1 && is_ready(&pods[0]),
+        "{} pods of kube-proxy, or one that is not ready",
+        pods.len()
+    );
+    let id = pods[0]["status"]["containerStatuses"][0]["containerID"].as_str().context("no container")?;
+    Ok((name(&pods[0]).to_owned(), id.rsplit('/').next().unwrap_or(id).to_owned()))
+}
+
+fn api_answers(cluster: &Cluster) -> Result<()> {
+    let api = cluster.get(&["service", "kubernetes"])?;
+    let api = api["spec"]["clusterIP"].as_str().context("no address")?;
+    TcpStream::connect((api, 443)).map(drop).context("the API server's Service")
+}
+
+/// Asks a Service from the node.
+fn answers(cluster: &Cluster, service: &str) -> Result<()> {
+    let object = cluster.get(&["service", service])?;
+    let address = object["spec"]["clusterIP"].as_str().context("no address")?;
+    let said = get(address, 80, "/hostname").with_context(|| format!("Service {service}"))?;
+    ensure!(said == "behind", "Service {service}: {said:?}");
+    Ok(())
 }
 
 fn ready_peers(cluster: &Cluster, wanted: usize) -> Result<Vec<Peer>> {
