@@ -179,6 +179,17 @@ impl Cgroup {
         self.procs_files().iter().try_for_each(|file| write(file, &pid.to_string()))
     }
 
+    /// Limits how many bytes of its memory may be swapped; `None`: no limit. Nothing happens where swap is not counted apart from memory, which
+    /// only version 2 does.
+    pub fn limit_swap(&self, most: Option<u64>) -> Result<()> {
+        let Hierarchy::V2 { directory, .. } = &self.hierarchy else { return Ok(()) };
+        let value = most.map_or_else(|| "max".to_owned(), |most| most.to_string());
+        match write(&directory.join("memory.swap.max"), &value) {
+            Err(error) if error.is_not_found() => Ok(()),
+            result => result,
+        }
+    }
+
     /// Processes directly in it; empty when it does not exist. A process outside of the caller's pid namespace is left out.
     pub fn pids(&self) -> Result<Vec<i32>> {
         pids_of(self.primary())

@@ -63,6 +63,7 @@ pub(crate) mod slot;
 mod specify;
 pub(crate) mod state;
 mod steps;
+mod swap;
 pub(crate) mod task;
 mod update;
 pub(crate) mod view;

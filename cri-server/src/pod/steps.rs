@@ -73,6 +73,10 @@ impl Task {
             let _ = reply.send(Err(failure));
             return;
         }
+        if let Err(failure) = self.limit_swap(Some(&plan.record.config.0)) {
+            let _ = reply.send(Err(failure));
+            return;
+        }
         if let Err(failure) = self.write(plan.record.clone()).await {
             let _ = reply.send(Err(failure));
             return;

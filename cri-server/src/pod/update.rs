@@ -129,7 +129,7 @@ impl Task {
                 let written = self.write(record).await;
                 podvisor_fault::point("update.recorded");
                 self.publish();
-                written
+                written.and_then(|()| self.limit_swap(None))
             }
             Err(failure) => Err(failure),
         };
