@@ -91,7 +91,8 @@ test-kubernetes: deps images guest kubernetes
 	cargo build -p podvisor -p podvisor-monitor -p podvisor-fs -p podvisor-qemu -p podvisor-vmm
 	tests/scripts/cargo-test -p podvisor-tests --test kubernetes -- --ignored
 
-# Some of them in the lab: on cgroup v2, podvisor from its package as a unit of systemd's, machines on KVM.
+# Some of them in the lab, and what only the lab has (swap, memory protection, a shutdown of the node): on cgroup v2, podvisor from its
+# package as a unit of systemd's, machines on KVM. Half an hour.
 test-kubernetes-lab: deps images guest lab kubernetes
 	tests/lab/test kubernetes
 

@@ -12,11 +12,13 @@ use podvisor_tests::world::World;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
+use crate::emulated;
 use crate::images::{kubernetes_version, program};
 use crate::machine::{
     ADDRESS, ADDRESS6, DIRECTORY, Machine, NAME, remove_cgroups, resolv_conf, run, with_tunables,
 };
 use crate::runtime::{Runtime, Setup};
+use crate::unit::{self, Unit};
 use crate::{PATIENCE, until};
 
 /// Where kubeadm puts what the administrator needs.
@@ -47,7 +49,7 @@ impl Default for Settings {
             image_repository: "",
             stats_from_cri: true,
             dual_stack: false,
-            kubelet: "",
+            kubelet: if Unit::is_wanted() { unit::KUBELET } else { "" },
         }
     }
 }
@@ -92,14 +94,14 @@ impl Cluster {
         let log = format!("{DIRECTORY}/kubeadm.log");
         fs::write(&configuration, self.configuration()?).context("writing kubeadm's configuration")?;
         let output = File::create(&log)?;
-        let mut kubeadm = Command::new(program("kubeadm"))
+        let mut kubeadm = emulated::spared(&mut Command::new(program("kubeadm")))
             .args(["init", "--ignore-preflight-errors=all", "--config", &configuration])
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output)
             .spawn()
             .context("starting kubeadm")?;
-        let deadline = Instant::now() + INIT;
+        let deadline = Instant::now() + INIT * emulated::slowness();
         let status = loop {
             self.supervise()?;
             if let Some(status) = kubeadm.try_wait()? {
@@ -113,6 +115,11 @@ impl Cluster {
         };
         self.said = fs::read_to_string(&log)?;
         ensure!(status.success(), "kubeadm init: {status}\n{}", self.said);
+        self.wait()
+    }
+
+    /// Waits for the node and the control plane.
+    pub(crate) fn wait(&self) -> Result<()> {
         until("the node is ready and the control plane runs", || self.is_ready())
     }
 
@@ -149,7 +156,7 @@ impl Cluster {
         let flags = flags.trim().trim_start_matches("KUBELET_KUBEADM_ARGS=").trim_matches('"').to_owned();
         let log = File::options().create(true).append(true).open(format!("{DIRECTORY}/kubelet.log"))?;
         let mut command = with_tunables();
-        command
+        emulated::spared(&mut command)
             .arg(program("kubelet"))
             .args([
                 "--bootstrap-kubeconfig=/etc/kubernetes/bootstrap-kubelet.conf",
@@ -199,6 +206,7 @@ impl Cluster {
             });
             addresses = format!("{ADDRESS},{ADDRESS6}");
         }
+        emulated::spare(&mut cluster);
         if !self.settings.image_repository.is_empty() {
             cluster["imageRepository"] = self.settings.image_repository.into();
         }
@@ -218,26 +226,31 @@ impl Cluster {
             // What else lies on the machine's disk is not the tests' business.
             "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
         });
+        emulated::spare_kubelet(&mut kubelet);
         if !self.settings.kubelet.is_empty() {
             let more: serde_json::Map<String, Value> =
                 serde_json::from_str(self.settings.kubelet).context("the test's configuration of kubelet")?;
             more.into_iter().for_each(|(key, value)| kubelet[key] = value);
         }
+        let mut init = json!({
+            "apiVersion": "kubeadm.k8s.io/v1beta4",
+            "kind": "InitConfiguration",
+            "localAPIEndpoint": {"advertiseAddress": ADDRESS},
+            "timeouts": {
+                "kubernetesAPICall": format!("{}m0s", 5 * emulated::slowness()),
+                "controlPlaneComponentHealthCheck": format!("{}m0s", 6 * emulated::slowness()),
+            },
+            "nodeRegistration": {
+                "name": NAME,
+                "criSocket": self.runtime.endpoint(),
+                "kubeletExtraArgs": [{"name": "node-ip", "value": addresses}],
+                // Workloads run on this node too.
+                "taints": [],
+            },
+        });
+        emulated::spare_init(&mut init, &Path::new(DIRECTORY).join("patches"))?;
         let documents = [
-            json!({
-                "apiVersion": "kubeadm.k8s.io/v1beta4",
-                "kind": "InitConfiguration",
-                "localAPIEndpoint": {"advertiseAddress": ADDRESS},
-                // A lab translates the processor.
-                "timeouts": {"kubernetesAPICall": "5m0s", "controlPlaneComponentHealthCheck": "6m0s"},
-                "nodeRegistration": {
-                    "name": NAME,
-                    "criSocket": self.runtime.endpoint(),
-                    "kubeletExtraArgs": [{"name": "node-ip", "value": addresses}],
-                    // Workloads run on this node too.
-                    "taints": [],
-                },
-            }),
+            init,
             cluster,
             kubelet,
             json!({
@@ -362,6 +375,6 @@ pub(crate) fn is_ready(pod: &Value) -> bool {
 /// kubectl as the administrator, for whoever wants to start it himself.
 pub(crate) fn kubectl_command() -> Command {
     let mut command = Command::new(program("kubectl"));
-    command.env("KUBECONFIG", ADMIN).env("HOME", DIRECTORY).stdin(Stdio::null());
+    emulated::spared(&mut command).env("KUBECONFIG", ADMIN).env("HOME", DIRECTORY).stdin(Stdio::null());
     command
 }

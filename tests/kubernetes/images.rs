@@ -13,6 +13,8 @@ use podvisor_critest::registry::{Access, Registry};
 use podvisor_critest::target_dir;
 use serde_json::{Value, json};
 
+use crate::unit::Unit;
+
 /// Where kubeadm takes images from when it is told nothing else.
 pub(crate) const DEFAULT_REPOSITORY: &str = "registry.k8s.io";
 
@@ -61,6 +63,10 @@ pub(crate) fn kept(
 ) -> Result<Registry> {
     let directory = target_dir().join("kubernetes").join(name);
     if !fs::read_to_string(directory.join("key")).is_ok_and(|have| have == key) {
+        ensure!(
+            !Unit::is_wanted(),
+            "the images are not those of these programs, and a lab takes minutes to make them: images::are_made"
+        );
         println!("making the images of a cluster");
         let part = tempfile::Builder::new().prefix("images.").tempdir_in(target_dir().join("kubernetes"))?;
         let registry = Registry::start(&part.path().join("storage"), Access::ReadWrite)?;
@@ -189,5 +195,7 @@ pub(crate) fn key(
 
 fn describe(path: &Path) -> Result<Value> {
     let metadata = fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
-    Ok(json!([path, metadata.len(), metadata.mtime(), metadata.mtime_nsec()]))
+    // The directory may move.
+    let name = path.strip_prefix(target_dir()).unwrap_or(path);
+    Ok(json!([name, metadata.len(), metadata.mtime(), metadata.mtime_nsec()]))
 }

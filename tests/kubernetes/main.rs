@@ -10,18 +10,21 @@ mod cluster;
 mod conformance;
 mod conformance_images;
 mod dual_stack;
+mod emulated;
 mod eviction;
 mod features;
 mod figures;
 mod images;
 mod jobs;
 mod machine;
+mod memory;
 mod pods;
 mod probes;
 mod pulls;
 mod restarts;
 mod runtime;
 mod services;
+mod shutdown;
 mod streams;
 mod trust;
 mod unit;
@@ -48,6 +51,9 @@ const LONG: &str = "needs Kubernetes: make test-kubernetes";
 /// Why one that could does not.
 const NOT_BUILT: &str = "Kubernetes is not built: make kubernetes";
 
+/// Why one does not run in either.
+const LAB_ONLY: &str = "needs Kubernetes in the lab: make test-kubernetes-lab";
+
 /// The tests that `make test` runs where Kubernetes has been built.
 const SHORT: [&str; 8] = [
     "bring_up::with_another_repository_for_both",
@@ -60,17 +66,22 @@ const SHORT: [&str; 8] = [
     "restarts::nobody_notices_once",
 ];
 
+/// The test that makes the images of a cluster.
+const IMAGES: &str = "images::are_made";
+
 /// The tests that run in the lab: on cgroup v2, with podvisor as a unit of systemd's and machines on KVM.
-const LAB: [&str; 10] = [
+const LAB: [&str; 12] = [
     "trust::by_annotation_and_runtime_class",
     "trust::keeps_within_memory_limits",
+    "memory::is_swapped_and_protected",
     "workloads::are_resized",
     "features::resize_without_limits",
     "eviction::by_files_of_containers",
     "figures::of_a_trusted_pod",
     "figures::of_a_machine",
     "restarts::nobody_notices_once",
-    "restarts::nobody_notices_ten_upgrades",
+    "restarts::nobody_notices_upgrades_of_the_unit",
+    "shutdown::lets_pods_end",
     "reset::leaves_nothing_behind",
 ];
 
@@ -78,12 +89,14 @@ const LAB: [&str; 10] = [
 pub(crate) fn until<T>(what: &str, mut probe: impl FnMut() -> Result<T>) -> Result<T> {
     let deadline = Instant::now() + PATIENCE;
     loop {
+        let began = Instant::now();
         match probe() {
             Ok(value) => return Ok(value),
             Err(error) if Instant::now() > deadline => {
                 return Err(error.context(anyhow!("{what}: not within {PATIENCE:?}")));
             }
-            Err(_) => std::thread::sleep(Duration::from_millis(100)),
+            // Where probes are slow they slow down what they wait for.
+            Err(_) => std::thread::sleep(began.elapsed().max(Duration::from_millis(100))),
         }
     }
 }
@@ -114,7 +127,11 @@ impl Shared {
             *cluster = Some(Cluster::up(settings, &*self.registry()?)?);
         }
         let cluster = cluster.as_mut().context("no cluster")?;
-        test(cluster).inspect_err(|_| cluster.keep_logs(name))
+        test(cluster).inspect_err(|error| {
+            // The summary comes with the last test, which may be far.
+            println!("{name}: {error:#}");
+            cluster.keep_logs(name);
+        })
     }
 
     fn down(&self) -> Result<()> {
@@ -160,6 +177,20 @@ impl Tests {
         self.push(name, trial);
     }
 
+    /// The same, of what only the lab has.
+    pub(crate) fn add_in_lab(
+        &mut self,
+        name: &str,
+        settings: &Settings,
+        test: fn(&mut Cluster) -> Result<()>,
+    ) {
+        if Unit::is_wanted() {
+            self.add(name, settings, test);
+        } else {
+            self.skipped.push((name.to_owned(), LAB_ONLY));
+        }
+    }
+
     fn push(&mut self, name: &str, trial: Trial) {
         if Unit::is_wanted() && !LAB.contains(&name) {
             return;
@@ -190,6 +221,7 @@ fn main() -> ExitCode {
         return libtest_mimic::run(&arguments, vec![conformance]).exit_code();
     }
     let mut tests = Tests { built: usual && is_built(), ..Tests::default() };
+    tests.add_images();
     bring_up::add(&mut tests);
     workloads::add(&mut tests);
     jobs::add(&mut tests);
@@ -203,6 +235,8 @@ fn main() -> ExitCode {
     figures::add(&mut tests);
     restarts::add(&mut tests);
     pulls::add(&mut tests);
+    memory::add(&mut tests);
+    shutdown::add(&mut tests);
     let shared = Arc::clone(&tests.shared);
     tests.add_reset();
     figures::add_without_cri(&mut tests);
@@ -223,6 +257,13 @@ fn main() -> ExitCode {
 }
 
 impl Tests {
+    /// What every cluster pulls, made and served. Before a lab, where making them takes minutes.
+    fn add_images(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        let make = move || shared.registry().map(drop).map_err(|error| Failed::from(format!("{error:#}")));
+        self.push(IMAGES, Trial::test(IMAGES, make));
+    }
+
     /// The end of the last cluster as a test of its own.
     fn add_reset(&mut self) {
         let name = "reset::leaves_nothing_behind";

@@ -1,12 +1,12 @@
 //! Pods as tests ask for them, and what the node says of them.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use crate::PATIENCE;
 use crate::cluster::Cluster;
 use crate::images::AGNHOST;
 use crate::machine::NAME;
-use crate::until;
 
 /// What asks for a virtual machine without a RuntimeClass.
 pub(crate) const UNTRUSTED: &str = "io.kubernetes.cri.untrusted-workload";
@@ -62,10 +62,11 @@ impl Cluster {
 
     /// Waits until a pod is ready.
     pub(crate) fn wait_ready(&self, name: &str) -> Result<()> {
-        until(&format!("pod {name} is ready"), || {
+        let timeout = format!("--timeout={}s", PATIENCE.as_secs());
+        let waited = self.kubectl(&["wait", "--for=condition=Ready", &timeout, &format!("pod/{name}")]);
+        waited.map(drop).or_else(|error| {
             let pod = self.get(&["pod", name])?;
-            ensure!(crate::cluster::is_ready(&pod), "{}", pod["status"]);
-            Ok(())
+            Err(error.context(format!("pod {name} is not ready: {}", pod["status"])))
         })
     }
 

@@ -18,6 +18,24 @@ const DROP_IN: &str = "/run/systemd/system/podvisor.service.d";
 /// Images lie there, which the lab's own root cannot hold: it is an overlay.
 const STATE: &str = "/var/lib/podvisor";
 
+/// Holds what is swapped.
+const SWAP: &str = "/run/kubernetes-test.swap";
+
+/// Where kubelet tells logind how long it may take.
+const LOGIND: &str = "/etc/systemd/logind.conf.d";
+
+/// More of kubelet's configuration: what it does with systemd and cgroup v2 only.
+pub(crate) const KUBELET: &str = r#"{
+    "memorySwap": {"swapBehavior": "LimitedSwap"},
+    "memoryReservationPolicy": "TieredReservation",
+    "memoryThrottlingFactor": 0.9,
+    "shutdownGracePeriod": "330s",
+    "shutdownGracePeriodCriticalPods": "30s"
+}"#;
+
+/// kubelet counts files that lie on the same device as their directory; on an overlay they do not.
+const OF_KUBELET: &str = "/var/lib/kubelet";
+
 /// Packages of two versions, which tests/lab/test builds.
 const PACKAGES: [&str; 2] = ["LAB_PACKAGE", "LAB_NEXT_PACKAGE"];
 
@@ -31,11 +49,20 @@ impl Unit {
         env::var_os(PACKAGES[0]).is_some()
     }
 
-    /// Makes room for the state. The package comes with [`Unit::install`].
+    /// Makes room for the state, and swap. The package comes with [`Unit::install`].
     pub(crate) fn prepare() -> Result<Self> {
         fs::create_dir_all(STATE)?;
         mount("state", STATE, "tmpfs", MountFlags::empty(), c"mode=0711").context("mounting the state")?;
-        Ok(Self(()))
+        let unit = Self(());
+        fs::create_dir_all(OF_KUBELET)?;
+        mount("kubelet", OF_KUBELET, "tmpfs", MountFlags::empty(), None)
+            .context("mounting kubelet's directory")?;
+        fs::File::create(SWAP)?.set_len(2 << 30).context("making room for swap")?;
+        // A file of a tmpfs cannot be swapped to.
+        let device = run(Command::new("losetup").args(["--find", "--show", SWAP]))?;
+        run(Command::new("mkswap").arg(device.trim()))?;
+        run(Command::new("swapon").arg(device.trim()))?;
+        Ok(unit)
     }
 
     /// Installs the package of a version, 0 or 1; an older daemon is restarted by it.
@@ -89,7 +116,21 @@ impl Drop for Unit {
         let _ = run(Command::new("dpkg").args(["--purge", "podvisor"]));
         let _ = fs::remove_dir_all(DROP_IN);
         let _ = systemctl(&["daemon-reload"]);
-        let _ = unmount(STATE, UnmountFlags::DETACH);
+        // Started by kubelet's asking.
+        let _ = systemctl(&["stop", "systemd-logind.service"]);
+        let _ = fs::remove_dir_all(LOGIND);
+        for device in
+            run(Command::new("losetup").args(["--noheadings", "--output", "NAME", "--associated", SWAP]))
+                .unwrap_or_default()
+                .split_whitespace()
+        {
+            let _ = run(Command::new("swapoff").arg(device));
+            let _ = run(Command::new("losetup").args(["--detach", device]));
+        }
+        let _ = fs::remove_file(SWAP);
+        for mounted in [OF_KUBELET, STATE] {
+            let _ = unmount(mounted, UnmountFlags::DETACH);
+        }
     }
 }
 
@@ -97,6 +138,6 @@ fn main_process() -> Result<String> {
     Ok(systemctl(&["show", "--property=MainPID", "--value", UNIT])?.trim().to_owned())
 }
 
-fn systemctl(arguments: &[&str]) -> Result<String> {
+pub(crate) fn systemctl(arguments: &[&str]) -> Result<String> {
     run(Command::new("systemctl").args(arguments))
 }

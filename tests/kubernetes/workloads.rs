@@ -66,6 +66,11 @@ pub(crate) fn waits(name: &str, more: &Value) -> Value {
     runs(name, "trap exit TERM; while :; do sleep 0.2; done", more)
 }
 
+/// The same without ever waking up, which is a burden to a guest of an emulated processor's.
+pub(crate) fn idle(name: &str, more: &Value) -> Value {
+    runs(name, "trap exit TERM; sleep 1000000 & wait", more)
+}
+
 /// A container that runs a script, with more to it.
 pub(crate) fn runs(name: &str, script: &str, more: &Value) -> Value {
     let mut container = json!({"name": name, "image": BUSYBOX, "command": ["sh", "-c", script]});
