@@ -364,7 +364,14 @@ int main(void) {
     for (;;) {
         int peer = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
         if (peer < 0) continue;
-        if (fork() == 0) { close(listener); serve(peer); close(peer); _exit(0); }
+        if (fork() == 0) {
+            close(listener);
+            serve(peer);
+            /* Whoever hears the end of the answer can unmount what was looked at. */
+            close_range(3, peer - 1, 0);
+            close_range(peer + 1, ~0U, 0);
+            _exit(0);
+        }
         close(peer);
     }
 }
