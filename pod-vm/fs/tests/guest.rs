@@ -359,8 +359,7 @@ fn mounts_of_the_host_come_and_go(suite: &str, version: &str) {
     }
     assert_eq!(machine.done("read /share/hosts"), "");
     assert_eq!(server.file("mountinfo").lines().count(), 1);
-    // What nobody waits for may itself wait for a disk that others keep busy.
-    let deadline = Instant::now() + Duration::from_secs(300);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while server.descriptors() > before {
         assert!(
             Instant::now() < deadline,
